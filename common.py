@@ -1,0 +1,1421 @@
+"""The shared floor of every method file, in the order of the data flow:
+
+    arguments -> model -> data -> rollout -> reward -> forward -> advantages, loss -> the run: update, log, checkpoints
+
+No method lives here. Shapes, the same everywhere: P prompts in a step, G responses to each (a group), B responses in a
+row or batch, T tokens of the longest response (up to and including its end-of-turn token), L tokens of a packed row,
+D hidden size, V vocabulary. The one idea that makes it fast: the G responses to a prompt share its long, picture-heavy
+prefix, so everything after sampling runs on ONE row [prompt | response 1 | ... | response G] per group, and sampling
+computes the prompt once.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import torch
+import torch.distributed
+import transformers
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, HfArgumentParser
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+TOY = Path(__file__).resolve().parent / "toy"
+INSTRUCTION = "Think step by step inside <think> </think>, then give the final answer inside \\boxed{}."
+
+
+class UserError(SystemExit):
+    """A mistake of the user's: one sentence that says what to do, exit code 2, no traceback."""
+
+    def __init__(self, sentence):
+        super().__init__(2)
+        self.args = (sentence,)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flag(default, help, **options):
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class ModelArgs:
+    """model"""
+
+    model: str = flag("toy", "hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; toy is the embedded tiny one")
+    model_revision: str = flag("main", "branch, tag or commit of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
+    freeze_vision: bool = flag(False, "do not train the vision tower")
+    gradient_checkpointing: bool | None = flag(
+        None, "recompute activations in the backward pass (toy: off, else: on)", nargs="?", const=True
+    )
+
+
+@dataclass
+class DataArgs:
+    """data"""
+
+    data: str | None = flag(None, "hub id, id:config, or parquet, json or jsonl file or folder (toy, else geometry3k)")
+    eval_data: str | None = flag(None, "the same for evaluation (default: --data)")
+    data_split: str = flag("train", "split of a hub data set to train on")
+    eval_split: str = flag("test", "split of a hub data set to evaluate on")
+    data_revision: str = flag("main", "branch, tag or commit of a hub data set")
+    image_column: str | None = flag(None, "column of the image or images (default: images or image)")
+    problem_column: str | None = flag(None, "column of the question (default: problem, question or query)")
+    answer_column: str | None = flag(None, "column of the answer (default: answer, solution or ground_truth)")
+    instruction: str = flag(INSTRUCTION, "sentence that follows every question")
+    max_prompt_tokens: int = flag(2048, "longer prompts are dropped, and counted")
+    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: 262144; toy: never)")
+    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: 1000000; toy: never)")
+
+
+@dataclass
+class RolloutArgs:
+    """rollout"""
+
+    prompts_per_step: int | None = flag(None, "prompts sampled in a step, all processes together (toy: 8, else: 512)")
+    group_size: int = flag(8, "responses sampled for each prompt")
+    max_response_tokens: int | None = flag(None, "a response is cut after so many tokens (toy: 64, else: 2048)")
+    temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss")
+    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability")
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all")
+    rollout_prompts: int = flag(32, "prompts that are sampled together, on each process")
+
+
+@dataclass
+class RewardArgs:
+    """reward"""
+
+    reward: str | None = flag(None, "your own reward, my_file.py:function, instead of the weighted sum below")
+    accuracy_weight: float = flag(0.9, "weight of a right answer")
+    format_weight: float = flag(0.1, "weight of <think> </think> followed by \\boxed{}")
+    check_seconds: float = flag(3.0, "an answer that takes the maths checker longer than this is wrong")
+
+
+@dataclass
+class LossArgs:
+    """loss"""
+
+    clip_low: float = flag(0.2, "the ratio is clipped from below at 1 - clip_low")
+    clip_high: float = flag(0.2, "and from above at 1 + clip_high (DAPO: 0.28)")
+    aggregation: Literal["token", "sequence"] = flag("token", "mean over all tokens, or over responses")
+    kl_coef: float = flag(0.0, "weight of the KL term; the reference model is loaded only when it is not 0")
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus")
+    filter_groups: bool = flag(False, "replace groups that are all right or all wrong by new prompts (DAPO)")
+    filter_tries: int = flag(10, "draws of --prompts_per_step prompts in a step before going on with what there is")
+    drop_truncated: bool = flag(False, "leave responses that hit --max_response_tokens out of the loss")
+
+
+@dataclass
+class UpdateArgs:
+    """update"""
+
+    steps: int | None = flag(None, "steps of the whole run (toy: 200, else: 60)")
+    updates_per_step: int | None = flag(None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)")
+    learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6)")
+    schedule: Literal["constant", "linear", "cosine"] = flag("constant", "of the learning rate, over the whole run")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0")
+    weight_decay: float = flag(0.01, "AdamW's")
+    beta2: float = flag(0.999, "AdamW's")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    tokens_per_row: int = flag(16384, "a group whose packed row is longer is cut into rows of several responses")
+
+
+@dataclass
+class RunArgs:
+    """run"""
+
+    output: str | None = flag(None, "folder of everything the run writes (default: runs/<script>)")
+    seed: int = flag(0, "of the order of the data and of every sampled token")
+    eval_every: int = flag(20, "steps between evaluations; there is also one before the first and after the last step")
+    eval_rows: int = flag(-1, "rows of --eval_data to evaluate on; -1: all, 0: never evaluate")
+    eval_temperature: float | None = flag(None, "temperature of evaluation; 0: greedy (toy: 1, else: 0)")
+    save_every: int = flag(20, "steps between checkpoints; there is also one after the last step")
+    resume: bool = flag(False, "go on from <output>/last")
+    show_every: int = flag(10, "steps between sampled responses on the console; 0: never")
+    report_to: str | None = flag(None, "trackers of accelerate besides metrics.jsonl, e.g. tensorboard,wandb")
+
+
+@dataclass
+class Args(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateArgs, RunArgs):
+    """What every script takes. A method's `Args` inherits these and adds its own."""
+
+    def __post_init__(self):
+        toy = self.model == "toy"
+        defaults = {  # flag: (for the toy, for any other model)
+            "data": ("toy", "hiyouga/geometry3k"),
+            "gradient_checkpointing": (False, True),
+            "min_pixels": (None, 262_144),
+            "max_pixels": (None, 1_000_000),
+            "prompts_per_step": (8, 512),
+            "max_response_tokens": (64, 2048),
+            "steps": (200, 60),
+            "updates_per_step": (1, 4),
+            "learning_rate": (1e-4, 1e-6),
+            "eval_temperature": (1.0, 0.0),
+            "output": (f"runs/{Path(sys.argv[0]).stem}",) * 2,
+        }
+        for name, (for_toy, for_others) in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, for_toy if toy else for_others)
+        self.eval_data = self.eval_data or self.data
+        if self.group_size < 2:
+            raise UserError(
+                f"--group_size {self.group_size} leaves no group to compare a response with: set it to 2 or more."
+            )
+        if self.prompts_per_step % self.updates_per_step:
+            raise UserError(
+                f"--prompts_per_step {self.prompts_per_step} cannot be split into --updates_per_step "
+                f"{self.updates_per_step} equal parts: make it a multiple."
+            )
+        for name in ("temperature", "max_response_tokens", "prompts_per_step", "updates_per_step", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
+
+
+def parse_args(cls, argv=None):
+    """`cls` filled from the command line; `--help` shows one group for each dataclass that `cls` inherits from."""
+    groups, seen = [], set()
+    for base in cls.__mro__[:-1]:  # a method may give a shared flag another default: its own class comes first
+        own = [f for f in dataclasses.fields(cls) if f.name in base.__dict__.get("__annotations__", {})]
+        own = [f for f in own if not (f.name in seen or seen.add(f.name))]
+        title = base.__doc__ if base in Args.__bases__ else Path(sys.argv[0]).stem
+        spec = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in own]
+        if spec:
+            groups.append(dataclasses.make_dataclass(base.__name__, spec, namespace={"_argument_group_name": title}))
+    parser = HfArgumentParser(groups, allow_abbrev=False)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and processor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_only(cls):
+    """The processor class `cls` without its video processor, which transformers loads only where torchvision is."""
+    return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: ["image_processor", "tokenizer"])})
+
+
+def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
+    """Tokenizer and image processor of a Qwen-VL model behind the interface of its own processor class."""
+    try:
+        if importlib.util.find_spec("torchvision"):
+            processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+            cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
+            processor = image_only(cls).from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(unreachable("--model", name, error)) from None
+    size = dict(processor.image_processor.size)
+    size["shortest_edge"] = min_pixels or size["shortest_edge"]
+    size["longest_edge"] = max_pixels or size["longest_edge"]
+    processor.image_processor.size = size
+    return processor
+
+
+def load_model(name, revision="main"):
+    """A Qwen-VL model in fp32: the master weights. Compute is bf16 under autocast on a GPU."""
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            raise UserError(f"--model {name} is a {config.model_type}; use a qwen2_vl, qwen2_5_vl or qwen3_vl model.")
+        return transformers.AutoModelForImageTextToText.from_pretrained(
+            name,
+            revision=revision,
+            dtype=torch.float32,
+            attn_implementation={
+                "text_config": "shared_prefix",
+                "vision_config": "flash_attention_2" if flash else "sdpa",
+            },
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(unreachable("--model", name, error)) from None
+
+
+def unreachable(option, name, error):
+    first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return (
+        f"{option} {name} cannot be opened ({first}): give a hub id that exists and can be reached from here, "
+        f"or the path of a local folder."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: rows of any usual schema -> prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "image": ("images", "image"),
+    "problem": ("problem", "question", "query"),
+    "answer": ("answer", "solution", "ground_truth"),
+}
+
+
+@dataclass
+class Prompt:
+    """One question, ready for the model.
+
+    input_ids (Lp,); position_ids (3, Lp), Qwen-VL's temporal, height and width positions; pixel_values (patches, C) and
+    image_grid_thw (images, 3), both None where there is no image.
+    """
+
+    index: int  # row of the data set: with seed and step it determines every sampled token
+    problem: str
+    answer: str
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None
+    image_mask: torch.Tensor  # (Lp,) True on image tokens
+    place: int = 0  # in the stream of prompts
+
+
+def load_rows(name, split, revision, option="--data"):
+    """Rows of a hub data set (`id` or `id:config`), or of a local parquet, json or jsonl file or folder."""
+    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+    path = TOY / f"{split}.parquet" if name == "toy" else Path(name)
+    try:
+        if not path.exists():
+            identifier, _, config = name.partition(":")
+            return datasets.load_dataset(identifier, config or None, split=split, revision=revision)
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in kinds)
+        found = {kinds.get(f.suffix) for f in files}
+        if len(found) != 1 or None in found:
+            raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
+        return datasets.load_dataset(found.pop(), data_files=[str(f) for f in files], split="train")
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, StopIteration) or "no data" in str(error):
+            raise UserError(f"{option} {name} has no rows: give a file with some.") from None
+        raise UserError(unreachable(option, name, error)) from None
+
+
+def prompt_text(processor, problem, instruction):
+    """The chat template around a question with `<image>` at the place of each picture, and the instruction after it."""
+    content = []
+    for i, text in enumerate(f"{problem}\n{instruction}".split("<image>")):
+        content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+class Data:
+    """A data set as prompts: finds the columns, drops over-long prompts, opens pictures, builds the prompt.
+
+    Training and evaluation build their prompts here and nowhere else.
+    """
+
+    def __init__(self, name, split, args, processor, rope_index, option="--data"):
+        self.name, self.args, self.processor, self.rope_index = name, args, processor, rope_index
+        self.rows = load_rows(name, split, args.data_revision, option)
+        self.folder = Path(name) if Path(name).is_dir() else Path(name).parent
+        self.columns = {}
+        for what, usual in COLUMNS.items():
+            wanted = getattr(args, f"{what}_column")
+            found = [column for column in ([wanted] if wanted else usual) if column in self.rows.column_names]
+            if not found and (what != "image" or wanted):
+                raise UserError(
+                    f"{option} {name} has no {what} column ({wanted or ' or '.join(usual)}); it has "
+                    f"{', '.join(self.rows.column_names)}: name the right one with --{what}_column."
+                )
+            self.columns[what] = found[0] if found else None
+        if image := self.columns["image"]:  # keep the bytes: a picture is opened when its turn comes
+            as_list = hasattr(self.rows.features[image], "feature")
+            inner = self.rows.features[image].feature if as_list else self.rows.features[image]
+            if isinstance(inner, ImageFeature):
+                raw = ImageFeature(decode=False)
+                self.rows = self.rows.cast_column(image, datasets.List(raw) if as_list else raw)
+        self.indices = [i for i in range(len(self.rows)) if self.prompt_tokens(i) <= args.max_prompt_tokens]
+        self.dropped = len(self.rows) - len(self.indices)
+        if not self.indices:
+            raise UserError(
+                f"{option} {name} has no row left to use ({self.dropped} were longer than --max_prompt_tokens "
+                f"{args.max_prompt_tokens})."
+            )
+
+    def __len__(self):
+        return len(self.indices)
+
+    def row(self, index):
+        """(problem, images, answer) of a row; the pictures are not decoded yet."""
+        row = self.rows[index]
+        images = row[self.columns["image"]] if self.columns["image"] else None
+        images = images if isinstance(images, list) else [] if images is None else [images]
+        opened = [self.open_image(image, index) for image in images]
+        problem, answer = str(row[self.columns["problem"]]), str(row[self.columns["answer"]])
+        places = problem.count("<image>")
+        if places == 0:
+            problem = "<image>" * len(opened) + problem
+        elif places != len(opened):
+            raise UserError(
+                f"row {index} of {self.name} says <image> {places} times and has {len(opened)} images: make them agree."
+            )
+        return problem, opened, answer
+
+    def open_image(self, image, index):
+        try:
+            if isinstance(image, dict) and image.get("bytes") is not None:
+                image = io.BytesIO(image["bytes"])
+            elif isinstance(image, dict):
+                image = self.folder / image["path"]
+            elif isinstance(image, bytes):
+                image = io.BytesIO(image)
+            elif isinstance(image, str):
+                image = self.folder / image
+            opened = image if isinstance(image, Image.Image) else Image.open(image)
+            if opened.format != "PNG":  # looking for EXIF data would decode a PNG here already
+                ImageOps.exif_transpose(opened, in_place=True)
+            return opened
+        except (OSError, TypeError, KeyError) as error:
+            raise UserError(f"row {index} of {self.name} has an image that cannot be read ({error}).") from None
+
+    def prompt_tokens(self, index):
+        """Length of a row's prompt, from the sizes of its pictures alone."""
+        problem, images, _ = self.row(index)
+        pictures = self.processor.image_processor
+        try:
+            patches = sum(pictures.get_number_of_image_patches(image.height, image.width) for image in images)
+        except ValueError as error:  # 200 times as wide as high
+            raise UserError(f"row {index} of {self.name} has an image that cannot be used ({error}).") from None
+        text = prompt_text(self.processor, problem, self.args.instruction)
+        return len(self.processor.tokenizer(text).input_ids) - len(images) + patches // pictures.merge_size**2
+
+    def prompt(self, index):
+        problem, images, answer = self.row(index)
+        try:
+            images = [to_rgb(image) for image in images]
+        except OSError as error:
+            raise UserError(f"row {index} of {self.name} has an image that cannot be read ({error}).") from None
+        text = prompt_text(self.processor, problem, self.args.instruction)
+        made = self.processor(text=[text], images=images or None, return_tensors="pt")
+        grid = made.get("image_grid_thw")
+        if grid is None:
+            positions = torch.arange(made["input_ids"].shape[1]).expand(3, -1)
+        else:
+            positions = self.rope_index(made["input_ids"], made["mm_token_type_ids"], image_grid_thw=grid)[0][:, 0]
+        ids, is_image = made["input_ids"][0], made["mm_token_type_ids"][0] == 1
+        return Prompt(index, problem, answer, ids, positions, made.get("pixel_values"), grid, is_image)
+
+
+def to_rgb(image):
+    """Any mode to RGB; what is transparent becomes white, as on the page the diagram was made for."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class Stream:
+    """The endless, seeded order of a data set; each process takes its turn, so the order is that of one process.
+
+    Pictures are opened and cut into patches in threads, one draw ahead.
+    """
+
+    def __init__(self, data, seed, rank=0, world=1, position=0):
+        self.data, self.seed, self.rank, self.world = data, seed, rank, world
+        self.position = position  # prompts drawn so far, all processes together
+        self.pool, self.ahead, self.order = ThreadPoolExecutor(4), deque(), {}
+
+    def index(self, place):
+        epoch, offset = divmod(place, len(self.data))
+        if epoch not in self.order:
+            shuffled = list(self.data.indices)
+            random.Random(f"{self.seed} {epoch}").shuffle(shuffled)
+            self.order[epoch] = shuffled
+        return self.order[epoch][offset]
+
+    def draw(self, count):
+        """This process's share of the next `count` prompts, each with its place in the stream."""
+        while len(self.ahead) < 2 * count // self.world:
+            place = self.position + len(self.ahead) * self.world + self.rank
+            self.ahead.append((place, self.pool.submit(self.data.prompt, self.index(place))))
+        self.position += count
+        drawn = [self.ahead.popleft() for _ in range(count // self.world)]
+        return [dataclasses.replace(future.result(), place=place) for place, future in drawn]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout: the prompt is computed once, its cache is shared by the G responses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """A prompt and its responses; everything per response has G rows, everything per token is (G, T).
+
+    A slice of a group is a group with fewer responses: a packed row that fits the token budget.
+    """
+
+    prompt: Prompt
+    responses: torch.Tensor  # (G, T) token ids
+    mask: torch.Tensor  # (G, T) True up to and including the first end-of-turn token
+    truncated: torch.Tensor  # (G,) True where there is no end-of-turn token
+    texts: list
+    rewards: torch.Tensor | None = None  # (G,)
+    accuracy: torch.Tensor | None = None  # (G,)
+    format: torch.Tensor | None = None  # (G,)
+    advantages: torch.Tensor | None = None  # (G,)
+    loss_mask: torch.Tensor | None = None  # (G, T) tokens that the loss counts
+    old_logps: torch.Tensor | None = None  # (G, T)
+    ref_logps: torch.Tensor | None = None  # (G, T)
+
+    def __getitem__(self, part):
+        rows = {name: value[part] for name, value in vars(self).items() if isinstance(value, torch.Tensor | list)}
+        return dataclasses.replace(self, **rows)
+
+
+class SharedPrefixCache(transformers.DynamicCache):
+    """Keys and values of P prompts (a usual padded cache), and of the G responses of each in a buffer of T tokens.
+
+    The prompt's part is computed and stored once per prompt, and never copied while responses grow.
+    """
+
+    def __init__(self, layers, max_tokens):
+        super().__init__()
+        self.prefix, self.suffix = [None] * layers, [None] * layers
+        self.length, self.max_tokens = 0, max_tokens  # tokens of the responses so far, at most
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        if self.prefix[layer] is None:  # the prompt: (P, heads, Lp, d)
+            self.prefix[layer] = (keys, values)
+            return keys, values
+        if self.suffix[layer] is None:  # one more token of each response: (P, heads, G, d)
+            size = (*keys.shape[:3], self.max_tokens, keys.shape[3])
+            self.suffix[layer] = (keys.new_empty(size), values.new_empty(size))
+        for buffer, new in zip(self.suffix[layer], (keys, values)):
+            buffer[:, :, :, self.length] = new
+        return [
+            (prefix, buffer[:, :, :, : self.length + 1])
+            for prefix, buffer in zip(self.prefix[layer], self.suffix[layer])
+        ]
+
+    def keep(self, prompts):
+        """Forgets all prompts but these, when the others' responses have all ended."""
+        self.prefix = [tuple(x[prompts] for x in pair) for pair in self.prefix]
+        self.suffix = [tuple(x[prompts] for x in pair) for pair in self.suffix]
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention of G response tokens per prompt to the prompt's keys, shared, and to their own response's keys.
+
+    query (P, H, G, d); key and value: (prefix (P, H', Lp, d), suffix (P, H', G, t, d)) from `SharedPrefixCache`, H' the
+    key-value heads; attention_mask (P, 1, 1, Lp) bool. One softmax over both parts. Plain tensors (prefill, training)
+    take the usual scaled-dot-product path.
+    """
+    if isinstance(key, torch.Tensor):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    (prefix_k, suffix_k), (prefix_v, suffix_v) = key, value
+    P, H, G, d = query.shape
+    heads, shared = prefix_k.shape[1], prefix_k.shape[2]
+    query = query.view(P, heads, H // heads, G, d).transpose(2, 3)  # (P, H', G, H / H', d)
+    to_prefix = (query.flatten(2, 3) @ prefix_k.mT).view(P, heads, G, H // heads, shared)
+    to_prefix = to_prefix.masked_fill(~attention_mask.view(P, 1, 1, 1, shared), float("-inf"))
+    scores = torch.cat([to_prefix, query @ suffix_k.mT], -1).float() * scaling
+    weights = scores.softmax(-1).to(query.dtype)
+    out = (weights[..., :shared].flatten(2, 3) @ prefix_v).view(P, heads, G, H // heads, d)
+    out = out + weights[..., shared:] @ suffix_v
+    return out.transpose(1, 2).flatten(2, 3), None  # (P, G, H, d)
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+
+
+def seeded(*key):
+    """A torch generator that depends on `key` alone: on no process, batch or earlier draw."""
+    return torch.Generator().manual_seed(random.Random(" ".join(map(str, key))).getrandbits(63))
+
+
+def token_chooser(model, temperature, top_p, top_k):
+    """`choose(logits (B, V), uniforms (B,)) -> (B,)`: inverse-transform sampling after generate's own warpers.
+
+    Image and video placeholder tokens are banned: one of them in a response breaks the next forward pass.
+    """
+    banned = [model.config.image_token_id, model.config.video_token_id]
+    warpers = [transformers.SuppressTokensLogitsProcessor(banned, device=model.device)]
+    if temperature != 1.0 and temperature > 0:
+        warpers.append(transformers.TemperatureLogitsWarper(temperature))
+    if top_k > 0:
+        warpers.append(transformers.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(top_p))
+    warp = transformers.LogitsProcessorList(warpers)
+
+    def choose(logits, uniforms):
+        logits = warp(None, logits.float())
+        if temperature == 0:
+            return logits.argmax(-1)
+        cumulative = logits.softmax(-1).double().cumsum(-1)
+        picked = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        return picked.clamp(max=logits.shape[-1] - 1)
+
+    return choose
+
+
+@torch.no_grad()
+def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_id):
+    """G responses to each of P prompts, in one batch.
+
+    Args: `uniforms` (P * G, max_tokens) in [0, 1), one for each token to come; `choose` from `token_chooser`.
+    Returns responses (P * G, T) and their mask, True up to and including the first of the `eos` tokens.
+    """
+    P, G, device = len(prompts), group_size, model.device
+    width = max(len(p.input_ids) for p in prompts)
+    ids = torch.stack([pad(p.input_ids, (width - len(p.input_ids), 0), value=pad_id) for p in prompts]).to(device)
+    positions = torch.stack([pad(p.position_ids, (width - len(p.input_ids), 0)) for p in prompts], 1).to(device)
+    real = torch.stack([torch.arange(width) >= width - len(p.input_ids) for p in prompts]).to(device)  # (P, Lp)
+    text = model.model.language_model.config
+    cache = SharedPrefixCache(text.num_hidden_layers, max_tokens)
+    out = model.model(
+        input_ids=ids,
+        attention_mask=real,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **pictures(prompts, device),
+    )
+    logits = model.lm_head(out.last_hidden_state[:, -1]).repeat_interleave(G, 0)  # (P * G, V)
+    after = positions.amax((0, 2)) + 1  # (P,) the position of a response's first token
+    responses = torch.full((P, G, max_tokens), pad_id, device=device)
+    uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
+    ended = torch.zeros(P, G, dtype=torch.bool, device=device)
+    alive = torch.arange(P, device=device)  # prompts in the batch: those whose responses have all ended leave it
+    for t in range(max_tokens):
+        tokens = choose(logits, uniforms[alive, :, t].flatten()).view(-1, G)
+        responses[alive, :, t] = torch.where(ended[alive], pad_id, tokens)
+        ended[alive] |= torch.isin(tokens, eos)
+        going = ~ended[alive].all(1)
+        if not going.any() or t + 1 == max_tokens:
+            break
+        if t and going.sum() <= len(alive) // 2:
+            alive, tokens, real = alive[going], tokens[going], real[going]
+            cache.keep(going)
+        out = model.model(
+            input_ids=tokens,
+            attention_mask=real[:, None, None],
+            position_ids=(after[alive, None] + t).expand(3, -1, G),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.length += 1
+        logits = model.lm_head(out.last_hidden_state.flatten(0, 1))
+    responses = responses[:, :, : t + 1].flatten(0, 1)
+    is_end = torch.isin(responses, eos)
+    return responses, (is_end.cumsum(1) - is_end.long()) == 0
+
+
+def pictures(prompts, device):
+    """pixel_values and image_grid_thw of all prompts' images one after the other, or nothing where there are none."""
+    prompts = [p for p in prompts if p.image_grid_thw is not None]
+    if not prompts:
+        return {}
+    return {
+        "pixel_values": torch.cat([p.pixel_values for p in prompts]).to(device),
+        "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]).to(device),
+    }
+
+
+def rollout(model, tokenizer, prompts, args, step, group_size=None, temperature=None):
+    """G responses to each prompt, as a list of `Group`s; the same for any batch or number of processes.
+
+    Every token's random number comes from --seed, the step and the prompt (its row, and its place in the stream).
+    """
+    G = group_size or args.group_size
+    temperature = args.temperature if temperature is None else temperature
+    choose = token_chooser(model, temperature, args.top_p, args.top_k)
+    eos = model.generation_config.eos_token_id
+    eos, groups = [eos] if isinstance(eos, int) else eos, []
+    training, _ = model.training, model.eval()
+    for start in range(0, len(prompts), args.rollout_prompts):
+        batch = prompts[start : start + args.rollout_prompts]
+        size = (G, args.max_response_tokens)
+        uniforms = torch.cat([torch.rand(size, generator=seeded(args.seed, step, p.index, p.place)) for p in batch])
+        responses, mask = generate(
+            model, batch, G, args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id
+        )
+        truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
+        for i, prompt in enumerate(batch):
+            part = slice(i * G, (i + 1) * G)
+            longest = mask[part].sum(1).max()
+            valid = mask[part, :longest]
+            ids = responses[part, :longest].masked_fill(~valid, tokenizer.pad_token_id)
+            texts = [tokenizer.decode(r[m], skip_special_tokens=True) for r, m in zip(ids, valid)]
+            groups.append(Group(prompt, ids, valid, truncated[part], texts))
+    model.train(training)
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reward: is the answer right, and is it written as asked for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def extract_answer(response):
+    """The content of the last balanced \\boxed{}, else of the last <answer></answer>, else None.
+
+    >>> extract_answer(r"so \\boxed{\\frac{1}{2}}")
+    '\\\\frac{1}{2}'
+    """
+    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", response)]):
+        depth = 1
+        for i in range(start, len(response)):
+            depth += {"{": 1, "}": -1}.get(response[i], 0)
+            if depth == 0:
+                return response[start:i].strip() or None
+    tagged = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
+    return (tagged[-1].strip() or None) if tagged else None
+
+
+def format_reward(response):
+    """1.0 for one <think> </think> that comes first and a \\boxed{} that comes after it, else 0.0."""
+    match = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", response, re.DOTALL)
+    return float(bool(match) and "<think>" not in match[1] + match[2] and extract_answer(match[2]) is not None)
+
+
+UNITS = (
+    r"(?:degrees?|deg|radians?|percent|mm|cm|dm|km|m|inches|inch|in|feet|foot|ft|yards?|yd|miles?|mi|meters?|metres?|"
+    r"centimeters?|kilometers?|grams?|kg|g|pounds?|lbs?|liters?|litres?|ml|l|seconds?|sec|s|minutes?|min|hours?|hr|h|"
+    r"units?|square units?|dollars?)"
+)
+
+
+def normalise(answer):
+    """Text, spacing, units, degree and percent signs, and a leading `x =` taken off an answer."""
+    answer = answer.strip().strip("$").strip().rstrip(".")
+    answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", answer)
+    answer = re.sub(r"\\(?:left|right|,|;|!| )|~", " ", answer)
+    answer = re.sub(r"\^?\s*\{?\\circ\}?|°|\\?%|\\\$", " ", answer)
+    answer = re.sub(r"^\s*\\?[A-Za-z]+\s*(?:=|\\approx)\s*", "", answer)
+    answer = re.sub(rf"(?<=[\d}})\s])\s*{UNITS}\s*(?:\^\s*\{{?[23]\}}?|²|³)?\s*$", "", answer)
+    answer = re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)
+    return re.sub(r"\s+", " ", answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")).strip()
+
+
+def letters(answer):
+    """The options that an answer names, sorted, or None: A for "(A)" and "A. 30", AC for "C, A" and "AC"."""
+    answer = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer).strip().strip("$").strip()
+    if label := re.match(r"\(?([A-J])(?:[.:)]|\)\s*[.:]?)\s*\S*(?<![,;])(?!.*\b[A-J]\b)", answer):
+        return label[1]
+    named = re.sub(r"[\s,;()&.]|\band\b", "", answer)
+    return "".join(sorted(set(named))) if re.fullmatch(r"[A-J]{1,10}", named) else None
+
+
+def maths_worker():
+    """Reads [gold, answer] lines, prints 1 or 0: sympy at work, in a process of its own that may be killed."""
+    import json
+    import signal
+    import sys
+
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        signal.alarm(int(float(sys.argv[1])) + 2)  # and that dies by itself where the run that asked was killed
+        try:
+            options = dict(
+                extraction_config=(LatexExtractionConfig(), ExprExtractionConfig()),
+                fallback_mode="no_fallback",
+                extraction_mode="first_match",
+                parsing_timeout=None,
+            )
+            gold, answer = (parse(f"${text}$", **options) for text in json.loads(line))
+            print(int(bool(gold and answer) and verify(gold, answer, timeout_seconds=None)), flush=True)
+        except Exception:  # whatever sympy makes of a model's answer: not a right one
+            print(0, flush=True)
+        signal.alarm(0)
+
+
+class Checker:
+    """Decides whether an answer is right. What takes sympy longer than `seconds` is wrong and costs just that."""
+
+    def __init__(self, seconds=3.0):
+        self.seconds, self.worker, self.timeouts = seconds, None, 0
+
+    def __call__(self, response, gold):
+        """True if the answer in `response` equals `gold`: letters, numbers, LaTeX, units, degrees, percent, words."""
+        answer = extract_answer(response)
+        return answer is not None and self.equal(answer, gold)
+
+    def equal(self, answer, gold):
+        boxed = extract_answer(gold)  # some data sets keep the whole solution as the answer
+        gold = boxed if boxed is not None else gold
+        if (options := letters(gold)) is not None:
+            return letters(answer) == options
+        answer, gold = normalise(answer), normalise(gold)
+        if not answer or not gold:
+            return False
+        if answer.casefold() == gold.casefold():
+            return True
+        if re.fullmatch(r"[A-Za-z ]+", gold):
+            return False  # words are equal or they are not
+        number = r"[+-]?\d{1,15}(\.\d{1,15})?"
+        if re.fullmatch(number, answer) and re.fullmatch(number, gold):
+            return float(answer) == float(gold)
+        return self.maths(answer, gold)
+
+    def maths(self, answer, gold):
+        if self.worker is None or self.worker.poll() is not None:
+            code = inspect.getsource(maths_worker) + "\nmaths_worker()"
+            self.worker = subprocess.Popen(
+                [sys.executable, "-c", code, str(self.seconds)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the run
+            )
+            if self.worker.stdout.readline() != "ready\n":
+                raise UserError("the maths checker does not start: pip install -r requirements.txt brings math-verify.")
+        self.worker.stdin.write(json.dumps([gold, answer]) + "\n")
+        self.worker.stdin.flush()
+        if select.select([self.worker.stdout], [], [], self.seconds)[0]:
+            return self.worker.stdout.readline() == "1\n"
+        self.timeouts += 1
+        self.close()
+        return False
+
+    def close(self):
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker.communicate()
+            self.worker = None
+
+
+def load_reward(spec):
+    """The function named by `my_file.py:function`; it takes problems, responses, answers, and returns rewards."""
+    file, _, name = spec.rpartition(":")
+    try:
+        module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:  # whatever the user's file raises while it is imported
+        raise UserError(
+            f"--reward {spec} cannot be imported ({type(error).__name__}: {error}): write it as my_file.py:function."
+        ) from None
+
+
+class Reward:
+    """The rewards of groups: a weighted sum of accuracy and format, or the user's own function."""
+
+    def __init__(self, args):
+        self.args, self.check = args, Checker(args.check_seconds)
+        self.custom = load_reward(args.reward) if args.reward else None
+
+    def __call__(self, groups):
+        """Sets accuracy, format and rewards (G,) of each group; returns the rewards (P, G)."""
+        args = self.args
+        for group in groups:
+            group.accuracy = torch.tensor([float(self.check(text, group.prompt.answer)) for text in group.texts])
+            group.format = torch.tensor([format_reward(text) for text in group.texts])
+            group.rewards = args.accuracy_weight * group.accuracy + args.format_weight * group.format
+        if self.custom:
+            rows = [(g.prompt.problem, text, g.prompt.answer) for g in groups for text in g.texts]
+            problems, responses, answers = map(list, zip(*rows))
+            try:
+                values = torch.tensor([float(value) for value in self.custom(problems, responses, answers)])
+            except Exception as error:  # whatever the user's function raises
+                raise UserError(f"--reward {args.reward} failed ({type(error).__name__}: {error}).") from None
+            if len(values) != len(responses):
+                raise UserError(
+                    f"--reward {args.reward} returned {len(values)} values for {len(responses)} responses: "
+                    f"return one for each."
+                )
+            for group, value in zip(groups, values.view(len(groups), -1)):
+                group.rewards = value
+        return torch.stack([group.rewards for group in groups])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward: one packed row per group
+# ---------------------------------------------------------------------------------------------------------------------
+
+HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
+
+
+def rows_of(group, budget):
+    """The group as packed rows of at most `budget` tokens: itself, or slices of several responses (at least one)."""
+    cost, rows, start = len(group.prompt.input_ids), [], 0
+    total = cost
+    for i, length in enumerate(group.mask.sum(1).tolist()):
+        if i > start and total + length > budget:
+            rows.append(group[start:i])
+            start, total = i, cost
+        total += length
+    return [*rows, group[start:]]
+
+
+def pack(row, device):
+    """The row [prompt | response 1 | ... | response G] as model inputs.
+
+    A response sees the prompt and itself, and its positions go on after the prompt's. Returns input_ids (1, L),
+    position_ids (3, 1, L), attention_mask (1, 1, L, L) bool and `source` (N,): for each response token, row by row, the
+    place whose hidden state predicts it; the token itself stands in the last N places.
+    """
+    prompt, mask = row.prompt, row.mask.to(device)
+    shared, (G, T) = len(prompt.input_ids), mask.shape
+    step = torch.arange(T, device=device).expand(G, T)[mask]  # (N,) a token's place in its response
+    owner = torch.arange(1, G + 1, device=device)[:, None].expand(G, T)[mask]  # (N,) 1 to G
+    owner = torch.cat([owner.new_zeros(shared), owner])  # (L,) 0: the prompt
+    place = torch.arange(len(owner), device=device)
+    positions = prompt.position_ids.to(device)
+    positions = torch.cat([positions, (positions.max() + 1 + step).expand(3, -1)], 1)
+    sees = ((owner[:, None] == owner) | (owner == 0)) & (place[:, None] >= place)
+    source = torch.where(step == 0, shared - 1, place[shared:] - 1)
+    ids = torch.cat([prompt.input_ids.to(device), row.responses.to(device)[mask]])
+    inputs = {"input_ids": ids[None], "position_ids": positions[:, None], "attention_mask": sees[None, None]}
+    return inputs, source
+
+
+def unpack(values, mask):
+    """Values (N, ...) of the valid tokens, row by row, as (G, T, ...) with 0 on padding."""
+    out = values.new_zeros(*mask.shape, *values.shape[1:])
+    return out.masked_scatter(mask.view(*mask.shape, *[1] * (values.dim() - 1)), values)
+
+
+def forward(model, row, temperature=1.0):
+    """Log-probs and entropies of a row's response tokens, from one packed forward pass.
+
+    Returns logps (G, T), over the full vocabulary at the sampling temperature; entropy (G, T) in nats, of the
+    distribution that each token was drawn from; hidden (L, D), the whole row's states after the final norm.
+    """
+    inputs, source = pack(row, model.device)
+    hidden = model.model(**inputs, **pictures([row.prompt], model.device), use_cache=False).last_hidden_state[0]
+    mask = row.mask.to(model.device)
+    targets = row.responses.to(model.device)[mask]
+    logps, entropy = token_logps(hidden[source], model.lm_head.weight, targets, temperature)
+    return unpack(logps, mask), unpack(entropy, mask), hidden
+
+
+def own_states(hidden, row):
+    """Of a packed row's hidden states (L, D): each response token's own (G, T, D), and those of the image (N, D)."""
+    shared = len(row.prompt.input_ids)
+    return unpack(hidden[shared:], row.mask.to(hidden.device)), hidden[:shared][row.prompt.image_mask.to(hidden.device)]
+
+
+def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
+    """log p(target) and entropy in nats, each (N,) fp32, from hidden states (N, D) and the head's weight (V, D).
+
+    The (N, V) logits never exist as a whole: chunks of tokens, recomputed in the backward pass.
+    """
+
+    def head(hidden, targets):
+        logps = ((hidden @ weight.to(hidden.dtype).T).float() / temperature).log_softmax(-1)
+        return logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+
+    parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    logps, entropy = zip(*parts)
+    return torch.cat(logps), torch.cat(entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages and loss: plain tensors in, plain tensors out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, eps=1e-6):
+    """(P, G) rewards -> (P, G) advantages: (r - mean) / (std + eps) in each group, unbiased std; 0 where all are equal.
+
+    GRPO (arXiv 2402.03300, section 4.1.2); the unbiased std and eps are EasyR1's and verl's.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+    tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError(f"a group of {rewards.shape[1]} response has nothing to compare with: G must be 2 or more")
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = (centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)).sqrt()
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return torch.where(equal, 0.0, centred / (std + eps))
+
+
+def aggregate(values, mask, aggregation="token", denominator=None):
+    """(B, T) -> scalar. "token" (DAPO): sum over valid tokens / their number. "sequence" (GRPO): mean over each
+    response's tokens, summed / number of responses. `denominator`: that number for the whole mini-batch over all
+    processes, so that any split into micro-batches sums to the same loss; None: of this batch.
+
+    >>> aggregate(torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[True, True], [True, False]]))
+    tensor(3.)
+    >>> aggregate(torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[True, True], [True, False]]), "sequence")
+    tensor(3.7500)
+    """
+    values = torch.where(mask, values, 0.0)
+    if aggregation == "sequence":
+        values = values.sum(1) / mask.sum(1).clamp(min=1)
+    if denominator is None:
+        denominator = loss_denominator(mask, aggregation)
+    return values.sum() / max(denominator, 1)
+
+
+def loss_denominator(mask, aggregation="token"):
+    """Valid tokens, or responses with a valid token: what `aggregate` divides by."""
+    return (mask.sum() if aggregation == "token" else mask.any(1).sum()).item()
+
+
+def policy_loss(logps, old_logps, advantages, mask, clip_low=0.2, clip_high=0.2, aggregation="token", denominator=None):
+    """The clipped loss of PPO and GRPO (arXiv 2402.03300, eq. 3), with DAPO's two clip ranges (2503.14476, eq. 8).
+
+        -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A),  ratio = exp(logp - old_logp)
+
+    Args: logps, old_logps, mask (B, T); advantages (B,) or (B, T); aggregation and denominator as in `aggregate`.
+    Returns (loss, info): `clip_fraction`, the share of tokens where the clipped product is the smaller one, and
+    `approx_kl`, the mean of ratio - 1 - log(ratio).
+
+    >>> logps = torch.tensor([[0.5, -0.5]]).log1p()  # ratio 1.5 and 0.5
+    >>> loss, info = policy_loss(logps, torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2, dtype=torch.bool))
+    >>> round(loss.item(), 4), info["clip_fraction"].item()  # -(1.2 + 0.5) / 2
+    (-0.85, 0.5)
+    """
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    log_ratio = torch.where(mask, logps - old_logps, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = aggregate(-torch.min(free, clipped), mask, aggregation, denominator)
+    info = {
+        "clip_fraction": aggregate((clipped < free).float(), mask).detach(),
+        "approx_kl": aggregate(ratio - 1 - log_ratio, mask).detach(),
+    }
+    return loss, info
+
+
+def kl_penalty(logps, ref_logps):
+    """(B, T) k3 estimate of KL(policy || reference): exp(ref - logp) - (ref - logp) - 1 (arXiv 2402.03300, eq. 4).
+
+    >>> kl_penalty(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]))
+    tensor([[0.3679]])
+    """
+    log_ratio = (ref_logps - logps).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: what a script's `main` calls by name, and what happens between two steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Model, data, optimiser, checkpoints and log of one training run, on one process or several."""
+
+    def __init__(self, args):
+        self.args, self.output = args, Path(args.output)
+        available = [str(tracker) for tracker in get_available_trackers()]
+        trackers = args.report_to.split(",") if args.report_to else []
+        for tracker in trackers:
+            if tracker not in available:
+                raise UserError(f"--report_to {tracker} is not installed: pip install {tracker}, or leave it out.")
+        bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="bf16" if bf16 else "no",
+            log_with=trackers or None,
+            project_dir=str(self.output),
+        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        if args.prompts_per_step % self.world:
+            raise UserError(
+                f"--prompts_per_step {args.prompts_per_step} cannot be split over {self.world} processes: "
+                f"make it a multiple of {self.world}."
+            )
+        state = self.find_checkpoint()
+        transformers.utils.logging.disable_progress_bar()
+        source = str(TOY / "model") if args.model == "toy" else args.model
+        weights, revision = (self.output / "last", "main") if state else (source, args.model_revision)
+        self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
+        self.tokenizer = self.processor.tokenizer
+        self.model = load_model(weights, revision).to(self.accelerator.device).train()
+        if args.freeze_vision:
+            self.model.model.visual.requires_grad_(False)
+        if args.gradient_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.reference = None
+        if args.kl_coef:
+            self.reference = load_model(source, args.model_revision).to(self.accelerator.device).requires_grad_(False)
+
+        rope_index = self.model.model.get_rope_index
+        self.data = Data(args.data, args.data_split, args, self.processor, rope_index)
+        self.say(f"{args.data}: {len(self.data)} prompts, {self.data.dropped} dropped as too long")
+        if args.eval_rows:
+            split = args.eval_split if args.eval_data != "toy" else "test"
+            self.eval_data = Data(args.eval_data, split, args, self.processor, rope_index, "--eval_data")
+            self.say(f"{args.eval_data}: {len(self.eval_data)} rows to evaluate on, {self.eval_data.dropped} dropped")
+        self.reward = Reward(args)
+
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay
+        )
+        shape = "constant_with_warmup" if args.schedule == "constant" else args.schedule
+        spans = args.warmup_steps * args.updates_per_step, args.steps * args.updates_per_step
+        self.schedule = transformers.get_scheduler(shape, self.optimizer, *spans).lr_lambdas[0]  # of the updates so far
+        self.updates, self.step, self.saved, self.stopping = 0, 0, None, False
+        self.history = {"first_eval": None, "last_eval": None, "seconds": 0.0}
+        position = self.restore(state) if state else 0
+        self.stream = Stream(self.data, args.seed, self.rank, self.world, position)
+        if self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_text(self.output / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+            if not state:
+                write_text(self.output / "metrics.jsonl", "")  # of a run that died before its first checkpoint
+        if trackers:
+            self.accelerator.init_trackers(self.output.name, config=dataclasses.asdict(args))
+
+    # ---- what `main` calls, in this order ---------------------------------------------------------------------------
+
+    def steps(self):
+        """Yields the number of each step; logs, evaluates and saves after it; ends with the last step or on Ctrl-C."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+        if self.step == 0 and self.args.eval_rows:
+            self.evaluate()
+        first = self.step + 1
+        with tqdm(total=self.args.steps, initial=self.step, disable=not self.main, unit="step") as self.bar:
+            for step in range(first, self.args.steps + 1):
+                self.begin = time.perf_counter()
+                self.seconds = {"rollout": 0.0, "score": 0.0, "update": 0.0}
+                self.groups, self.places, self.tries = [], [], 0
+                self.sums, self.norms, self.skipped = {}, [], 0
+                yield step
+                self.step = step
+                self.log()
+                due = self.args.eval_every and step % self.args.eval_every == 0
+                if self.args.eval_rows and (due or step == self.args.steps) and not self.stopping:
+                    self.evaluate()
+                self.stopping = self.total(self.stopping) > 0
+                due = self.args.save_every and step % self.args.save_every == 0
+                if due or step == self.args.steps or self.stopping:
+                    self.save()
+                if self.stopping:
+                    break
+        self.close()
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Times a phase of the step, and computes in bf16 where the run does."""
+        start = time.perf_counter()
+        with self.accelerator.autocast():
+            yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - start
+
+    def draw(self):
+        """This process's share of the next --prompts_per_step prompts; nothing once the step is full."""
+        if len(self.places) >= self.args.prompts_per_step or self.tries >= (
+            self.args.filter_tries if self.args.filter_groups else 1
+        ):
+            return []
+        self.tries += 1
+        return self.stream.draw(self.args.prompts_per_step)
+
+    def keep(self, groups):
+        """Adds groups to the step; with --filter_groups (DAPO, 2503.14476, eq. 11) only those of mixed success."""
+
+        def mixed(group):
+            if self.args.reward:  # accuracy may mean nothing under a reward of one's own
+                return bool((group.rewards != group.rewards[0]).any())
+            return 0.01 < group.accuracy.mean() < 0.99
+
+        self.sampled = groups  # the last draw, kept or not: what the log shows as a sample
+        kept = [group for group in groups if not self.args.filter_groups or mixed(group)]
+        self.add("filtered_groups", len(groups) - len(kept), len(groups))
+        for group in groups:
+            self.add("accuracy", group.accuracy.sum(), len(group.texts))
+            self.add("format", group.format.sum(), len(group.texts))
+            self.add("reward", group.rewards.sum(), len(group.texts))
+            self.add("response_tokens", group.mask.sum(), len(group.texts))
+            self.add("truncated", group.truncated.sum(), len(group.texts))
+            self.add("zero_advantage_groups", float((group.rewards == group.rewards[0]).all()), 1)
+        places = sorted(gather_object([group.prompt.place for group in kept]))
+        self.places = [*self.places, *places][: self.args.prompts_per_step]
+        self.groups = [group for group in [*self.groups, *kept] if group.prompt.place in self.places]
+
+    def rewards(self):
+        """(P, G) rewards of the groups that were kept."""
+        return torch.stack([g.rewards for g in self.groups]) if self.groups else torch.zeros(0, self.args.group_size)
+
+    def rows(self, advantages):
+        """The step's groups as packed rows: one per group, more where a group is longer than --tokens_per_row."""
+        rows = []
+        for group, group_advantage in zip(self.groups, advantages):
+            group.advantages = group_advantage
+            group.loss_mask = group.mask & ~group.truncated[:, None] if self.args.drop_truncated else group.mask
+            rows += rows_of(group, self.args.tokens_per_row)
+        if len(self.places) < self.args.prompts_per_step:
+            self.say(f"step {self.step + 1}: {len(self.places)} prompts of mixed success in {self.tries} draws")
+        return rows
+
+    def minibatches(self, rows):
+        """--updates_per_step lists of rows, each of an equal share of the step's prompts in the order of the data."""
+        size = math.ceil(len(self.places) / self.args.updates_per_step)
+        for start in range(0, len(self.places), max(size, 1)):
+            places = self.places[start : start + size]
+            yield [row for row in rows if row.prompt.place in places]
+
+    def denominator(self, rows):
+        """Tokens (or responses) that the loss of a mini-batch is divided by: over all its rows and all processes."""
+        return self.total(sum(loss_denominator(row.loss_mask, self.args.aggregation) for row in rows))
+
+    def backward(self, loss, info, mask):
+        """Gradients of one row; `info` goes to the log as the mean over the row's tokens, weighted by their number."""
+        self.accelerator.backward(loss)
+        self.add("loss", loss.detach(), 0)
+        for name, value in info.items():
+            self.add(name, value * mask.sum(), mask.sum())
+
+    def update(self):
+        """One optimiser step on the gradients so far; one that is not finite is skipped, and counted."""
+        if self.world > 1:
+            for p in self.parameters.values():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
+        rate = self.args.learning_rate * self.schedule(self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm)
+        if norm.isfinite():
+            self.optimizer.step()
+            self.norms.append(norm.item())
+        else:
+            self.skipped += 1
+            self.say(f"step {self.step + 1}: the gradient is not finite; this update is skipped")
+        self.optimizer.zero_grad()
+        self.updates += 1
+
+    # ---- log --------------------------------------------------------------------------------------------------------
+
+    def add(self, name, value, weight):
+        """Adds to a sum and its weight; the log holds their quotient over all processes (weight 0: the sum itself)."""
+        total, weights = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (total + float(value), weights + float(weight))
+
+    def total(self, value):
+        """The sum of a number over all processes."""
+        if self.world == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum").item()
+
+    def log(self):
+        """Writes the step's line of metrics.jsonl, moves the bar, and now and then shows a response."""
+        seconds = time.perf_counter() - self.begin
+        self.history["seconds"] += seconds
+        names = "reward accuracy format response_tokens truncated zero_advantage_groups"
+        sums = dict.fromkeys([*names.split(), "entropy", "loss", "clip_fraction", "approx_kl"], (0.0, 0.0))
+        for part in gather_object([self.sums]):  # one for each process
+            for name, (value, weight) in part.items():
+                value_so_far, weight_so_far = sums.get(name, (0.0, 0.0))
+                sums[name] = (value_so_far + value, weight_so_far + weight)
+        mean = {name: value / weight if weight else value for name, (value, weight) in sums.items()}
+        mean["loss"] /= max(len(self.norms) + self.skipped, 1)
+        line = {
+            "step": self.step,
+            **mean,
+            "grad_norm": sum(self.norms) / max(len(self.norms), 1),
+            "skipped_updates": self.skipped,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            **{f"seconds_{name}": value for name, value in self.seconds.items()},
+            "tokens_per_second": sums["response_tokens"][0] / seconds,
+        }
+        self.write(line)
+        self.bar.set_postfix(reward=f"{line['reward']:.2f}", refresh=False)
+        self.bar.update()
+        if self.args.show_every and self.step % self.args.show_every == 0:
+            group = self.sampled[self.step % len(self.sampled)]
+            self.say(
+                f"\nstep {self.step}  {group.prompt.problem}\n  {group.texts[0].strip()}\n"
+                f"  right answer {group.prompt.answer}, reward {group.rewards[0]:.2f}"
+            )
+
+    def write(self, line):
+        line = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
+        if self.main:
+            with open(self.output / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text, file=sys.stderr)
+
+    def evaluate(self):
+        """Accuracy on --eval_data, one response per row, by the prompt, sampler and checker of training."""
+        begin, args = time.perf_counter(), self.args
+        order = self.eval_data.indices
+        if 0 < args.eval_rows < len(order):
+            order = sorted(random.Random(args.seed).sample(order, args.eval_rows))
+        right = tokens = truncated = 0
+        mine = order[self.rank :: self.world]
+        bar = tqdm(total=len(mine), desc="evaluation", leave=False, disable=not self.main, unit="row")
+        for start in range(0, len(mine), args.rollout_prompts * args.group_size):
+            part = mine[start : start + args.rollout_prompts * args.group_size]
+            prompts = list(self.stream.pool.map(self.eval_data.prompt, part))
+            wide = dataclasses.replace(args, rollout_prompts=args.rollout_prompts * args.group_size)
+            with self.accelerator.autocast():
+                groups = rollout(self.model, self.tokenizer, prompts, wide, "eval", 1, args.eval_temperature)
+            for group in groups:
+                right += self.reward.check(group.texts[0], group.prompt.answer)
+                tokens += int(group.mask.sum())
+                truncated += int(group.truncated.sum())
+            bar.update(len(part))
+        bar.close()
+        rows = len(order)
+        accuracy = self.total(right) / rows
+        line = {
+            "step": self.step,
+            "eval_accuracy": accuracy,
+            "eval_stderr": math.sqrt(accuracy * (1 - accuracy) / rows),
+            "eval_rows": rows,
+            "eval_response_tokens": self.total(tokens) / rows,
+            "eval_truncated": self.total(truncated) / rows,
+            "eval_seconds": time.perf_counter() - begin,
+        }
+        self.history["first_eval"] = self.history["first_eval"] or line
+        self.history["last_eval"] = line
+        self.write(line)
+        self.say(f"step {self.step}: accuracy {accuracy:.1%} ± {line['eval_stderr']:.1%} on {rows} rows")
+
+    def close(self):
+        """The last lines on the console: what was gained, and where the files are."""
+        first, last = self.history["first_eval"], self.history["last_eval"]
+        self.accelerator.end_training()
+        self.reward.check.close()
+        self.stream.pool.shutdown()
+        if first and last and last["step"] > first["step"]:
+            self.say(
+                f"accuracy {first['eval_accuracy']:.1%} -> {last['eval_accuracy']:.1%} ± {last['eval_stderr']:.1%} on "
+                f"{last['eval_rows']} rows of {self.args.eval_data}, in {self.step} steps and "
+                f"{self.history['seconds']:.0f} s of training"
+            )
+        if self.reward.check.timeouts:
+            self.say(f"{self.reward.check.timeouts} answers took the maths checker too long and count as wrong")
+        self.say(f"{self.output}/: metrics.jsonl, args.json, and the model in last/")
+        if self.stopping:
+            self.say(f"stopped after step {self.step} of {self.args.steps}: the same command with --resume goes on")
+            raise SystemExit(130)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def stop(self, *_):
+        """Ctrl-C, or a scheduler's SIGTERM: finish the step, save, stop. A second one stops at once."""
+        if self.stopping:
+            raise SystemExit(130)
+        self.stopping = True
+        self.say("stopping after this step; once more stops at once, without saving")
+
+    def save(self):
+        """<output>/step-N, a Hugging Face folder with the training state beside the weights; `last` points to it.
+
+        Written under another name and renamed, so that a folder called step-N is whole. There is no state of a random
+        generator to save: every random number comes from the seed, the step and the row of the data.
+        """
+        if not self.main or self.saved == self.step:
+            return
+        folder, beside = self.output / f"step-{self.step}", self.output / f"step-{self.step}.unfinished"
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            self.model.save_pretrained(beside)
+            self.processor.save_pretrained(beside)
+            tensors = {
+                f"{name}.{key}": value.contiguous()
+                for name, p in self.parameters.items()
+                for key, value in self.optimizer.state[p].items()
+            }
+            save_file(tensors, beside / "optimizer.safetensors")
+            state = {
+                "step": self.step,
+                "position": self.stream.position,
+                "updates": self.updates,
+                "history": self.history,
+                **{name: getattr(self.args, name) for name in ("model", "data", "seed")},
+            }
+            write_text(beside / "trainer_state.json", json.dumps(state, indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+            (self.output / "last.unfinished").unlink(missing_ok=True)
+            (self.output / "last.unfinished").symlink_to(folder.name)
+            (self.output / "last.unfinished").replace(self.output / "last")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise UserError(
+                f"{folder} could not be written ({error}); the checkpoint before it is whole: make room, then --resume."
+            ) from None
+        self.saved = self.step
+
+    def find_checkpoint(self):
+        """The training state to go on from, or None; refuses to mix two runs in one folder."""
+        last, args = self.output / "last", self.args
+        if not args.resume:
+            if last.exists():
+                raise UserError(f"{self.output} holds a run: --resume goes on with it, --output starts another.")
+            return None
+        if not last.exists():
+            raise UserError(f"--resume: there is no checkpoint in {self.output}; start without it, or set --output.")
+        state = json.loads((last / "trainer_state.json").read_text())
+        for name in ("model", "data", "seed"):
+            if state[name] != getattr(args, name):
+                raise UserError(
+                    f"--resume: {self.output} holds a run with --{name} {state[name]}, not {getattr(args, name)}: "
+                    f"give the same, or another --output."
+                )
+        return state
+
+    def restore(self, state):
+        """Optimiser, counters and log as they were; returns the position in the data."""
+        names = {f"{name}.": p for name, p in self.parameters.items()}
+        for key, value in load_file(self.output / "last" / "optimizer.safetensors").items():
+            name, _, what = key.rpartition(".")
+            place = "cpu" if what == "step" else self.accelerator.device
+            self.optimizer.state[names[f"{name}."]][what] = value.to(place)
+        self.updates, self.step, self.saved = state["updates"], state["step"], state["step"]
+        self.history = state["history"]
+        if self.main:
+            lines = (self.output / "metrics.jsonl").read_text().splitlines()
+            lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+            write_text(self.output / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+        self.say(f"going on after step {self.step}")
+        return state["position"]
+
+
+def write_text(path, text):
+    """Writes a file beside and renames it: whoever reads it finds the old one or the new one, whole."""
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(text)
+    beside.replace(path)

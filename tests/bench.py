@@ -1,0 +1,243 @@
+"""Speed as ratios of one run: python tests/bench.py [--repeats 5]
+
+Shape: a random Qwen2.5-VL of about 25M parameters with 8,192 tokens, 2 prompts of one 448-pixel picture (256 image
+tokens), G = 8, 64 response tokens. Every figure is a ratio of medians of interleaved runs, so that a machine that is
+slow today is slow for both sides. The last one runs the same step in TRL's GRPOTrainer (tests/requirements.txt).
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+
+P, G, PIXELS = 2, 8, 448
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5_VLConfig.from_pretrained(common.TOY / "model")
+    text, vision = config.text_config, config.vision_config
+    text.vocab_size, text.hidden_size, text.intermediate_size = 8192, 512, 1536
+    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 6, 8, 4
+    text.layer_types = ["full_attention"] * 6
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [8, 12, 12]}
+    text.initializer_range = 0.02
+    vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 256, 512, 512
+    vision.depth, vision.fullatt_block_indexes, vision.window_size = 4, [3], 112
+    kinds = {"text_config": "shared_prefix", "vision_config": "sdpa"}
+    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=kinds)
+    return model.float().train()
+
+
+def make_rows(count):
+    """Pictures of noise and a question each, in the schema of geometry3k."""
+    from PIL import Image
+
+    return [
+        {
+            "images": [Image.effect_noise((PIXELS, PIXELS), 40 + i).convert("RGB")],
+            "problem": f"<image>How many things are there in picture {i}?",
+            "answer": "3",
+        }
+        for i in range(count)
+    ]
+
+
+def make_data(args, processor, model):
+    import datasets
+
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.Dataset.from_list(make_rows(P)).to_parquet(f"{folder}/rows.parquet")
+        data = common.Data(f"{folder}/rows.parquet", "train", args, processor, model.model.get_rope_index)
+        return [data.prompt(i) for i in range(P)]
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(name, slow, fast, repeats, note=""):
+    """Prints median(slow) / median(fast) of interleaved runs, after one of each that does not count."""
+    slow(), fast()
+    times = [(seconds(slow), seconds(fast)) for _ in range(repeats)]
+    a, b = (statistics.median(column) for column in zip(*times))
+    ratios = sorted(x / y for x, y in times)
+    print(f"{name:46s} {a / b:6.2f} x   ({ratios[0]:.2f} to {ratios[-1]:.2f}; {a:.2f} s against {b:.2f} s) {note}")
+    return a / b
+
+
+def padded_update(model, groups):
+    """The usual way: G copies of prompt and pictures in one padded batch, all logits of the responses in memory."""
+    for group in groups:
+        prompt, mask = group.prompt, group.mask
+        ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses], 1)
+        attention = torch.cat([torch.ones(G, len(prompt.input_ids), dtype=torch.bool), mask], 1)
+        kinds = torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int()
+        out = model(
+            input_ids=ids,
+            attention_mask=attention,
+            mm_token_type_ids=kinds,
+            pixel_values=prompt.pixel_values.repeat(G, 1),
+            image_grid_thw=prompt.image_grid_thw.repeat(G, 1),
+            logits_to_keep=mask.shape[1] + 1,
+        )
+        logps = out.logits[:, :-1].log_softmax(-1)
+        chosen = logps.gather(-1, group.responses[..., None])[..., 0]
+        loss, _ = common.policy_loss(chosen, chosen.detach(), torch.linspace(-1, 1, G), mask)
+        loss.backward()
+    model.zero_grad()
+
+
+def packed_update(model, groups):
+    for group in groups:
+        logps, _, _ = common.forward(model, group)
+        loss, _ = common.policy_loss(logps, logps.detach(), torch.linspace(-1, 1, G), group.mask)
+        loss.backward()
+    model.zero_grad()
+
+
+def plain_sampling(model, prompts, tokens):
+    """`generate` on G copies of each prompt, as a trainer without a shared cache calls it."""
+    copies = [prompt for prompt in prompts for _ in range(G)]
+    with torch.no_grad():
+        model.eval().generate(
+            input_ids=torch.stack([p.input_ids for p in copies]),
+            attention_mask=torch.stack([torch.ones_like(p.input_ids) for p in copies]),
+            mm_token_type_ids=torch.stack([p.image_mask.int() for p in copies]),
+            **common.pictures(copies, "cpu"),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=True,
+        )
+    model.train()
+
+
+def our_step(model, tokenizer, prompts, args, reward, optimizer, step):
+    groups = common.rollout(model, tokenizer, prompts, args, step)
+    advantages = common.group_advantages(reward(groups))
+    denominator = sum(int(group.mask.sum()) for group in groups)
+    for group, group_advantage in zip(groups, advantages):
+        logps, _, _ = common.forward(model, group)
+        loss, _ = common.policy_loss(logps, logps.detach(), group_advantage, group.mask, denominator=denominator)
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trl_step_seconds(processor, tokens, steps):
+    """Seconds of each step of GRPOTrainer at the same settings."""
+    import datasets
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(transformers.TrainerCallback):
+        def __init__(self):
+            self.times = []
+
+        def on_step_begin(self, *_, **__):
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.times.append(time.perf_counter() - self.begin)
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{row['problem'][7:]}\n{common.INSTRUCTION}"}],
+            "image": row["images"][0],
+            "answer": row["answer"],
+        }
+        for row in make_rows(P)
+    ]
+    model, clock = make_model(), Clock()
+    model.set_attn_implementation("sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=P * G,
+            num_generations=G,
+            max_completion_length=tokens,
+            max_steps=steps,
+            learning_rate=1e-6,
+            beta=0.0,
+            loss_type="dapo",
+            temperature=1.0,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            processing_class=processor,
+            reward_funcs=lambda completions, **_: [float(len(c[0]["content"]) % 7) for c in completions],
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            callbacks=[clock],
+        )
+        trainer.train()
+    return clock.times[1:]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
+    parser.add_argument("--response_tokens", type=int, default=64, help="tokens of every response")
+    parser.add_argument("--no_trl", action="store_true", help="leave TRL's step out")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    tokens = options.response_tokens
+    args = common.Args(group_size=G, max_response_tokens=tokens, max_pixels=10**6)
+    processor = common.load_processor(common.TOY / "model", max_pixels=10**6)
+    model = make_model()
+    prompts = make_data(args, processor, model)
+    model.generation_config.eos_token_id = [8191]  # the random model hardly ever ends: equal lengths for all
+    groups = common.rollout(model, processor.tokenizer, prompts, args, 0)
+    Lp, Lr = len(prompts[0].input_ids), int(groups[0].mask[0].sum())
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    image = int(prompts[0].image_mask.sum())
+    print(f"{millions:.0f}M parameters, {P} prompts x {G}, Lp = {Lp} of which {image} image tokens, Lr = {Lr}")
+    print(f"{torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}")
+
+    bound = G * (Lp + Lr) / (Lp + G * Lr)
+    compare(
+        "update: padded batch / packed row",
+        lambda: padded_update(model, groups),
+        lambda: packed_update(model, groups),
+        options.repeats,
+        f"token ratio {bound:.2f}, bar {0.8 * bound:.2f}",
+    )
+    compare(
+        "sampling: plain generate / prompt computed once",
+        lambda: plain_sampling(model, prompts, tokens),
+        lambda: common.rollout(model, processor.tokenizer, prompts, args, 0),
+        options.repeats,
+    )
+    if options.no_trl:
+        return
+    reward, optimizer = common.Reward(args), torch.optim.AdamW(model.parameters(), 1e-6)
+    ours = [
+        seconds(lambda step=step: our_step(model, processor.tokenizer, prompts, args, reward, optimizer, step))
+        for step in range(options.repeats + 1)
+    ][1:]
+    theirs = trl_step_seconds(processor, tokens, options.repeats + 1)
+    a, b = statistics.median(theirs), statistics.median(ours)
+    spread = f"{min(theirs) / max(ours):.2f} to {max(theirs) / min(ours):.2f}; {a:.2f} s against {b:.2f} s"
+    print(f"{'whole step: TRL / ours':46s} {a / b:6.2f} x   ({spread}) bar 4")
+
+
+if __name__ == "__main__":
+    main()

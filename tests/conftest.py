@@ -1,0 +1,116 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+torch.set_num_threads(2)
+transformers.utils.logging.disable_progress_bar()
+TOKENS = dict(image_token_id=11, video_token_id=12, vision_start_token_id=9, vision_end_token_id=10)
+END = [13, 0]  # token ids of the random models below
+
+
+def text_config(**more):
+    return dict(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], **more.pop("rope", {})},
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=13,
+        pad_token_id=0,
+        **more,
+    )
+
+
+def tiny_model(family, seed=0):
+    """A random model of the family's real classes, small enough for float64."""
+    torch.manual_seed(seed)
+    vision = dict(depth=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, num_heads=2)
+    if family == "qwen2_vl":
+        vision |= dict(embed_dim=16, hidden_size=32, mlp_ratio=2)
+        config = transformers.Qwen2VLConfig(text_config=text_config(), vision_config=vision, **TOKENS)
+        cls = transformers.Qwen2VLForConditionalGeneration
+    elif family == "qwen2_5_vl":
+        vision |= dict(
+            hidden_size=16, intermediate_size=24, out_hidden_size=32, window_size=56, fullatt_block_indexes=[1]
+        )
+        config = transformers.Qwen2_5_VLConfig(text_config=text_config(), vision_config=vision, **TOKENS)
+        cls = transformers.Qwen2_5_VLForConditionalGeneration
+    else:
+        vision |= dict(hidden_size=16, intermediate_size=24, out_hidden_size=32, deepstack_visual_indexes=[0, 1])
+        vision |= dict(num_position_embeddings=64)
+        text = text_config(head_dim=8, rope={"mrope_interleaved": True})
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+        cls = transformers.Qwen3VLForConditionalGeneration
+    model = cls._from_config(config, attn_implementation={"text_config": "shared_prefix", "vision_config": "sdpa"})
+    model.generation_config.eos_token_id = END
+    return model.float().train()
+
+
+def tiny_prompt(model, grids, words=(20, 21, 22), index=0, seed=0):
+    """A prompt with one image per grid (h, w in patches), words before, between and after."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, kinds = list(words), [0] * len(words)
+    for h, w in grids:
+        n = h * w // 4
+        ids += [9, *[11] * n, 10, 30]
+        kinds += [0, *[1] * n, 0, 0]
+    ids, kinds = torch.tensor(ids), torch.tensor(kinds)
+    if not grids:
+        return common.Prompt(index, "", "", ids, torch.arange(len(ids)).expand(3, -1), None, None, kinds == 1)
+    thw = torch.tensor([[1, h, w] for h, w in grids])
+    pixels = torch.randn(int(thw.prod(1).sum()), 1176, generator=generator)
+    positions = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=thw)[0][:, 0]
+    return common.Prompt(index, "", "", ids, positions, pixels, thw, kinds == 1)
+
+
+def tiny_group(prompt, lengths, seed=0):
+    """A group with responses of the given lengths and garbage on the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    T = max(lengths)
+    responses = torch.randint(20, 96, (len(lengths), T), generator=generator)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    return common.Group(prompt, responses, mask, torch.zeros(len(lengths), dtype=torch.bool), [""] * len(lengths))
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The embedded model and processor."""
+    folder = str(ROOT / "toy" / "model")
+    return common.load_model(folder), common.load_processor(folder)
+
+
+@pytest.fixture
+def args(tmp_path):
+    """Arguments of a short run on the toy."""
+    return common.Args(
+        output=str(tmp_path / "run"), steps=2, prompts_per_step=2, group_size=4, eval_rows=0, show_every=0
+    )
+
+
+@pytest.fixture
+def picture_file(tmp_path):
+    """A data set of three rows, one without a picture, as json lines beside its pictures."""
+    import json
+
+    for i, (mode, colour) in enumerate([("RGB", "red"), ("RGBA", (0, 0, 255, 128))]):
+        Image.new(mode, (56, 84), colour).save(tmp_path / f"{i}.png")
+    rows = [
+        {"images": ["0.png"], "problem": "<image>How many?", "answer": "3"},
+        {"images": ["0.png", "1.png"], "problem": "Of <image> and <image>, which?", "answer": "A"},
+        {"images": [], "problem": "One and one?", "answer": "2"},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,144 @@
+"""The packed row against a plain padded batch, and the chunked head against plain logits."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_group, tiny_model, tiny_prompt
+
+from common import forward, own_states, rows_of, token_logps, unpack
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+SHAPES = {  # images of a prompt as (h, w) in patches
+    "one image": [(4, 6)],
+    "two images of different sizes": [(2, 4), (6, 4)],
+    "no image": [],
+}
+
+
+def padded(model, group, temperature=1.0):
+    """The same numbers the usual way: G copies of prompt and pictures, right-padded, all logits in memory."""
+    prompt, mask = group.prompt, group.mask
+    G, shared = len(mask), len(prompt.input_ids)
+    ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses.masked_fill(~mask, 0)], 1)
+    attention = torch.cat([torch.ones(G, shared, dtype=torch.bool), mask], 1)
+    inputs = {"input_ids": ids, "attention_mask": attention.long()}
+    if prompt.pixel_values is not None:
+        inputs["pixel_values"] = prompt.pixel_values.repeat(G, 1)
+        inputs["image_grid_thw"] = prompt.image_grid_thw.repeat(G, 1)
+        inputs["mm_token_type_ids"] = torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int()
+    model.model.rope_deltas = None
+    out = model(**inputs, output_hidden_states=True, use_cache=False)
+    logps = (out.logits[:, shared - 1 : -1].float() / temperature).log_softmax(-1)
+    chosen = logps.gather(-1, group.responses[..., None])[..., 0]
+    entropy = -(logps.exp() * logps).sum(-1)
+    return chosen, entropy, out.hidden_states[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("images", SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_row_equals_padded_batch(family, images, temperature):
+    model = tiny_model(family)
+    prompt = tiny_prompt(model, SHAPES[images])
+    group = tiny_group(prompt, [7, 1, 4, 12])
+    other = copy.deepcopy(model)
+    logps, entropy, hidden = forward(model, group, temperature)
+    want_logps, want_entropy, want_hidden = padded(other, group, temperature)
+    mask = group.mask
+    assert torch.allclose(logps[mask], want_logps[mask], atol=2e-5)
+    assert torch.allclose(entropy[mask], want_entropy[mask], atol=2e-5)
+    assert (logps[~mask] == 0).all() and (entropy[~mask] == 0).all()
+
+    shared = len(prompt.input_ids)
+    own, image = own_states(hidden, group)
+    assert torch.allclose(own[mask], want_hidden[:, shared:][mask], atol=2e-5)
+    assert torch.allclose(image, want_hidden[0, :shared][prompt.image_mask], atol=2e-5)
+    assert (own[~mask] == 0).all()
+
+    weights = torch.linspace(-1, 1, mask.numel()).view(mask.shape)
+    (logps * weights + 0.1 * entropy)[mask].sum().backward()
+    (want_logps * weights + 0.1 * want_entropy)[mask].sum().backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        if q.grad is None:
+            assert p.grad is None or not p.grad.any(), name
+        else:
+            assert torch.allclose(p.grad, q.grad, atol=1e-4 * max(1, q.grad.abs().max())), name
+
+
+def test_the_oracle_notices_a_wrong_position():
+    """The comparison above is sharp: shifting one position by one moves the log-probs by far more than 2e-5."""
+    model = tiny_model("qwen2_5_vl")
+    prompt = tiny_prompt(model, [(4, 6)])
+    group = tiny_group(prompt, [7, 3])
+    right = forward(model, group)[0]
+    prompt.position_ids[0, 5] += 1
+    assert (forward(model, group)[0] - right).abs().max() > 1e-3
+
+
+def test_garbage_on_the_padding_changes_nothing():
+    model = tiny_model("qwen2_5_vl")
+    group = tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2, 1])
+    clean = forward(model, group)
+    group.responses[~group.mask] = 11  # an image token, the worst garbage
+    assert all(torch.equal(a, b) for a, b in zip(clean, forward(model, group)))
+
+
+def test_the_order_of_responses_is_only_an_order():
+    model = tiny_model("qwen2_5_vl")
+    group = tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2, 1, 6])
+    order = torch.tensor([2, 0, 3, 1])
+    turned = copy.copy(group)
+    turned.responses, turned.mask = group.responses[order], group.mask[order]
+    assert torch.allclose(forward(model, group)[0][order], forward(model, turned)[0], atol=1e-5)
+
+
+def test_a_group_cut_into_rows_is_the_same_group():
+    model = tiny_model("qwen2_5_vl")
+    prompt = tiny_prompt(model, [(4, 4)])
+    group = tiny_group(prompt, [5, 2, 1, 6, 3])
+    shared = len(prompt.input_ids)
+    rows = rows_of(group, shared + 8)
+    assert [row.mask.sum(1).tolist() for row in rows] == [[5, 2, 1], [6], [3]]
+    assert all(shared + row.mask.sum() <= shared + 8 for row in rows)
+    whole = forward(model, group)[0]
+    assert torch.allclose(torch.cat([forward(model, row)[0] for row in rows]), whole, atol=1e-5)
+    assert [len(row.mask) for row in rows_of(group, 1)] == [1] * 5  # nothing fits: one response each
+    assert [len(row.mask) for row in rows_of(group, 10**6)] == [5]
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = tiny_model("qwen2_5_vl")
+    group = tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2])
+    plain = forward(model, group)[0]
+    plain.sum().backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    again = forward(model, group)[0]
+    again.sum().backward()
+    assert torch.equal(plain, again)
+    assert all(torch.allclose(p.grad, g, atol=1e-6) for p, g in zip(model.parameters(), want))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_head_in_chunks_equals_plain_logits(chunk):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
+    targets = torch.randint(50, (7,))
+    inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
+    logps, entropy = token_logps(*inputs, targets, 0.8, chunk)
+    plain = [x.clone().requires_grad_() for x in (hidden, weight)]
+    want = (plain[0] @ plain[1].T / 0.8).float().log_softmax(-1)
+    want_logps, want_entropy = want.gather(1, targets[:, None])[:, 0], -(want.exp() * want).sum(-1)
+    assert torch.allclose(logps, want_logps, atol=1e-6) and torch.allclose(entropy, want_entropy, atol=1e-6)
+    (logps.sum() + entropy.square().sum()).backward()
+    (want_logps.sum() + want_entropy.square().sum()).backward()
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-5) for a, b in zip(inputs, plain))
+
+
+def test_unpack():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert unpack(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 2, 0], [3, 0, 0]]
+    wide = unpack(torch.arange(6.0).view(3, 2), mask)
+    assert wide.shape == (2, 3, 2) and wide[1, 0].tolist() == [4, 5] and not wide[~mask].any()

@@ -1,0 +1,141 @@
+"""Sampling from a prompt computed once, against plain `generate` on G copies of the prompt."""
+
+import pytest
+import torch
+from conftest import END, tiny_model, tiny_prompt
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from common import forward, generate, seeded, token_chooser
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+
+
+class FollowUniforms(LogitsProcessor):
+    """Makes plain `generate` draw with our random numbers: only the token that they pick is left."""
+
+    def __init__(self, choose, uniforms, start):
+        self.choose, self.uniforms, self.start = choose, uniforms, start
+
+    def __call__(self, input_ids, scores):
+        token = self.choose(scores, self.uniforms[:, input_ids.shape[1] - self.start])
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+
+
+def plain(model, prompt, G, max_tokens, choose, uniforms):
+    """`generate` as a textbook would call it, on G copies of one prompt."""
+    ids = prompt.input_ids.expand(G, -1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt.pixel_values is not None:
+        inputs["pixel_values"] = prompt.pixel_values.repeat(G, 1)
+        inputs["image_grid_thw"] = prompt.image_grid_thw.repeat(G, 1)
+        inputs["mm_token_type_ids"] = prompt.image_mask.int().expand(G, -1)
+    model.model.rope_deltas = None
+    follow = FollowUniforms(choose, uniforms, ids.shape[1])
+    out = model.generate(
+        **inputs,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([follow]),
+        eos_token_id=END,
+        pad_token_id=0,
+    )
+    out = out[:, ids.shape[1] :]
+    return torch.nn.functional.pad(out, (0, max_tokens - out.shape[1]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.8, 0.9, 0), (1.2, 1.0, 5), (0.0, 1.0, 0)])
+def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k):
+    model, G, max_tokens = tiny_model(family).eval(), 5, 16
+    prompts = [  # different lengths, sizes and numbers of images, one without
+        tiny_prompt(model, [(4, 6)]),
+        tiny_prompt(model, [], words=(20, 21, 22, 23, 24)),
+        tiny_prompt(model, [(2, 4), (6, 4)], seed=1),
+        tiny_prompt(model, [(2, 2)], words=(50,), seed=2),
+    ]
+    choose = token_chooser(model, temperature, top_p, top_k)
+    uniforms = torch.rand(len(prompts) * G, max_tokens, generator=seeded(1, 2))
+    responses, mask = generate(model, prompts, G, max_tokens, choose, uniforms, END, 0)
+    responses = torch.nn.functional.pad(responses, (0, max_tokens - responses.shape[1]))
+    mask = torch.nn.functional.pad(mask, (0, max_tokens - mask.shape[1]))
+    for i, prompt in enumerate(prompts):
+        part = slice(i * G, (i + 1) * G)
+        want = plain(model, prompt, G, max_tokens, choose, uniforms[part])
+        assert torch.equal(responses[part][mask[part]], want[mask[part]]), i
+        ended = torch.isin(want, torch.tensor(END))
+        assert torch.equal(mask[part], ended.cumsum(1) - ended.long() == 0)
+    if temperature == 1.0 and top_p == 1.0 and top_k == 0:
+        assert len(set(mask.sum(1).tolist())) > 3  # responses end at different lengths, so rows left the batch
+
+
+def test_a_rollout_does_not_depend_on_its_batch(toy):
+    from common import Args, Data, rollout
+
+    model, processor = toy
+    model.train()
+    args = Args(max_response_tokens=24)
+    data = Data("toy", "test", args, processor, model.model.get_rope_index)
+    prompts = [data.prompt(i) for i in (3, 6, 5, 0)]  # one picture, none, two, one
+    together = rollout(model, processor.tokenizer, prompts, args, 7)
+    args.rollout_prompts = 1
+    alone = rollout(model, processor.tokenizer, prompts[::-1], args, 7)[::-1]
+    for a, b in zip(together, alone):
+        assert torch.equal(a.responses, b.responses) and torch.equal(a.mask, b.mask) and a.texts == b.texts
+    later = rollout(model, processor.tokenizer, prompts, args, 8)
+    assert any(a.texts != b.texts for a, b in zip(together, later))
+    assert model.training  # sampling in eval mode, as it was found afterwards
+
+
+def test_mask_ends_with_the_first_end_of_turn(toy):
+    from common import Args, Data, rollout
+
+    model, processor = toy
+    data = Data("toy", "test", Args(), processor, model.model.get_rope_index)
+    for group in rollout(model, processor.tokenizer, [data.prompt(0), data.prompt(1)], Args(max_response_tokens=20), 1):
+        for response, mask, truncated in zip(group.responses, group.mask, group.truncated):
+            ends = (response == processor.tokenizer.eos_token_id)[mask]
+            assert ends.sum() == (0 if truncated else 1) and (truncated or ends[-1])
+            assert (response[~mask] == processor.tokenizer.pad_token_id).all()
+            assert mask.sum() == 20 or not truncated
+
+
+def test_inverse_transform_draws_from_the_softmax():
+    model = tiny_model("qwen2_5_vl")
+    logits = torch.randn(1, 96, generator=seeded(0)) * 2
+    choose = token_chooser(model, 1.0, 1.0, 0)
+    draws = choose(logits.expand(200_000, -1), torch.rand(200_000, generator=seeded(1)))
+    logits[:, [11, 12]] = -torch.inf
+    probs = logits.softmax(-1)[0]
+    shares = torch.bincount(draws, minlength=96) / 200_000
+    assert (shares - probs).abs().max() < 0.005
+    assert shares[[11, 12]].sum() == 0  # image and video tokens are never sampled
+
+
+def test_image_tokens_are_banned_even_when_they_are_the_likeliest():
+    model = tiny_model("qwen2_5_vl")
+    logits = torch.zeros(4, 96)
+    logits[:, [11, 12]] = 50.0
+    for temperature in (0.0, 1.0):
+        chosen = token_chooser(model, temperature, 1.0, 0)(logits, torch.tensor([0.0, 0.1, 0.9999999, 0.5]))
+        assert not torch.isin(chosen, torch.tensor([11, 12])).any()
+
+
+def test_the_random_numbers_at_the_ends_pick_a_possible_token():
+    model = tiny_model("qwen2_5_vl")
+    logits = torch.full((2, 96), -1000.0)
+    logits[:, 40], logits[:, 60] = 0.0, 0.0
+    choose = token_chooser(model, 1.0, 1.0, 0)
+    assert choose(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [40, 60]
+
+
+def test_sampler_and_forward_agree_on_the_distribution():
+    """Greedy tokens of the sampler are the argmax of the packed forward pass: no drift between the two."""
+    model = tiny_model("qwen2_5_vl").eval()
+    prompt = tiny_prompt(model, [(4, 6)])
+    choose = token_chooser(model, 0.0, 1.0, 0)
+    from common import Group
+
+    responses, mask = generate(model, [prompt], 2, 12, choose, torch.zeros(2, 12), END, 0)
+    group = Group(prompt, responses, mask, torch.zeros(2, dtype=torch.bool), [""] * 2)
+    logps, entropy, _ = forward(model, group)
+    assert (logps[mask] >= -entropy[mask] * 3 - 3).all() and (logps[mask].exp() > 1 / 96).all()
