@@ -108,7 +108,7 @@ class DataArgs:
 class RolloutArgs:
     """rollout"""
 
-    prompts_per_step: int | None = flag(None, "prompts sampled in a step, all processes together (toy: 8, else: 512)")
+    prompts_per_step: int | None = flag(None, "prompts sampled in a step, all processes together (toy: 16, else: 512)")
     group_size: int = flag(8, "responses sampled for each prompt")
     max_response_tokens: int | None = flag(None, "a response is cut after so many tokens (toy: 64, else: 2048)")
     temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss")
@@ -145,7 +145,7 @@ class LossArgs:
 class UpdateArgs:
     """update"""
 
-    steps: int | None = flag(None, "steps of the whole run (toy: 200, else: 60)")
+    steps: int | None = flag(None, "steps of the whole run (toy: 150, else: 60)")
     updates_per_step: int | None = flag(None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)")
     learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6)")
     schedule: Literal["constant", "linear", "cosine"] = flag("constant", "of the learning rate, over the whole run")
@@ -182,9 +182,9 @@ class Args(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateArgs, R
             "gradient_checkpointing": (False, True),
             "min_pixels": (None, 262_144),
             "max_pixels": (None, 1_000_000),
-            "prompts_per_step": (8, 512),
+            "prompts_per_step": (16, 512),
             "max_response_tokens": (64, 2048),
-            "steps": (200, 60),
+            "steps": (150, 60),
             "updates_per_step": (1, 4),
             "learning_rate": (1e-4, 1e-6),
             "eval_temperature": (1.0, 0.0),
@@ -1138,9 +1138,8 @@ class Run:
 
     def draw(self):
         """This process's share of the next --prompts_per_step prompts; nothing once the step is full."""
-        if len(self.places) >= self.args.prompts_per_step or self.tries >= (
-            self.args.filter_tries if self.args.filter_groups else 1
-        ):
+        tries = self.args.filter_tries if self.args.filter_groups else 1
+        if len(self.places) >= self.args.prompts_per_step or self.tries >= tries:
             return []
         self.tries += 1
         return self.stream.draw(self.args.prompts_per_step)
@@ -1155,7 +1154,8 @@ class Run:
 
         self.sampled = groups  # the last draw, kept or not: what the log shows as a sample
         kept = [group for group in groups if not self.args.filter_groups or mixed(group)]
-        self.add("filtered_groups", len(groups) - len(kept), len(groups))
+        if self.args.filter_groups:
+            self.add("filtered_groups", len(groups) - len(kept), len(groups))
         for group in groups:
             self.add("accuracy", group.accuracy.sum(), len(group.texts))
             self.add("format", group.format.sum(), len(group.texts))
@@ -1175,7 +1175,7 @@ class Run:
         """The step's groups as packed rows: one per group, more where a group is longer than --tokens_per_row."""
         rows = []
         for group, group_advantage in zip(self.groups, advantages):
-            group.advantages = group_advantage
+            group.advantages = group_advantage.to(group.mask.device)
             group.loss_mask = group.mask & ~group.truncated[:, None] if self.args.drop_truncated else group.mask
             rows += rows_of(group, self.args.tokens_per_row)
         if len(self.places) < self.args.prompts_per_step:
@@ -1193,18 +1193,23 @@ class Run:
         """Tokens (or responses) that the loss of a mini-batch is divided by: over all its rows and all processes."""
         return self.total(sum(loss_denominator(row.loss_mask, self.args.aggregation) for row in rows))
 
-    def backward(self, loss, info, mask):
-        """Gradients of one row; `info` goes to the log as the mean over the row's tokens, weighted by their number."""
-        self.accelerator.backward(loss)
+    def backward(self, loss, info, row, mask):
+        """Gradients of one row; `info` goes to the log as the mean over the tokens in `mask`, weighted by their number.
+
+        A group of equal rewards has no gradient: on one process its backward pass is left out.
+        """
+        flat = not (row.advantages.any() or self.args.kl_coef or self.args.entropy_coef)
+        if self.world > 1 or not flat:
+            self.accelerator.backward(loss)
         self.add("loss", loss.detach(), 0)
         for name, value in info.items():
             self.add(name, value * mask.sum(), mask.sum())
 
     def update(self):
         """One optimiser step on the gradients so far; one that is not finite is skipped, and counted."""
-        if self.world > 1:
-            for p in self.parameters.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self.world > 1:
                 torch.distributed.all_reduce(p.grad)
         rate = self.args.learning_rate * self.schedule(self.updates)
         for group in self.optimizer.param_groups:
@@ -1230,7 +1235,8 @@ class Run:
         """The sum of a number over all processes."""
         if self.world == 1:
             return value
-        return self.accelerator.reduce(torch.tensor(float(value), device=self.accelerator.device), "sum").item()
+        value = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(value, "sum").item()
 
     def log(self):
         """Writes the step's line of metrics.jsonl, moves the bar, and now and then shows a response."""
@@ -1265,7 +1271,9 @@ class Run:
             )
 
     def write(self, line):
-        line = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
+        """A line of metrics.jsonl, floats with six digits, null where one is not finite; the same to the trackers."""
+        floats = {name: value for name, value in line.items() if isinstance(value, float)}
+        line |= {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in floats.items()}
         if self.main:
             with open(self.output / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -1281,20 +1289,19 @@ class Run:
         order = self.eval_data.indices
         if 0 < args.eval_rows < len(order):
             order = sorted(random.Random(args.seed).sample(order, args.eval_rows))
+        mine, batch = order[self.rank :: self.world], args.rollout_prompts * args.group_size
+        wide = dataclasses.replace(args, rollout_prompts=batch)  # as many responses at a time as in training
         right = tokens = truncated = 0
-        mine = order[self.rank :: self.world]
         bar = tqdm(total=len(mine), desc="evaluation", leave=False, disable=not self.main, unit="row")
-        for start in range(0, len(mine), args.rollout_prompts * args.group_size):
-            part = mine[start : start + args.rollout_prompts * args.group_size]
-            prompts = list(self.stream.pool.map(self.eval_data.prompt, part))
-            wide = dataclasses.replace(args, rollout_prompts=args.rollout_prompts * args.group_size)
+        for start in range(0, len(mine), batch):
+            prompts = list(self.stream.pool.map(self.eval_data.prompt, mine[start : start + batch]))
             with self.accelerator.autocast():
-                groups = rollout(self.model, self.tokenizer, prompts, wide, "eval", 1, args.eval_temperature)
+                groups = rollout(self.model, self.tokenizer, prompts, wide, "evaluation", 1, args.eval_temperature)
             for group in groups:
                 right += self.reward.check(group.texts[0], group.prompt.answer)
-                tokens += int(group.mask.sum())
-                truncated += int(group.truncated.sum())
-            bar.update(len(part))
+                tokens += group.mask.sum().item()
+                truncated += group.truncated.sum().item()
+            bar.update(len(prompts))
         bar.close()
         rows = len(order)
         accuracy = self.total(right) / rows

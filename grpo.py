@@ -69,7 +69,7 @@ def main():
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
                         loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    run.backward(loss, info, mask)
+                    run.backward(loss, info, row, mask)
                 run.update()
 
 

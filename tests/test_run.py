@@ -175,6 +175,20 @@ def test_equal_rewards_leave_the_gradient_at_zero(monkeypatch, tmp_path):
     assert line["grad_norm"] == 0 and line["loss"] == 0 and line["zero_advantage_groups"] == 1
 
 
+def test_leaving_out_a_backward_pass_of_zeros_changes_nothing(monkeypatch, tmp_path):
+    """Groups of equal rewards are skipped in the backward pass; the weights are those of the full pass, to the bit."""
+    flags = ["--steps", 3, "--prompts_per_step", 4, "--seed", 3]
+    lines = train(monkeypatch, tmp_path / "a", *flags)
+    assert 0 < sum(line["zero_advantage_groups"] for line in lines) < 3  # there are some, and there are others
+
+    def everything(run, loss, info, row, mask):
+        run.accelerator.backward(loss)
+
+    monkeypatch.setattr(Run, "backward", everything)
+    train(monkeypatch, tmp_path / "b", *flags)
+    assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
+
+
 def test_truncated_responses_may_be_left_out(monkeypatch, tmp_path):
     def reward(self, groups):
         for group in groups:
