@@ -44,6 +44,8 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
@@ -268,6 +270,41 @@ def load_model(name, revision="main"):
         )
     except (OSError, ValueError) as error:
         raise UserError(unreachable("--model", name, error)) from None
+
+
+def shard(model, bf16):
+    """FSDP2: each process keeps a part of every weight; decoder layers and vision blocks are gathered one at a time.
+
+    Gradients are summed over the processes, not averaged: the loss is divided by the tokens of all of them already.
+    Embeddings and head, which may be one tensor, go with the root.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for unit in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
+        fully_shard(unit, mp_policy=policy)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    type(model).inside = lambda model, function, *args: function(model, *args)
+    register_fsdp_forward_method(model, "inside")  # what runs there finds the root's weights gathered
+    model.inside(lambda model: None)  # FSDP2 takes the first module to run for the root
+    model.reshard()
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Every process holds all weights: sampling needs no word from the others, whose responses end elsewhere."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit in units:
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
+def whole(tensor):
+    """The full tensor of a sharded one, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unreachable(option, name, error):
@@ -916,11 +953,29 @@ def forward(model, row, temperature=1.0):
     distribution that each token was drawn from; hidden (L, D), the whole row's states after the final norm.
     """
     inputs, source = pack(row, model.device)
-    hidden = model.model(**inputs, **pictures([row.prompt], model.device), use_cache=False).last_hidden_state[0]
     mask = row.mask.to(model.device)
     targets = row.responses.to(model.device)[mask]
-    logps, entropy = token_logps(hidden[source], model.lm_head.weight, targets, temperature)
+
+    def run(model):
+        seen = pictures([row.prompt], model.device)
+        nothing = 0 * blank_picture(model) if isinstance(model, FSDPModule) and not seen else 0
+        hidden = model.model(**inputs, **seen, use_cache=False).last_hidden_state[0] + nothing
+        return *token_logps(hidden[source], model.lm_head.weight, targets, temperature), hidden
+
+    logps, entropy, hidden = model.inside(run) if isinstance(model, FSDPModule) else run(model)
     return unpack(logps, mask), unpack(entropy, mask), hidden
+
+
+def blank_picture(model):
+    """A sum over the vision tower's outputs for a grey picture, for rows without one, before the text model runs.
+
+    Sharded weights are gathered by all processes together and in one order: where one has a picture, all run the tower.
+    """
+    vision = model.config.vision_config
+    size = vision.spatial_merge_size
+    pixels = torch.zeros(size**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+    out = model.model.visual(pixels.to(model.device), grid_thw=torch.tensor([[1, size, size]], device=model.device))
+    return sum(part.sum() for part in [out.pooler_output, *getattr(out, "deepstack_features", [])])
 
 
 def own_states(hidden, row):
@@ -1068,6 +1123,10 @@ class Run:
         self.reference = None
         if args.kl_coef:
             self.reference = load_model(source, args.model_revision).to(self.accelerator.device).requires_grad_(False)
+        if self.world > 1:
+            shard(self.model, bf16)
+            if args.kl_coef:
+                shard(self.reference, bf16)
 
         rope_index = self.model.model.get_rope_index
         self.data = Data(args.data, args.data_split, args, self.processor, rope_index)
@@ -1128,9 +1187,9 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Times a phase of the step, and computes in bf16 where the run does."""
+        """Times a phase of the step, and computes in bf16 where the run does; rollout finds all weights gathered."""
         start = time.perf_counter()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), gathered(self.model) if name == "rollout" else contextlib.nullcontext():
             yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -1180,14 +1239,24 @@ class Run:
             rows += rows_of(group, self.args.tokens_per_row)
         if len(self.places) < self.args.prompts_per_step:
             self.say(f"step {self.step + 1}: {len(self.places)} prompts of mixed success in {self.tries} draws")
-        return rows
+        return self.even(rows)
 
     def minibatches(self, rows):
         """--updates_per_step lists of rows, each of an equal share of the step's prompts in the order of the data."""
         size = math.ceil(len(self.places) / self.args.updates_per_step)
         for start in range(0, len(self.places), max(size, 1)):
             places = self.places[start : start + size]
-            yield [row for row in rows if row.prompt.place in places]
+            yield self.even([row for row in rows if row.prompt.place in places])
+
+    def even(self, rows):
+        """As many rows on each process, since sharded weights are gathered by all together; a filler counts nothing."""
+        most = max(gather_object([len(rows)]))
+        filler = self.sampled[0][:1]
+        filler.prompt = dataclasses.replace(filler.prompt, place=-1)
+        filler.advantages = torch.zeros(1, device=filler.mask.device)
+        filler.loss_mask = torch.zeros_like(filler.mask)
+        filler.old_logps = filler.ref_logps = torch.zeros(filler.mask.shape, device=filler.mask.device)
+        return rows + [filler] * (most - len(rows))
 
     def denominator(self, rows):
         """Tokens (or responses) that the loss of a mini-batch is divided by: over all its rows and all processes."""
@@ -1209,12 +1278,10 @@ class Run:
         """One optimiser step on the gradients so far; one that is not finite is skipped, and counted."""
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if self.world > 1:
-                torch.distributed.all_reduce(p.grad)
         rate = self.args.learning_rate * self.schedule(self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm))
         if norm.isfinite():
             self.optimizer.step()
             self.norms.append(norm.item())
@@ -1293,16 +1360,15 @@ class Run:
         wide = dataclasses.replace(args, rollout_prompts=batch)  # as many responses at a time as in training
         right = tokens = truncated = 0
         bar = tqdm(total=len(mine), desc="evaluation", leave=False, disable=not self.main, unit="row")
-        for start in range(0, len(mine), batch):
-            prompts = list(self.stream.pool.map(self.eval_data.prompt, mine[start : start + batch]))
-            with self.accelerator.autocast():
+        with bar, self.accelerator.autocast(), gathered(self.model):
+            for start in range(0, len(mine), batch):
+                prompts = list(self.stream.pool.map(self.eval_data.prompt, mine[start : start + batch]))
                 groups = rollout(self.model, self.tokenizer, prompts, wide, "evaluation", 1, args.eval_temperature)
-            for group in groups:
-                right += self.reward.check(group.texts[0], group.prompt.answer)
-                tokens += group.mask.sum().item()
-                truncated += group.truncated.sum().item()
-            bar.update(len(prompts))
-        bar.close()
+                for group in groups:
+                    right += self.reward.check(group.texts[0], group.prompt.answer)
+                    tokens += group.mask.sum().item()
+                    truncated += group.truncated.sum().item()
+                bar.update(len(prompts))
         rows = len(order)
         accuracy = self.total(right) / rows
         line = {
@@ -1353,18 +1419,22 @@ class Run:
         Written under another name and renamed, so that a folder called step-N is whole. There is no state of a random
         generator to save: every random number comes from the seed, the step and the row of the data.
         """
-        if not self.main or self.saved == self.step:
+        if self.saved == self.step:
+            return
+        self.saved = self.step
+        weights = {name: whole(value).cpu() for name, value in self.model.state_dict().items()}
+        tensors = {
+            f"{name}.{key}": whole(value).cpu().contiguous()
+            for name, p in self.parameters.items()
+            for key, value in self.optimizer.state[p].items()
+        }
+        if not self.main:
             return
         folder, beside = self.output / f"step-{self.step}", self.output / f"step-{self.step}.unfinished"
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            self.model.save_pretrained(beside)
+            self.model.save_pretrained(beside, state_dict=weights)
             self.processor.save_pretrained(beside)
-            tensors = {
-                f"{name}.{key}": value.contiguous()
-                for name, p in self.parameters.items()
-                for key, value in self.optimizer.state[p].items()
-            }
             save_file(tensors, beside / "optimizer.safetensors")
             state = {
                 "step": self.step,
@@ -1384,7 +1454,6 @@ class Run:
             raise UserError(
                 f"{folder} could not be written ({error}); the checkpoint before it is whole: make room, then --resume."
             ) from None
-        self.saved = self.step
 
     def find_checkpoint(self):
         """The training state to go on from, or None; refuses to mix two runs in one folder."""
@@ -1409,8 +1478,11 @@ class Run:
         names = {f"{name}.": p for name, p in self.parameters.items()}
         for key, value in load_file(self.output / "last" / "optimizer.safetensors").items():
             name, _, what = key.rpartition(".")
-            place = "cpu" if what == "step" else self.accelerator.device
-            self.optimizer.state[names[f"{name}."]][what] = value.to(place)
+            p = names[f"{name}."]
+            if what != "step":
+                value = value.to(self.accelerator.device)
+                value = distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value
+            self.optimizer.state[p][what] = value
         self.updates, self.step, self.saved = state["updates"], state["step"], state["step"]
         self.history = state["history"]
         if self.main:
