@@ -44,6 +44,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
@@ -272,15 +273,16 @@ def load_model(name, revision="main"):
         raise UserError(unreachable("--model", name, error)) from None
 
 
-def shard(model, bf16):
+def shard(model, device, bf16):
     """FSDP2: each process keeps a part of every weight; decoder layers and vision blocks are gathered one at a time.
 
     Gradients are summed over the processes, not averaged: the loss is divided by the tokens of all of them already.
     Embeddings and head, which may be one tensor, go with the root.
     """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for unit in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
-        fully_shard(unit, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     type(model).inside = lambda model, function, *args: function(model, *args)
@@ -1115,18 +1117,16 @@ class Run:
         weights, revision = (self.output / "last", "main") if state else (source, args.model_revision)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         self.tokenizer = self.processor.tokenizer
-        self.model = load_model(weights, revision).to(self.accelerator.device).train()
+        self.model = load_model(weights, revision).train()
         if args.freeze_vision:
             self.model.model.visual.requires_grad_(False)
         if args.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
-        self.reference = None
-        if args.kl_coef:
-            self.reference = load_model(source, args.model_revision).to(self.accelerator.device).requires_grad_(False)
-        if self.world > 1:
-            shard(self.model, bf16)
-            if args.kl_coef:
-                shard(self.reference, bf16)
+        self.reference = load_model(source, args.model_revision).requires_grad_(False) if args.kl_coef else None
+        for model in filter(None, (self.model, self.reference)):
+            if self.world > 1:
+                shard(model, self.accelerator.device, bf16)
+            model.to(self.accelerator.device)
 
         rope_index = self.model.model.get_rope_index
         self.data = Data(args.data, args.data_split, args, self.processor, rope_index)
@@ -1422,12 +1422,10 @@ class Run:
         if self.saved == self.step:
             return
         self.saved = self.step
-        weights = {name: whole(value).cpu() for name, value in self.model.state_dict().items()}
-        tensors = {
-            f"{name}.{key}": whole(value).cpu().contiguous()
-            for name, p in self.parameters.items()
-            for key, value in self.optimizer.state[p].items()
-        }
+        once = dict(self.model.named_parameters())  # a head that is the embeddings stands here once
+        weights = self.collect({name: value for name, value in self.model.state_dict().items() if name in once})
+        state = {name: self.optimizer.state[p] for name, p in self.parameters.items()}
+        moments = self.collect({f"{name}.{key}": value for name, s in state.items() for key, value in s.items()})
         if not self.main:
             return
         folder, beside = self.output / f"step-{self.step}", self.output / f"step-{self.step}.unfinished"
@@ -1435,7 +1433,7 @@ class Run:
         try:
             self.model.save_pretrained(beside, state_dict=weights)
             self.processor.save_pretrained(beside)
-            save_file(tensors, beside / "optimizer.safetensors")
+            save_file(moments, beside / "optimizer.safetensors")
             state = {
                 "step": self.step,
                 "position": self.stream.position,
@@ -1454,6 +1452,15 @@ class Run:
             raise UserError(
                 f"{folder} could not be written ({error}); the checkpoint before it is whole: make room, then --resume."
             ) from None
+
+    def collect(self, tensors):
+        """Whole tensors in main memory, on the main process; the others take part and keep nothing."""
+        collected = {}
+        for name, value in tensors.items():
+            value = whole(value)
+            if self.main:
+                collected[name] = value.cpu().contiguous()
+        return collected
 
     def find_checkpoint(self):
         """The training state to go on from, or None; refuses to mix two runs in one folder."""

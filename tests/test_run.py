@@ -393,18 +393,3 @@ def test_a_method_may_change_a_shared_default_and_add_a_flag(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py", "--alpha", "0.1", "--group_size", "12"])
     args = common.parse_args(Method)
     assert (args.entropy_coef, args.alpha, args.group_size, args.output) == (0.25, 0.1, 12, "runs/x")
-
-
-def test_two_processes_equal_one(tmp_path):
-    flags = ["--steps", 3, "--prompts_per_step", 4, "--eval_rows", 6, "--learning_rate", 1e-4]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    assert shell(*command(tmp_path / "one", *flags), env=environment).returncode == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = shell(*torchrun, *command(tmp_path / "two", *flags)[1:], env=environment)
-    assert done.returncode == 0, done.stderr
-    one, two = (load_file(tmp_path / name / "last/model.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    logs = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
-    for a, b in zip(*logs):
-        for name in set(a) - {n for n in a if "second" in n}:
-            assert a[name] == pytest.approx(b[name], abs=1e-4), name
