@@ -400,8 +400,10 @@ class Data:
             if isinstance(inner, ImageFeature):
                 raw = ImageFeature(decode=False)
                 self.rows = self.rows.cast_column(image, datasets.List(raw) if as_list else raw)
-        self.indices = [i for i in range(len(self.rows)) if self.prompt_tokens(i) <= args.max_prompt_tokens]
+        tokens = [self.prompt_tokens(i) for i in range(len(self.rows))]
+        self.indices = [i for i, length in enumerate(tokens) if length <= args.max_prompt_tokens]
         self.dropped = len(self.rows) - len(self.indices)
+        self.longest = max(self.indices, key=tokens.__getitem__, default=None)
         if not self.indices:
             raise UserError(
                 f"{option} {name} has no row left to use ({self.dropped} were longer than --max_prompt_tokens "
@@ -1145,7 +1147,8 @@ class Run:
         spans = args.warmup_steps * args.updates_per_step, args.steps * args.updates_per_step
         self.schedule = transformers.get_scheduler(shape, self.optimizer, *spans).lr_lambdas[0]  # of the updates so far
         self.updates, self.step, self.saved, self.stopping = 0, 0, None, False
-        self.history = {"first_eval": None, "last_eval": None, "seconds": 0.0}
+        self.history, self.seconds = {"first_eval": None, "last_eval": None, "seconds": 0.0}, {}
+        self.rehearse()
         position = self.restore(state) if state else 0
         self.stream = Stream(self.data, args.seed, self.rank, self.world, position)
         if self.main:
@@ -1155,6 +1158,24 @@ class Run:
                 write_text(self.output / "metrics.jsonl", "")  # of a run that died before its first checkpoint
         if trackers:
             self.accelerator.init_trackers(self.output.name, config=dataclasses.asdict(args))
+
+    def rehearse(self):
+        """A first update, for nothing, on the largest row that the settings allow: memory runs out now or never.
+
+        Its learning rate is 0 and its optimiser state is forgotten, so that the run does not remember it.
+        """
+        G, T = self.args.group_size, self.args.max_response_tokens
+        size = {"responses": torch.zeros(G, T, dtype=torch.long), "mask": torch.ones(G, T, dtype=torch.bool)}
+        group = Group(self.data.prompt(self.data.longest), **size, truncated=torch.ones(G), texts=[""] * G)
+        row = max(rows_of(group, self.args.tokens_per_row), key=lambda row: row.mask.sum())
+        with self.phase("update"):
+            logps, entropy, _ = forward(self.model, row, self.args.temperature)
+            (0 * (logps + entropy).sum()).backward()
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
 
     # ---- what `main` calls, in this order ---------------------------------------------------------------------------
 
@@ -1189,11 +1210,19 @@ class Run:
     def phase(self, name):
         """Times a phase of the step, and computes in bf16 where the run does; rollout finds all weights gathered."""
         start = time.perf_counter()
-        with self.accelerator.autocast(), gathered(self.model) if name == "rollout" else contextlib.nullcontext():
-            yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[name] += time.perf_counter() - start
+        try:
+            with self.accelerator.autocast(), gathered(self.model) if name == "rollout" else contextlib.nullcontext():
+                yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except torch.OutOfMemoryError as error:
+            flags = (
+                "--rollout_prompts, then --max_response_tokens"
+                if name == "rollout"
+                else "--tokens_per_row, then --max_pixels"
+            )
+            raise UserError(f"out of memory in the {name} phase: lower {flags} ({str(error)[:120]}).") from None
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def draw(self):
         """This process's share of the next --prompts_per_step prompts; nothing once the step is full."""

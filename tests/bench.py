@@ -8,6 +8,7 @@ slow today is slow for both sides. The last one runs the same step in TRL's GRPO
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -192,6 +193,26 @@ def trl_step_seconds(processor, tokens, steps):
     return clock.times[1:]
 
 
+def head_memory(kind, tokens):
+    """Peak resident GB of a process that differentiates log-probs of `tokens` tokens over Qwen's vocabulary."""
+    code = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(common.TOY.parent)!r})
+import common
+torch.manual_seed(0)
+hidden, weight = torch.randn({tokens}, 64, requires_grad=True), torch.randn(151_936, 64, requires_grad=True)
+targets = torch.randint(151_936, ({tokens},))
+if {kind!r} == "chunks":
+    logps, entropy = common.token_logps(hidden, weight, targets)
+else:
+    logits = (hidden @ weight.T).log_softmax(-1)
+    logps, entropy = logits.gather(1, targets[:, None]), -(logits.exp() * logits).sum(-1)
+(logps.sum() + 0 * entropy.sum()).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
@@ -226,6 +247,10 @@ def main():
         lambda: common.rollout(model, processor.tokenizer, prompts, args, 0),
         options.repeats,
     )
+    for length in (512, 1024, 2048):
+        chunks, plain = head_memory("chunks", length), head_memory("plain", length)
+        name = f"peak memory of the head, {length} tokens"
+        print(f"{name:46s} {plain / chunks:6.2f} x   ({plain:.1f} GB of plain logits against {chunks:.1f} GB)")
     if options.no_trl:
         return
     reward, optimizer = common.Reward(args), torch.optim.AdamW(model.parameters(), 1e-6)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_group, tiny_model, tiny_prompt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import forward, own_states, rows_of, token_logps, unpack
 
@@ -135,6 +136,29 @@ def test_head_in_chunks_equals_plain_logits(chunk):
     (logps.sum() + entropy.square().sum()).backward()
     (want_logps.sum() + want_entropy.square().sum()).backward()
     assert all(torch.allclose(a.grad, b.grad, atol=1e-5) for a, b in zip(inputs, plain))
+
+
+def test_logits_of_the_whole_row_never_exist():
+    """The largest tensor of the head's forward and backward pass is that of one chunk, however many tokens there are."""
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for value in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(value, torch.Tensor):
+                    self.size = max(self.size, value.numel())
+            return out
+
+    sizes = []
+    for tokens in (64, 640):
+        hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+        with Largest() as largest:
+            logps, entropy = token_logps(hidden, weight, torch.zeros(tokens, dtype=torch.long), chunk=64)
+            (logps.sum() + entropy.sum()).backward()
+        sizes.append(largest.size)
+    assert sizes == [64 * 1000, 64 * 1000]
 
 
 def test_unpack():

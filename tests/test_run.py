@@ -189,6 +189,29 @@ def test_leaving_out_a_backward_pass_of_zeros_changes_nothing(monkeypatch, tmp_p
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
 
 
+def test_the_first_update_is_rehearsed_on_the_largest_row_and_forgotten(args, monkeypatch):
+    rows = []
+    forward = common.forward
+    monkeypatch.setattr(common, "forward", lambda model, row, *rest: (rows.append(row), forward(model, row, *rest))[1])
+    run = Run(args)
+    assert len(rows) == 1 and rows[0].mask.sum() == args.group_size * args.max_response_tokens
+    assert len(rows[0].prompt.input_ids) == max(run.data.prompt_tokens(i) for i in run.data.indices)
+    before = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "toy" / "model")
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before.parameters(), strict=True))
+    assert not run.optimizer.state and all(p.grad is None for p in run.model.parameters())
+    args.tokens_per_row = 300
+    args.output += "2"
+    Run(args)
+    assert len(rows[1].prompt.input_ids) + rows[1].mask.sum() <= 300
+
+
+@pytest.mark.parametrize("phase, flag", [("rollout", "--rollout_prompts"), ("update", "--tokens_per_row")])
+def test_out_of_memory_names_the_flags_to_turn(args, phase, flag):
+    run = Run(args)
+    with pytest.raises(UserError, match=f"out of memory in the {phase} phase: lower {flag}"), run.phase(phase):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
 def test_truncated_responses_may_be_left_out(monkeypatch, tmp_path):
     def reward(self, groups):
         for group in groups:
