@@ -118,6 +118,9 @@ class RolloutArgs:
     top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability")
     top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all")
     rollout_prompts: int = flag(32, "prompts that are sampled together, on each process")
+    reshard_while_sampling: bool = flag(
+        False, "gather weights layer by layer for every token: slow, for what fits no card"
+    )
 
 
 @dataclass
@@ -630,10 +633,11 @@ def token_chooser(model, temperature, top_p, top_k):
 
 
 @torch.no_grad()
-def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_id):
+def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_id, together=False):
     """G responses to each of P prompts, in one batch.
 
-    Args: `uniforms` (P * G, max_tokens) in [0, 1), one for each token to come; `choose` from `token_chooser`.
+    Args: `uniforms` (P * G, max_tokens) in [0, 1), one for each token to come; `choose` from `token_chooser`;
+    `together`: the weights are sharded, so that all processes go on as long as one of them does.
     Returns responses (P * G, T) and their mask, True up to and including the first of the `eos` tokens.
     """
     P, G, device = len(prompts), group_size, model.device
@@ -641,17 +645,19 @@ def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_
     ids = torch.stack([pad(p.input_ids, (width - len(p.input_ids), 0), value=pad_id) for p in prompts]).to(device)
     positions = torch.stack([pad(p.position_ids, (width - len(p.input_ids), 0)) for p in prompts], 1).to(device)
     real = torch.stack([torch.arange(width) >= width - len(p.input_ids) for p in prompts]).to(device)  # (P, Lp)
-    text = model.model.language_model.config
-    cache = SharedPrefixCache(text.num_hidden_layers, max_tokens)
-    out = model.model(
-        input_ids=ids,
-        attention_mask=real,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        **pictures(prompts, device),
-    )
-    logits = model.lm_head(out.last_hidden_state[:, -1]).repeat_interleave(G, 0)  # (P * G, V)
+    cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, max_tokens)
+    seen = pictures(prompts, device)
+
+    def next_logits(**inputs):
+        def run(model):
+            if together and not seen and cache.prefix[0] is None:
+                blank_picture(model)
+            return model.lm_head(model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state)
+
+        return model.inside(run) if together else run(model)
+
+    logits = next_logits(input_ids=ids, attention_mask=real, position_ids=positions, **seen)[:, -1]
+    logits = logits.repeat_interleave(G, 0)  # (P * G, V)
     after = positions.amax((0, 2)) + 1  # (P,) the position of a response's first token
     responses = torch.full((P, G, max_tokens), pad_id, device=device)
     uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
@@ -662,23 +668,24 @@ def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_
         responses[alive, :, t] = torch.where(ended[alive], pad_id, tokens)
         ended[alive] |= torch.isin(tokens, eos)
         going = ~ended[alive].all(1)
-        if not going.any() or t + 1 == max_tokens:
+        if t + 1 == max_tokens or not anywhere(going.any(), together):
             break
-        if t and going.sum() <= len(alive) // 2:
+        if t and 0 < going.sum() <= len(alive) // 2:
             alive, tokens, real = alive[going], tokens[going], real[going]
             cache.keep(going)
-        out = model.model(
-            input_ids=tokens,
-            attention_mask=real[:, None, None],
-            position_ids=(after[alive, None] + t).expand(3, -1, G),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        place = (after[alive, None] + t).expand(3, -1, G)
+        logits = next_logits(input_ids=tokens, attention_mask=real[:, None, None], position_ids=place).flatten(0, 1)
         cache.length += 1
-        logits = model.lm_head(out.last_hidden_state.flatten(0, 1))
     responses = responses[:, :, : t + 1].flatten(0, 1)
     is_end = torch.isin(responses, eos)
     return responses, (is_end.cumsum(1) - is_end.long()) == 0
+
+
+def anywhere(flag, together):
+    """Whether a boolean tensor is true on this process or, `together`, on any."""
+    if together:
+        torch.distributed.all_reduce(flag := flag.int(), torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 def pictures(prompts, device):
@@ -703,12 +710,13 @@ def rollout(model, tokenizer, prompts, args, step, group_size=None, temperature=
     eos = model.generation_config.eos_token_id
     eos, groups = [eos] if isinstance(eos, int) else eos, []
     training, _ = model.training, model.eval()
+    together = args.reshard_while_sampling and isinstance(model, FSDPModule)
     for start in range(0, len(prompts), args.rollout_prompts):
         batch = prompts[start : start + args.rollout_prompts]
         size = (G, args.max_response_tokens)
         uniforms = torch.cat([torch.rand(size, generator=seeded(args.seed, step, p.index, p.place)) for p in batch])
         responses, mask = generate(
-            model, batch, G, args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id
+            model, batch, G, args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id, together
         )
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
         for i, prompt in enumerate(batch):
@@ -1208,10 +1216,10 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Times a phase of the step, and computes in bf16 where the run does; rollout finds all weights gathered."""
+        """Times a phase of the step, and computes in bf16 where the run does."""
         start = time.perf_counter()
         try:
-            with self.accelerator.autocast(), gathered(self.model) if name == "rollout" else contextlib.nullcontext():
+            with self.sampling() if name == "rollout" else self.accelerator.autocast():
                 yield
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -1223,6 +1231,14 @@ class Run:
             )
             raise UserError(f"out of memory in the {name} phase: lower {flags} ({str(error)[:120]}).") from None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def sampling(self):
+        """Sampling finds all weights gathered, unless --reshard_while_sampling."""
+        with self.accelerator.autocast(), contextlib.ExitStack() as stack:
+            if not self.args.reshard_while_sampling:
+                stack.enter_context(gathered(self.model))
+            yield
 
     def draw(self):
         """This process's share of the next --prompts_per_step prompts; nothing once the step is full."""
@@ -1388,12 +1404,14 @@ class Run:
         mine, batch = order[self.rank :: self.world], args.rollout_prompts * args.group_size
         wide = dataclasses.replace(args, rollout_prompts=batch)  # as many responses at a time as in training
         right = tokens = truncated = 0
-        bar = tqdm(total=len(mine), desc="evaluation", leave=False, disable=not self.main, unit="row")
-        with bar, self.accelerator.autocast(), gathered(self.model):
-            for start in range(0, len(mine), batch):
-                prompts = list(self.stream.pool.map(self.eval_data.prompt, mine[start : start + batch]))
+        most = math.ceil(len(order) / self.world)  # the same number of rows everywhere; what fills up is not counted
+        filled = mine + order[:1] * (most - len(mine))
+        bar = tqdm(total=most, desc="evaluation", leave=False, disable=not self.main, unit="row")
+        with bar, self.sampling():
+            for start in range(0, most, batch):
+                prompts = list(self.stream.pool.map(self.eval_data.prompt, filled[start : start + batch]))
                 groups = rollout(self.model, self.tokenizer, prompts, wide, "evaluation", 1, args.eval_temperature)
-                for group in groups:
+                for group in groups[: len(mine) - start]:
                     right += self.reward.check(group.texts[0], group.prompt.answer)
                     tokens += group.mask.sum().item()
                     truncated += group.truncated.sum().item()
@@ -1500,7 +1518,14 @@ class Run:
             return None
         if not last.exists():
             raise UserError(f"--resume: there is no checkpoint in {self.output}; start without it, or set --output.")
-        state = json.loads((last / "trainer_state.json").read_text())
+        try:
+            state = json.loads((last / "trainer_state.json").read_text())
+            if not (last / "optimizer.safetensors").exists():
+                raise FileNotFoundError("no optimizer.safetensors")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--resume: {last} is not a whole checkpoint of this script ({error}): point {last} to another step-N."
+            ) from None
         for name in ("model", "data", "seed"):
             if state[name] != getattr(args, name):
                 raise UserError(
@@ -1511,10 +1536,15 @@ class Run:
 
     def restore(self, state):
         """Optimiser, counters and log as they were; returns the position in the data."""
-        names = {f"{name}.": p for name, p in self.parameters.items()}
-        for key, value in load_file(self.output / "last" / "optimizer.safetensors").items():
+        moments = load_file(self.output / "last" / "optimizer.safetensors")
+        if {key.rpartition(".")[0] for key in moments} != set(self.parameters):
+            raise UserError(
+                f"--resume: the optimiser state in {self.output}/last is of other weights than this run trains: "
+                f"give the same --model and --freeze_vision, or start anew with another --output."
+            )
+        for key, value in moments.items():
             name, _, what = key.rpartition(".")
-            p = names[f"{name}."]
+            p = self.parameters[name]
             if what != "step":
                 value = value.to(self.accelerator.device)
                 value = distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value

@@ -139,7 +139,7 @@ def test_head_in_chunks_equals_plain_logits(chunk):
 
 
 def test_logits_of_the_whole_row_never_exist():
-    """The largest tensor of the head's forward and backward pass is that of one chunk, however many tokens there are."""
+    """The largest tensor of the head's forward and backward pass is that of one chunk, for any number of tokens."""
 
     class Largest(TorchDispatchMode):
         size = 0

@@ -63,6 +63,13 @@ def test_two_processes_equal_one(tmp_path, flags):
     assert_equal(finished(1, tmp_path / "one", *flags), finished(2, tmp_path / "two", *flags))
 
 
+def test_sampling_from_sharded_weights(tmp_path):
+    """Token by token together, over text-only rows and uneven lengths: the same rollouts again."""
+    flags = ["--eval_rows", 7, "--steps", 1]
+    one = finished(1, tmp_path / "one", *flags)
+    assert_equal(one, finished(2, tmp_path / "two", *flags, "--reshard_while_sampling"))
+
+
 def test_the_comparison_can_fail(tmp_path, patched):
     """The negative twin: each process divides its loss by its own tokens only, as many trainers do."""
     local = """

@@ -379,6 +379,18 @@ def test_a_folder_holds_one_run(monkeypatch, tmp_path):
         train(monkeypatch, tmp_path / "run", "--seed", "4", "--resume")
 
 
+def test_checkpoints_that_are_mixed_or_not_whole(monkeypatch, tmp_path):
+    train(monkeypatch, tmp_path / "run", "--steps", 1, "--freeze_vision")
+    with pytest.raises(UserError, match="optimiser state .* of other weights .*--freeze_vision"):
+        train(monkeypatch, tmp_path / "run", "--steps", 2, "--resume")
+    (tmp_path / "run/last/optimizer.safetensors").unlink()
+    with pytest.raises(UserError, match="is not a whole checkpoint .*no optimizer.safetensors"):
+        train(monkeypatch, tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
+    (tmp_path / "run/last/trainer_state.json").write_text("{")
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        train(monkeypatch, tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
+
+
 def test_the_console_shows_one_sentence_and_exit_code_2(tmp_path):
     done = shell(sys.executable, str(ROOT / "grpo.py"), "--group_size", "1", "--output", str(tmp_path / "run"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
