@@ -137,7 +137,7 @@ def test_the_plan_is_within_15_percent_of_what_is_measured(tmp_path, which, chec
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) == pytest.approx(1, abs=0.15)
+    assert float(done.stdout) == pytest.approx(1, abs=0.15), done.stdout
 
 
 if __name__ == "__main__":

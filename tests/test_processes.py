@@ -141,14 +141,15 @@ def test_killed_while_saving(tmp_path):
     command += ["--steps", "50", "--save_every", "1", "--eval_rows", "0"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 120
-    while time.time() < deadline and not list((tmp_path / "two").glob("step-2.unfinished/model.safetensors")):
-        assert process.poll() is None and not (tmp_path / "two/step-9").exists()
+    while not (
+        (tmp_path / "two/last").exists() and list((tmp_path / "two").glob("step-*.unfinished/model.safetensors"))
+    ):
+        assert process.poll() is None and time.time() < deadline
         time.sleep(0.0005)
     os.killpg(process.pid, 9)
     process.wait()
     subprocess.run(["pkill", "-9", "-f", str(tmp_path / "two")], check=False)
     last = (tmp_path / "two" / "last").resolve()
-    assert last.name in ("step-1", "step-2", "step-3")
     Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
     assert json.loads((last / "trainer_state.json").read_text())["step"] == int(last.name[5:])
 
