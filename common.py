@@ -1277,6 +1277,8 @@ class Run:
         self.rehearse()
         position = self.restore(state) if state else 0
         self.stream = Stream(self.data, args.seed, self.rank, self.world, position)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
             write_text(self.output / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
@@ -1310,8 +1312,6 @@ class Run:
 
     def steps(self):
         """Yields the number of each step; logs, evaluates and saves after it; ends with the last step or on Ctrl-C."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
         if self.step == 0 and self.args.eval_rows:
             self.evaluate()
         first = self.step + 1
