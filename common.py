@@ -243,7 +243,10 @@ def image_only(cls):
 
 
 def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
-    """Tokenizer and image processor of a Qwen-VL model behind the interface of its own processor class."""
+    """Tokenizer and image processor of a Qwen-VL model behind the interface of its own processor class.
+
+    `min_pixels` and `max_pixels`: area of a picture after resizing; None keeps the model's own. Raises UserError.
+    """
     try:
         if importlib.util.find_spec("torchvision"):
             processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
@@ -261,7 +264,7 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
 
 
 def load_model(name, revision="main"):
-    """A Qwen-VL model in fp32: the master weights. Compute is bf16 under autocast on a GPU."""
+    """A Qwen-VL model in fp32: the master weights; compute may be bf16. Raises UserError for other models."""
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
@@ -355,7 +358,10 @@ class Prompt:
 
 
 def load_rows(name, split, revision, option="--data"):
-    """Rows of a hub data set (`id` or `id:config`), or of a local parquet, json or jsonl file or folder."""
+    """Rows of a hub data set (`id` or `id:config`), or of a local parquet, json or jsonl file or folder.
+
+    `option` is the flag that a UserError names.
+    """
     kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
     path = TOY / f"{split}.parquet" if name == "toy" else Path(name)
     try:
@@ -923,7 +929,7 @@ HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 b
 
 
 def rows_of(group, budget):
-    """The group as packed rows of at most `budget` tokens: itself, or slices of several responses (at least one)."""
+    """The group as packed rows of at most `budget` tokens: itself, or slices of it, each of one response or more."""
     cost, rows, start = len(group.prompt.input_ids), [], 0
     total = cost
     for i, length in enumerate(group.mask.sum(1).tolist()):
@@ -1001,7 +1007,8 @@ def own_states(hidden, row):
 
 
 def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
-    """log p(target) and entropy in nats, each (N,) fp32, from hidden states (N, D) and the head's weight (V, D).
+    """log p(target) and entropy in nats, each (N,) fp32, from hidden states (N, D), the head's weight (V, D) and
+    targets (N,).
 
     The (N, V) logits never exist as a whole: chunks of tokens, recomputed in the backward pass.
     """
@@ -1023,7 +1030,8 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
 def group_advantages(rewards, eps=1e-6):
     """(P, G) rewards -> (P, G) advantages: (r - mean) / (std + eps) in each group, unbiased std; 0 where all are equal.
 
-    GRPO (arXiv 2402.03300, section 4.1.2); the unbiased std and eps are EasyR1's and verl's.
+    GRPO (arXiv 2402.03300, section 4.1.2); the unbiased std and eps are EasyR1's and verl's. Raises ValueError for
+    G = 1, which would be a NaN.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
