@@ -194,9 +194,12 @@ def trl_step_seconds(processor, tokens, steps):
 
 
 def head_memory(kind, tokens):
-    """Peak resident GB of a process that differentiates log-probs of `tokens` tokens over Qwen's vocabulary."""
+    """Peak resident GB of a process that differentiates log-probs of `tokens` tokens over Qwen's vocabulary (Linux).
+
+    Not getrusage's, which begins with the peak of the process that started it.
+    """
     code = f"""
-import resource, sys, torch
+import re, sys, torch
 sys.path.insert(0, {str(common.TOY.parent)!r})
 import common
 torch.manual_seed(0)
@@ -208,7 +211,7 @@ else:
     logits = (hidden @ weight.T).log_softmax(-1)
     logps, entropy = logits.gather(1, targets[:, None]), -(logits.exp() * logits).sum(-1)
 (logps.sum() + 0 * entropy.sum()).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(int(re.search("VmHWM: *\\t*(.*) kB", open("/proc/self/status").read())[1]) / 2**20)
 """
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 

@@ -92,10 +92,10 @@ def test_a_model_that_is_not_there():
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 sys.path.insert(0, {root!r})
 import common
-memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+memory = lambda: 1024 * int(re.search("VmHWM: *\\t*(.*) kB", open("/proc/self/status").read())[1])
 before, rehearse = [], common.Run.rehearse
 common.Run.rehearse = lambda run: (before.append(memory()), rehearse(run))
 args = common.Args(model={model!r}, data="toy", dtype="float32", eval_rows=0, prompts_per_step=4, updates_per_step=1,
@@ -103,7 +103,7 @@ args = common.Args(model={model!r}, data="toy", dtype="float32", eval_rows=0, pr
 run = common.Run(args)
 args.max_prompt_tokens, args.max_pixels = len(run.data.prompt(run.data.longest).input_ids), None
 peaks = common.plan(args, 1)
-planned = before[0] + sum(peaks["kept"].values()) - peaks["kept"]["weights"] + sum(peaks["update"].values())
+planned = before[0] + sum(peaks["kept"].values()) + sum(peaks["update"].values())
 print(planned / memory())
 """
 
@@ -123,9 +123,13 @@ def write_200m(folder):
     return str(folder)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("which, checkpointing", [("toy", False), ("200M", False), ("200M", True)])
 def test_the_plan_is_within_15_percent_of_what_is_measured(tmp_path, which, checkpointing):
-    """Peak resident memory of the rehearsed update, with an allocator that gives back what is freed."""
+    """Peak resident memory of the rehearsed update, with an allocator that gives back what is freed.
+
+    Weights are mapped from their file: they are not yet in what the process holds before its first forward pass.
+    """
     model = "toy" if which == "toy" else write_200m(tmp_path / "model")
     values = {
         "root": str(ROOT),
