@@ -208,14 +208,16 @@ class Args(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateArgs, R
             raise UserError(
                 f"--group_size {self.group_size} leaves no group to compare a response with: set it to 2 or more."
             )
+        positive = ["temperature", "top_p", "max_response_tokens", "rollout_prompts", "tokens_per_row", "steps"]
+        positive += ["prompts_per_step", "updates_per_step", "learning_rate", "max_prompt_tokens", "filter_tries"]
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
         if self.prompts_per_step % self.updates_per_step:
             raise UserError(
                 f"--prompts_per_step {self.prompts_per_step} cannot be split into --updates_per_step "
                 f"{self.updates_per_step} equal parts: make it a multiple."
             )
-        for name in ("temperature", "max_response_tokens", "prompts_per_step", "updates_per_step", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
 
 
 def parse_args(cls, argv=None):
@@ -1288,7 +1290,10 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         if self.main:
-            self.output.mkdir(parents=True, exist_ok=True)
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
             write_text(self.output / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
             if not state:
                 write_text(self.output / "metrics.jsonl", "")  # of a run that died before its first checkpoint

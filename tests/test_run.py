@@ -329,6 +329,8 @@ def test_disk_full_while_saving_keeps_the_checkpoint_before(tmp_path):
         (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--steps", "many"], "invalid int value"),
         (["--learning_rate", "0"], "--learning_rate 0.0 must be above 0"),
+        (["--rollout_prompts", "0"], "--rollout_prompts 0 must be above 0"),
+        (["--updates_per_step", "0"], "--updates_per_step 0 must be above 0"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
@@ -367,6 +369,14 @@ def test_a_batch_that_cannot_be_split_over_the_processes(args, monkeypatch):
         UserError, match="--prompts_per_step 2 cannot be split over 3 processes: make it a multiple of 3"
     ):
         Run(args)
+
+
+def test_an_output_that_is_a_file(args, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    args.output = str(tmp_path / "file")
+    with pytest.raises(UserError, match="--output .*file cannot be made"):
+        Run(args)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_holds_one_run(monkeypatch, tmp_path):
