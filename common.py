@@ -28,6 +28,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,10 +48,12 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, HfArgumentParser
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -121,6 +124,7 @@ class RolloutArgs:
     reshard_while_sampling: bool = flag(
         False, "gather weights layer by layer for every token: slow, for what fits no card"
     )
+    cuda_graphs: bool = flag(False, "replay the kernels of a token as one launch (one process on a GPU)")
 
 
 @dataclass
@@ -556,29 +560,34 @@ class Group:
         return dataclasses.replace(self, **rows)
 
 
+WINDOW = 128  # the responses' cache is read in steps of so many tokens: shapes stay the same while they grow
+
+
 class SharedPrefixCache(transformers.DynamicCache):
     """Keys and values of P prompts (a usual padded cache), and of the G responses of each in a buffer of T tokens.
 
-    The prompt's part is computed and stored once per prompt, and never copied while responses grow.
+    The prompt's part is computed and stored once per prompt, and never copied while responses grow. The buffer is
+    written at `place`, a tensor, and read up to `window`, a number that seldom changes.
     """
 
-    def __init__(self, layers, max_tokens):
+    def __init__(self, layers, max_tokens, device):
         super().__init__()
         self.prefix, self.suffix = [None] * layers, [None] * layers
-        self.length, self.max_tokens = 0, max_tokens  # tokens of the responses so far, at most
+        self.max_tokens, self.window = max_tokens, 0
+        self.place = torch.zeros(1, dtype=torch.long, device=device)  # in the responses, of the next token
 
     def update(self, keys, values, layer, *args, **kwargs):
+        keys = keys.to(values.dtype)  # autocast computes rotary embeddings in fp32
         if self.prefix[layer] is None:  # the prompt: (P, heads, Lp, d)
             self.prefix[layer] = (keys, values)
             return keys, values
         if self.suffix[layer] is None:  # one more token of each response: (P, heads, G, d)
             size = (*keys.shape[:3], self.max_tokens, keys.shape[3])
-            self.suffix[layer] = (keys.new_empty(size), values.new_empty(size))
+            self.suffix[layer] = (keys.new_zeros(size), values.new_zeros(size))
         for buffer, new in zip(self.suffix[layer], (keys, values)):
-            buffer[:, :, :, self.length] = new
+            buffer.index_copy_(3, self.place, new[:, :, :, None])
         return [
-            (prefix, buffer[:, :, :, : self.length + 1])
-            for prefix, buffer in zip(self.prefix[layer], self.suffix[layer])
+            (prefix, buffer[:, :, :, : self.window]) for prefix, buffer in zip(self.prefix[layer], self.suffix[layer])
         ]
 
     def keep(self, prompts):
@@ -591,9 +600,12 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     """Attention of G response tokens per prompt to the prompt's keys, shared, and to their own response's keys.
 
     query (P, H, G, d); key and value: (prefix (P, H', Lp, d), suffix (P, H', G, t, d)) from `SharedPrefixCache`, H' the
-    key-value heads; attention_mask (P, 1, 1, Lp) bool. One softmax over both parts. Plain tensors (prefill, training)
-    take the usual scaled-dot-product path.
+    key-value heads; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors (prefill,
+    training) take the usual path: flex attention where the mask is a block mask, else scaled dot product.
     """
+    if isinstance(attention_mask, BlockMask):
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     if isinstance(key, torch.Tensor):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (prefix_k, suffix_k), (prefix_v, suffix_v) = key, value
@@ -601,9 +613,9 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     heads, shared = prefix_k.shape[1], prefix_k.shape[2]
     query = query.view(P, heads, H // heads, G, d).transpose(2, 3)  # (P, H', G, H / H', d)
     to_prefix = (query.flatten(2, 3) @ prefix_k.mT).view(P, heads, G, H // heads, shared)
-    to_prefix = to_prefix.masked_fill(~attention_mask.view(P, 1, 1, 1, shared), float("-inf"))
     scores = torch.cat([to_prefix, query @ suffix_k.mT], -1).float() * scaling
-    weights = scores.softmax(-1).to(query.dtype)
+    scores = scores.masked_fill(~attention_mask.view(P, 1, 1, 1, -1), float("-inf"))
+    weights = scores.softmax(-1).to(value[0].dtype)
     out = (weights[..., :shared].flatten(2, 3) @ prefix_v).view(P, heads, G, H // heads, d)
     out = out + weights[..., shared:] @ suffix_v
     return out.transpose(1, 2).flatten(2, 3), None  # (P, G, H, d)
@@ -645,11 +657,12 @@ def token_chooser(model, temperature, top_p, top_k):
 
 
 @torch.no_grad()
-def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_id, together=False):
+def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_id, together=False, graphs=False):
     """G responses to each of P prompts, in one batch.
 
     Args: `uniforms` (P * G, max_tokens) in [0, 1), one for each token to come; `choose` from `token_chooser`;
-    `together`: the weights are sharded, so that all processes go on as long as one of them does.
+    `together`: the weights are sharded, so that all processes go on as long as one of them does; `graphs`: a token's
+    kernels are recorded once for each batch and window, and replayed.
     Returns responses (P * G, T) and their mask, True up to and including the first of the `eos` tokens.
     """
     P, G, device = len(prompts), group_size, model.device
@@ -657,7 +670,7 @@ def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_
     ids = torch.stack([pad(p.input_ids, (width - len(p.input_ids), 0), value=pad_id) for p in prompts]).to(device)
     positions = torch.stack([pad(p.position_ids, (width - len(p.input_ids), 0)) for p in prompts], 1).to(device)
     real = torch.stack([torch.arange(width) >= width - len(p.input_ids) for p in prompts]).to(device)  # (P, Lp)
-    cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, max_tokens)
+    cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, max_tokens, device)
     seen = pictures(prompts, device)
 
     def next_logits(**inputs):
@@ -671,6 +684,14 @@ def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_
     logits = next_logits(input_ids=ids, attention_mask=real, position_ids=positions, **seen)[:, -1]
     logits = logits.repeat_interleave(G, 0)  # (P * G, V)
     after = positions.amax((0, 2)) + 1  # (P,) the position of a response's first token
+    slots = torch.arange(max_tokens, device=device)
+
+    def decode(tokens, real, after):  # waits for no value of a tensor, so that it can be recorded
+        written = (slots[: cache.window] <= cache.place).expand(len(tokens), -1)
+        sees = torch.cat([real, written], 1)[:, None, None]  # (P, 1, 1, Lp + window)
+        place = (after + cache.place)[:, None].expand(3, -1, G)
+        return next_logits(input_ids=tokens, attention_mask=sees, position_ids=place).flatten(0, 1)
+
     responses = torch.full((P, G, max_tokens), pad_id, device=device)
     uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
     ended = torch.zeros(P, G, dtype=torch.bool, device=device)
@@ -682,15 +703,37 @@ def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_
         going = ~ended[alive].all(1)
         if t + 1 == max_tokens or not anywhere(going.any(), together):
             break
-        if t and 0 < going.sum() <= len(alive) // 2:
-            alive, tokens, real = alive[going], tokens[going], real[going]
+        if shrinks := t > 0 and bool(0 < going.sum() <= len(alive) // 2):
+            alive, tokens, real, after = alive[going], tokens[going], real[going], after[going]
             cache.keep(going)
-        place = (after[alive, None] + t).expand(3, -1, G)
-        logits = next_logits(input_ids=tokens, attention_mask=real[:, None, None], position_ids=place).flatten(0, 1)
-        cache.length += 1
+        if t % WINDOW == 0 or shrinks:
+            cache.window = min((t // WINDOW + 1) * WINDOW, max_tokens)
+            feed = tokens.clone()
+            step = recorded(decode, feed, real, after) if graphs else partial(decode, feed, real, after)
+        feed.copy_(tokens)
+        logits = step()
+        cache.place += 1
     responses = responses[:, :, : t + 1].flatten(0, 1)
     is_end = torch.isin(responses, eos)
     return responses, (is_end.cumsum(1) - is_end.long()) == 0
+
+
+def recorded(function, *inputs):
+    """`function(*inputs)` as a CUDA graph, to be called without arguments: `inputs` and the result stay in place."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(*inputs)  # libraries set themselves up, and autocast fills its cache, before the recording
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*inputs)
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
 
 
 def anywhere(flag, together):
@@ -727,9 +770,8 @@ def rollout(model, tokenizer, prompts, args, step, group_size=None, temperature=
         batch = prompts[start : start + args.rollout_prompts]
         size = (G, args.max_response_tokens)
         uniforms = torch.cat([torch.rand(size, generator=seeded(args.seed, step, p.index, p.place)) for p in batch])
-        responses, mask = generate(
-            model, batch, G, args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id, together
-        )
+        limits = (args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id)
+        responses, mask = generate(model, batch, G, *limits, together, args.cuda_graphs)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
         for i, prompt in enumerate(batch):
             part = slice(i * G, (i + 1) * G)
@@ -927,6 +969,7 @@ class Reward:
 # Forward: one packed row per group
 # ---------------------------------------------------------------------------------------------------------------------
 
+FLEX_ATTENTION = torch.cuda.is_available()  # a packed row skips what its responses do not see, block by block
 HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
 
 
@@ -946,8 +989,8 @@ def pack(row, device):
     """The row [prompt | response 1 | ... | response G] as model inputs.
 
     A response sees the prompt and itself, and its positions go on after the prompt's. Returns input_ids (1, L),
-    position_ids (3, 1, L), attention_mask (1, 1, L, L) bool and `source` (N,): for each response token, row by row, the
-    place whose hidden state predicts it; the token itself stands in the last N places.
+    position_ids (3, 1, L), attention_mask (1, 1, L, L), bool or a block mask, and `source` (N,): for each response
+    token, row by row, the place whose hidden state predicts it; the token itself stands in the last N places.
     """
     prompt, mask = row.prompt, row.mask.to(device)
     shared, (G, T) = len(prompt.input_ids), mask.shape
@@ -957,11 +1000,17 @@ def pack(row, device):
     place = torch.arange(len(owner), device=device)
     positions = prompt.position_ids.to(device)
     positions = torch.cat([positions, (positions.max() + 1 + step).expand(3, -1)], 1)
-    sees = ((owner[:, None] == owner) | (owner == 0)) & (place[:, None] >= place)
+
+    def sees(batch, head, q, k):
+        return ((owner[q] == owner[k]) | (owner[k] == 0)) & (q >= k)
+
+    if FLEX_ATTENTION:
+        visible = create_block_mask(sees, None, None, len(owner), len(owner), device=device)
+    else:
+        visible = sees(None, None, place[:, None], place)[None, None]
     source = torch.where(step == 0, shared - 1, place[shared:] - 1)
     ids = torch.cat([prompt.input_ids.to(device), row.responses.to(device)[mask]])
-    inputs = {"input_ids": ids[None], "position_ids": positions[:, None], "attention_mask": sees[None, None]}
-    return inputs, source
+    return {"input_ids": ids[None], "position_ids": positions[:, None], "attention_mask": visible}, source
 
 
 def unpack(values, mask):
@@ -1235,8 +1284,12 @@ class Run:
             log_with=trackers or None,
             project_dir=str(self.output),
         )
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision("high")  # TF32, where a product is not in bf16
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
+        if args.cuda_graphs and not (torch.cuda.is_available() and self.world == 1):
+            raise UserError("--cuda_graphs is for one process on a GPU: leave it out.")
         if args.prompts_per_step % self.world:
             raise UserError(
                 f"--prompts_per_step {args.prompts_per_step} cannot be split over {self.world} processes: "

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_group, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import common
 from common import forward, own_states, rows_of, token_logps, unpack
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -65,6 +66,23 @@ def test_packed_row_equals_padded_batch(family, images, temperature):
             assert p.grad is None or not p.grad.any(), name
         else:
             assert torch.allclose(p.grad, q.grad, atol=1e-4 * max(1, q.grad.abs().max())), name
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("images", SHAPES)
+def test_flex_attention_equals_the_boolean_mask(family, images, monkeypatch):
+    """The GPU's kernel, run eagerly; a row longer than its blocks of 128 tokens. (It has no backward pass on a CPU.)"""
+    model = tiny_model(family)
+    group = tiny_group(tiny_prompt(model, SHAPES[images]), [130, 1, 140, 150])
+    with torch.no_grad():
+        want = forward(model, group)
+        monkeypatch.setattr(common, "FLEX_ATTENTION", True)
+        mask = common.pack(group, model.device)[0]["attention_mask"]
+        with torch.compiler.set_stance("force_eager"):
+            got = forward(model, group)
+    assert mask.sparsity() > 10  # blocks that are skipped, in percent
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(got, want))
 
 
 def test_the_oracle_notices_a_wrong_position():

@@ -328,6 +328,7 @@ def test_disk_full_while_saving_keeps_the_checkpoint_before(tmp_path):
         (["--updates_per_step", "3"], "cannot be split into --updates_per_step 3"),
         (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--steps", "many"], "invalid int value"),
+        (["--cuda_graphs"], "--cuda_graphs is for one process on a GPU"),
         (["--learning_rate", "0"], "--learning_rate 0.0 must be above 0"),
         (["--rollout_prompts", "0"], "--rollout_prompts 0 must be above 0"),
         (["--updates_per_step", "0"], "--updates_per_step 0 must be above 0"),
