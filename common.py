@@ -554,6 +554,8 @@ class Group:
     loss_mask: torch.Tensor | None = None  # (G, T) tokens that the loss counts
     old_logps: torch.Tensor | None = None  # (G, T)
     ref_logps: torch.Tensor | None = None  # (G, T)
+    scores: torch.Tensor | None = None  # (G, T) what a method thinks of each token,
+    weights: torch.Tensor | None = None  # (G, T) and makes of it: factors of the advantage
 
     def __getitem__(self, part):
         rows = {name: value[part] for name, value in vars(self).items() if isinstance(value, torch.Tensor | list)}
@@ -1019,11 +1021,12 @@ def unpack(values, mask):
     return out.masked_scatter(mask.view(*mask.shape, *[1] * (values.dim() - 1)), values)
 
 
-def forward(model, row, temperature=1.0):
+def forward(model, row, temperature=1.0, watch=None):
     """Log-probs and entropies of a row's response tokens, from one packed forward pass.
 
-    Returns logps (G, T), over the full vocabulary at the sampling temperature; entropy (G, T) in nats, of the
-    distribution that each token was drawn from; hidden (L, D), the whole row's states after the final norm.
+    `watch`: called with the row's detached hidden states (L, D) before each layer, from the embeddings on, and after
+    the final norm. Returns logps (G, T), over the full vocabulary at the sampling temperature; entropy (G, T) in nats,
+    of the distribution that each token was drawn from; hidden (L, D), the whole row's states after the final norm.
     """
     inputs, source = pack(row, model.device)
     mask = row.mask.to(model.device)
@@ -1032,11 +1035,25 @@ def forward(model, row, temperature=1.0):
     def run(model):
         seen = pictures([row.prompt], model.device)
         nothing = 0 * blank_picture(model) if isinstance(model, FSDPModule) and not seen else 0
-        hidden = model.model(**inputs, **seen, use_cache=False).last_hidden_state[0] + nothing
+        with watched(model.model.language_model.layers, watch):
+            hidden = model.model(**inputs, **seen, use_cache=False).last_hidden_state[0] + nothing
+        if watch:
+            watch(hidden.detach())
         return *token_logps(hidden[source], model.lm_head.weight, targets, temperature), hidden
 
     logps, entropy, hidden = model.inside(run) if isinstance(model, FSDPModule) else run(model)
     return unpack(logps, mask), unpack(entropy, mask), hidden
+
+
+@contextlib.contextmanager
+def watched(layers, watch):
+    """Calls `watch` with what each layer reads; not again when the backward pass recomputes a layer."""
+    hooks = [layer.register_forward_pre_hook(lambda _, args: watch(args[0][0].detach())) for layer in layers if watch]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def blank_picture(model):
@@ -1153,6 +1170,12 @@ def kl_penalty(logps, ref_logps):
     """
     log_ratio = (ref_logps - logps).clamp(-20, 20)
     return log_ratio.exp() - log_ratio - 1
+
+
+def quantiles(name, values, mask):
+    """5, 50 and 95 % of the values (B, T) at valid tokens, named for the log."""
+    levels = values[mask].float().quantile(torch.tensor([0.05, 0.5, 0.95], device=values.device))
+    return {f"{name}_p05": levels[0], f"{name}_p50": levels[1], f"{name}_p95": levels[2]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1469,6 +1492,7 @@ class Run:
             group.advantages = group_advantage.to(group.mask.device)
             group.loss_mask = group.mask & ~group.truncated[:, None] if self.args.drop_truncated else group.mask
             rows += rows_of(group, self.args.tokens_per_row)
+        self.cut = self.total(len(rows) - len(self.groups)) > 0  # some group, on some process, is in several rows
         if len(self.places) < self.args.prompts_per_step:
             self.say(f"step {self.step + 1}: {len(self.places)} prompts of mixed success in {self.tries} draws")
         return self.even(rows)
@@ -1487,7 +1511,8 @@ class Run:
         filler.prompt = dataclasses.replace(filler.prompt, place=-1)
         filler.advantages = torch.zeros(1, device=filler.mask.device)
         filler.loss_mask = torch.zeros_like(filler.mask)
-        filler.old_logps = filler.ref_logps = torch.zeros(filler.mask.shape, device=filler.mask.device)
+        zeros = torch.zeros(filler.mask.shape, device=filler.mask.device)
+        filler.old_logps = filler.ref_logps = filler.scores = filler.weights = zeros
         return rows + [filler] * (most - len(rows))
 
     def denominator(self, rows):

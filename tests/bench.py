@@ -6,6 +6,10 @@ slow today is slow for both sides. The last one runs the same step in TRL's GRPO
 """
 
 import argparse
+import contextlib
+import importlib
+import io
+import json
 import os
 import statistics
 import subprocess
@@ -21,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 P, G, PIXELS = 2, 8, 448
+METHODS = {"pepo": 1.1, "vgpo": 1.1}  # script: its bar, whole steps against GRPO's
 
 
 def make_model():
@@ -137,6 +142,34 @@ def our_step(model, tokenizer, prompts, args, reward, optimizer, step):
     optimizer.zero_grad()
 
 
+def method_steps(model, processor, tokens, repeats):
+    """Prints the whole step of each method's own script against that of grpo.py: two counted steps in each run."""
+    import datasets
+
+    times = {name: [] for name in ["grpo", *METHODS]}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/model")
+        processor.save_pretrained(f"{folder}/model")
+        datasets.Dataset.from_list(make_rows(P)).to_parquet(f"{folder}/rows.parquet")
+        Path(folder, "reward.py").write_text("def mixed(p, r, a): return [hash(text) % 7 for text in r]")
+        flags = f"--model {folder}/model --data {folder}/rows.parquet --reward {folder}/reward.py:mixed --eval_rows 0"
+        flags += f" --prompts_per_step {P} --group_size {G} --max_response_tokens {tokens} --updates_per_step 1"
+        flags += " --steps 3 --show_every 0 --save_every 0 --gradient_checkpointing false"
+        for repeat in range(repeats):
+            for name in times:
+                output = f"{folder}/{name}-{repeat}"
+                sys.argv = [f"{name}.py", "--output", output, *flags.split()]
+                with contextlib.redirect_stderr(io.StringIO()):
+                    importlib.import_module(name).main()
+                lines = Path(output, "metrics.jsonl").read_text().splitlines()
+                times[name].append(statistics.mean(json.loads(line)["seconds"] for line in lines[1:]))
+    for name, bar in METHODS.items():
+        ratios = sorted(a / b for a, b in zip(times[name], times["grpo"]))
+        a, b = statistics.median(times[name]), statistics.median(times["grpo"])
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}; {a:.2f} s against {b:.2f} s"
+        print(f"{f'whole step: {name}.py / grpo.py':46s} {a / b:6.2f} x   ({spread}) bar {bar}")
+
+
 def trl_step_seconds(processor, tokens, steps):
     """Seconds of each step of GRPOTrainer at the same settings."""
     import datasets
@@ -220,6 +253,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
     parser.add_argument("--response_tokens", type=int, default=64, help="tokens of every response")
+    parser.add_argument("--methods", action="store_true", help="nothing but the methods' steps")
     parser.add_argument("--no_trl", action="store_true", help="leave TRL's step out")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -236,20 +270,24 @@ def main():
     print(f"{millions:.0f}M parameters, {P} prompts x {G}, Lp = {Lp} of which {image} image tokens, Lr = {Lr}")
     print(f"{torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}")
 
-    bound = G * (Lp + Lr) / (Lp + G * Lr)
-    compare(
-        "update: padded batch / packed row",
-        lambda: padded_update(model, groups),
-        lambda: packed_update(model, groups),
-        options.repeats,
-        f"token ratio {bound:.2f}, bar {0.8 * bound:.2f}",
-    )
-    compare(
-        "sampling: plain generate / prompt computed once",
-        lambda: plain_sampling(model, prompts, tokens),
-        lambda: common.rollout(model, processor.tokenizer, prompts, args, 0),
-        options.repeats,
-    )
+    if not options.methods:
+        bound = G * (Lp + Lr) / (Lp + G * Lr)
+        compare(
+            "update: padded batch / packed row",
+            lambda: padded_update(model, groups),
+            lambda: packed_update(model, groups),
+            options.repeats,
+            f"token ratio {bound:.2f}, bar {0.8 * bound:.2f}",
+        )
+        compare(
+            "sampling: plain generate / prompt computed once",
+            lambda: plain_sampling(model, prompts, tokens),
+            lambda: common.rollout(model, processor.tokenizer, prompts, args, 0),
+            options.repeats,
+        )
+    method_steps(model, processor, tokens, options.repeats)
+    if options.methods:
+        return
     for length in (512, 1024, 2048):
         chunks, plain = head_memory("chunks", length), head_memory("plain", length)
         name = f"peak memory of the head, {length} tokens"

@@ -14,6 +14,11 @@ torch.set_num_threads(2)
 transformers.utils.logging.disable_progress_bar()
 TOKENS = dict(image_token_id=11, video_token_id=12, vision_start_token_id=9, vision_end_token_id=10)
 END = [13, 0]  # token ids of the random models below
+SHAPES = {  # images of a prompt as (h, w) in patches
+    "one image": [(4, 6)],
+    "two images of different sizes": [(2, 4), (6, 4)],
+    "no image": [],
+}
 
 
 def text_config(**more):
@@ -82,6 +87,36 @@ def tiny_group(prompt, lengths, seed=0):
     responses = torch.randint(20, 96, (len(lengths), T), generator=generator)
     mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     return common.Group(prompt, responses, mask, torch.zeros(len(lengths), dtype=torch.bool), [""] * len(lengths))
+
+
+def padded_inputs(model, group):
+    """A group the usual way: G copies of prompt and pictures, right-padded."""
+    prompt, mask = group.prompt, group.mask
+    G = len(mask)
+    ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses.masked_fill(~mask, 0)], 1)
+    attention = torch.cat([torch.ones(G, len(prompt.input_ids), dtype=torch.bool), mask], 1)
+    inputs = {"input_ids": ids, "attention_mask": attention.long()}
+    if prompt.pixel_values is not None:
+        inputs["pixel_values"] = prompt.pixel_values.repeat(G, 1)
+        inputs["image_grid_thw"] = prompt.image_grid_thw.repeat(G, 1)
+        inputs["mm_token_type_ids"] = torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int()
+    model.model.rope_deltas = None
+    return inputs
+
+
+def plain_states(model, group):
+    """All hidden states of a padded batch, L + 1 of each: of the response tokens (G, T, D), of the image (1, N, D)."""
+    read, hooks = [], []
+    for layer in model.model.language_model.layers:
+        hooks.append(layer.register_forward_pre_hook(lambda _, args: read.append(args[0].clone())))
+    with torch.no_grad():
+        states = model(**padded_inputs(model, group), output_hidden_states=True, use_cache=False).hidden_states
+    for hook in hooks:
+        hook.remove()
+    if model.config.model_type == "qwen3_vl":  # whose output_hidden_states lack the picture's deep features
+        states = [*read, states[-1]]
+    shared = len(group.prompt.input_ids)
+    return [s[:, shared:] for s in states], [s[:1, :shared][:, group.prompt.image_mask] for s in states]
 
 
 @pytest.fixture(scope="session")

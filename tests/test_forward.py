@@ -4,32 +4,18 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_group, tiny_model, tiny_prompt
+from conftest import SHAPES, padded_inputs, tiny_group, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from common import forward, own_states, rows_of, token_logps, unpack
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-SHAPES = {  # images of a prompt as (h, w) in patches
-    "one image": [(4, 6)],
-    "two images of different sizes": [(2, 4), (6, 4)],
-    "no image": [],
-}
 
 
 def padded(model, group, temperature=1.0):
     """The same numbers the usual way: G copies of prompt and pictures, right-padded, all logits in memory."""
-    prompt, mask = group.prompt, group.mask
-    G, shared = len(mask), len(prompt.input_ids)
-    ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses.masked_fill(~mask, 0)], 1)
-    attention = torch.cat([torch.ones(G, shared, dtype=torch.bool), mask], 1)
-    inputs = {"input_ids": ids, "attention_mask": attention.long()}
-    if prompt.pixel_values is not None:
-        inputs["pixel_values"] = prompt.pixel_values.repeat(G, 1)
-        inputs["image_grid_thw"] = prompt.image_grid_thw.repeat(G, 1)
-        inputs["mm_token_type_ids"] = torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int()
-    model.model.rope_deltas = None
+    inputs, shared = padded_inputs(model, group), len(group.prompt.input_ids)
     out = model(**inputs, output_hidden_states=True, use_cache=False)
     logps = (out.logits[:, shared - 1 : -1].float() / temperature).log_softmax(-1)
     chosen = logps.gather(-1, group.responses[..., None])[..., 0]

@@ -63,6 +63,18 @@ def test_two_processes_equal_one(tmp_path, flags):
     assert_equal(finished(1, tmp_path / "one", *flags), finished(2, tmp_path / "two", *flags))
 
 
+METHOD_FLAGS = ["--eval_rows", 0, "--tokens_per_row", 130, "--temperature", 1.3]
+
+
+@pytest.mark.parametrize("method", ["pepo", "vgpo"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_each_method_on_two_processes(tmp_path, method, updates):
+    flags, script = [*METHOD_FLAGS, "--updates_per_step", updates], ROOT / f"{method}.py"
+    assert_equal(
+        finished(1, tmp_path / "one", *flags, script=script), finished(2, tmp_path / "two", *flags, script=script)
+    )
+
+
 def test_sampling_from_sharded_weights(tmp_path):
     """Token by token together, over text-only rows and uneven lengths: the same rollouts again."""
     flags = ["--eval_rows", 7, "--steps", 1]

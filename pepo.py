@@ -1,0 +1,155 @@
+"""PEPO: perception-exploration policy optimisation (arXiv 2603.22847).
+
+Good reasoning with a picture goes back and forth between looking and trying. A token whose hidden state resembles
+those of the picture is looking; a token of high entropy is trying. PEPO weighs every token of a response by the first,
+gated softly by the second, with weights of mean 1, so that a response's advantage moves among its tokens. With h^l_t
+the state of response token t before layer l (last: after the final norm), v^l_n that of image token n, u(x) = x / |x|:
+
+    VS_t = mean_l u(h^l_t) . mean_n u(v^l_n)                                   visual similarity
+    g_t  = (VS' + H')_t - mean_t (VS' + H')          ' : min-max within the response; H: entropy of the token's draw
+    w_t  = T softmax_t(VS_t (1 + alpha tanh g_t) / tau)                        weight, mean 1
+    A_it = ((1 - lambda) + lambda w_it) A_i          lambda: from 0 to 1 over the run
+
+Formulas follow the released code (xzxxntxdy/PEPO). What differs, or is silent in the paper:
+  1. The paper averages over "all layers"; the code, and this file, count the embeddings too: `--no_embedding_layer`.
+  2. The paper's softmax has no temperature; every released script divides by tau = 1.8.
+  3. Before a layer of Qwen3-VL stands what it reads, with the picture's deep features added.
+  4. A prompt without a picture has w = 1: plain GRPO.
+
+The scores come out of a forward pass that is made anyway: no extra one.
+
+    python pepo.py                                                                  # the toy, minutes on a laptop CPU
+    torchrun --nproc_per_node=8 pepo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs
+    ... pepo.py --aggregation sequence --kl_coef 0.001                              # PEPO_G of the paper, on GRPO
+    ... pepo.py --clip_high 0.28 --filter_groups --drop_truncated                   # PEPO_D of the paper, on DAPO
+    both with --prompts_per_step 8 --updates_per_step 1 --steps 262 --max_response_tokens 1024 --top_k 50
+              --schedule cosine --weight_decay 0.1 --beta2 0.95 --freeze_vision --accuracy_weight 1 --format_weight 1
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.functional import normalize
+
+import common
+from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
+from common import flag, own_states, quantiles
+
+
+@dataclass
+class Args(common.Args):
+    alpha: float = flag(0.05, "how far perception and exploration together move a token's similarity")
+    weight_temperature: float = flag(1.8, "tau of the softmax over a response; higher: weights nearer to 1")
+    embedding_layer: bool = flag(True, "average the similarity over the embeddings too, not over the layers alone")
+    strength: float = flag(1.0, "lambda at the end of the run; 0: GRPO")
+    weight_schedule: Literal["linear", "constant"] = flag("linear", "lambda rises from 0, or is --strength at once")
+
+
+@torch.no_grad()
+def visual_similarity(layer_hidden, layer_image_hidden, image_mask=None):
+    """Mean over layers of the cosine between a token's state and the image's: mean_l u(h) . mean_n u(v), in fp32.
+
+    Args: iterables over layers of (B, T, D) and (B or 1, N, D); `image_mask` (B or 1, N), None: all N.
+    Returns (B, T) in [-1, 1]; 0 where there is no image and where a state is 0.
+
+    >>> tokens, image = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
+    >>> visual_similarity([tokens], [image])
+    tensor([[0.8000, 0.4000]])
+    """
+    total, layers = 0.0, 0
+    for hidden, image in zip(layer_hidden, layer_image_hidden, strict=True):
+        valid = torch.ones_like(image[..., 0], dtype=torch.bool) if image_mask is None else image_mask
+        image = normalize(torch.where(valid[..., None], image, 0).float(), dim=-1)  # (B, N, D)
+        prior = image.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]  # (B, 1, D)
+        total = total + (normalize(hidden.float(), dim=-1) * prior).sum(-1)  # (B, T)
+        layers += 1
+    return total / layers
+
+
+@torch.no_grad()
+def token_weights(similarity, entropy, mask, alpha=0.05, temperature=1.8, eps=1e-6):
+    """Weights (B, T) of mean 1 over the valid tokens of a response, 0 on padding, from similarity and entropy (B, T).
+
+    >>> similarity, entropy = torch.tensor([[0.30, 0.10, 0.25, 0.15]]), torch.tensor([[0.0, 2.0, 1.0, 0.5]])
+    >>> token_weights(similarity, entropy, torch.ones(1, 4, dtype=torch.bool))
+    tensor([[1.0563, 0.9449, 1.0290, 0.9697]])
+    """
+    length = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+
+    def min_max(values):
+        low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+        high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+        return torch.where(mask, (values - low) / (high - low).clamp(min=eps), 0.0)
+
+    similarity, entropy = similarity.float(), entropy.float()
+    both = min_max(similarity) + min_max(entropy)  # (B, T)
+    gate = 1 + alpha * torch.tanh(both - both.sum(1, keepdim=True) / length)  # (B, T)
+    z = torch.where(mask, similarity * gate / temperature, -torch.inf)
+    exp = torch.where(mask, (z - z.amax(1, keepdim=True)).exp(), 0.0)
+    return torch.where(mask, exp * length / exp.sum(1, keepdim=True), 0.0)
+
+
+def weighted_forward(model, row, args):
+    """`forward` of a row, logps and entropy (B, T). The first, of the policy that sampled, sets `row.weights` (B, T)."""
+    layers = []
+
+    def watch(hidden):  # (L, D), layer by layer: no two are kept
+        own, image = own_states(hidden, row)  # (B, T, D), (N, D)
+        layers.append(visual_similarity([own], [image[None]]))
+
+    logps, entropy, _ = forward(model, row, args.temperature, watch if row.weights is None else None)
+    if row.weights is None:
+        row.scores = torch.stack(layers if args.embedding_layer else layers[1:]).mean(0)  # (B, T)
+        row.weights = token_weights(row.scores, entropy, row.mask, args.alpha, args.weight_temperature)
+    return logps, entropy
+
+
+def main():
+    args = parse_args(Args)
+    run = Run(args)
+    for step in run.steps():
+        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
+            while prompts := run.draw():
+                groups = rollout(run.model, run.tokenizer, prompts, args, step)
+                run.reward(groups)
+                run.keep(groups)
+
+        rewards = run.rewards()  # (P, G)
+        advantages = group_advantages(rewards)  # (P, G)
+        rows = run.rows(advantages)  # one packed row per group
+
+        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+            for row in rows:
+                if args.updates_per_step > 1:
+                    row.old_logps, _ = weighted_forward(run.model, row, args)  # (B, T)
+                if args.kl_coef:
+                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+
+        with run.phase("update"):
+            for minibatch in run.minibatches(rows):
+                progress = min(1, run.updates / (args.steps * args.updates_per_step))
+                strength = args.strength * (progress if args.weight_schedule == "linear" else 1)  # lambda
+                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                for row in minibatch:
+                    logps, entropy = weighted_forward(run.model, row, args)  # (B, T)
+                    old_logps = logps.detach() if row.old_logps is None else row.old_logps
+                    token_advantages = row.advantages[:, None] * ((1 - strength) + strength * row.weights)  # (B, T)
+                    mask = row.loss_mask  # (B, T)
+                    loss, info = policy_loss(
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                    )
+                    info["entropy"] = aggregate(entropy.detach(), mask)
+                    info |= quantiles("weight", row.weights, row.mask)
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                    if args.kl_coef:
+                        kl = kl_penalty(logps, row.ref_logps)  # (B, T)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        info["kl"] = aggregate(kl.detach(), mask)
+                    run.backward(loss, info, row, mask)
+                run.update()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What all method files have in common: the lines of grpo.py, real runs, and the base when they are switched off."""
+
+import ast
+import difflib
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+FORWARD = ["logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)"]
+OLD = ["if args.updates_per_step > 1:", "row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)"]
+ADVANTAGES = ["token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token"]
+MAY_DIFFER = {  # lines of grpo.py that a method replaces
+    "pepo": [OLD[1], *FORWARD, *ADVANTAGES],
+    "vgpo": [*OLD, *FORWARD, *ADVANTAGES],
+}
+OFF = {"pepo": ["--strength", 0], "vgpo": ["--no_intra", "--no_inter"]}
+SHORT = ["--prompts_per_step", 4, "--group_size", 4, "--eval_rows", 0, "--show_every", 0, "--weight_decay", 0]
+CUT = ["--updates_per_step", 2, "--tokens_per_row", 130, "--kl_coef", 0.01]
+
+
+def code(name):
+    """The lines of a file after its header."""
+    source = (ROOT / f"{name}.py").read_text()
+    return source.splitlines()[ast.parse(source).body[0].end_lineno :]
+
+
+def train(monkeypatch, output, name, *flags):
+    """A run of a script in this process: its weights and its metrics."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--output", str(output), *map(str, [*SHORT, *flags])])
+    importlib.import_module(name).main()
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return load_file(output / "last" / "model.safetensors"), metrics
+
+
+@pytest.mark.parametrize("name", MAY_DIFFER)
+def test_what_is_not_the_method_is_grpo_word_for_word(name):
+    diff = list(difflib.ndiff(code("grpo"), code(name)))
+    removed = [line[2:].strip() for line in diff if line.startswith("- ")]
+    assert sorted(removed) == sorted(['"""GRPO adds nothing to the shared arguments."""', *MAY_DIFFER[name]])
+
+
+@pytest.mark.parametrize("name", MAY_DIFFER)
+@pytest.mark.parametrize("flags", [[], CUT])
+def test_a_run_changes_every_parameter(monkeypatch, tmp_path, name, flags):
+    before = load_file(ROOT / "toy/model/model.safetensors")
+    after, metrics = train(monkeypatch, tmp_path / "run", name, "--steps", 2, *flags)
+    assert all(not torch.equal(before[key], after[key]) for key in before)
+    assert all(value is not None for line in metrics for value in line.values())
+    assert metrics[0]["weight_p05"] < 1 < metrics[0]["weight_p95"]
+
+
+@pytest.mark.parametrize("name", OFF)
+@pytest.mark.parametrize("flags", [[], CUT])
+def test_switched_off_it_is_the_base_to_the_bit(monkeypatch, tmp_path, name, flags):
+    base, _ = train(monkeypatch, tmp_path / "grpo", "grpo", "--steps", 2, *flags)
+    off, _ = train(monkeypatch, tmp_path / "off", name, "--steps", 2, *flags, *OFF[name])
+    on, _ = train(monkeypatch, tmp_path / "on", name, "--steps", 2, *flags)
+    assert all(torch.equal(base[key], off[key]) for key in base)
+    assert not all(torch.equal(base[key], on[key]) for key in base)
+
+
+@pytest.mark.parametrize("name, flags", [("vgpo", ["--updates_per_step", 2]), ("pepo", ["--updates_per_step", 2])])
+def test_groups_cut_into_rows_are_weighed_as_a_whole(monkeypatch, tmp_path, name, flags):
+    """Also where a step has one update: a rollout factor needs the focus of all responses to its prompt."""
+    for more in ([], flags):
+        whole, lines = train(monkeypatch, tmp_path / f"whole{len(more)}", name, "--steps", 2, *more)
+        cut, cut_lines = train(monkeypatch, tmp_path / f"cut{len(more)}", name, "--steps", 2, *more, *CUT[2:4])
+        assert all(torch.allclose(whole[key], cut[key], atol=1e-5) for key in whole)
+        for line, cut_line in zip(lines, cut_lines):
+            same = {key: value for key, value in line.items() if key.startswith(("rollout_", "gated", "loss"))}
+            assert {key: cut_line[key] for key in same} == pytest.approx(same, abs=1e-4)
+
+
+def test_pepo_begins_as_grpo(monkeypatch, tmp_path):
+    """lambda is 0 at the first update, and 1/2 at the second of two."""
+    train(monkeypatch, tmp_path / "grpo", "grpo", "--steps", 2, "--save_every", 1)
+    train(monkeypatch, tmp_path / "pepo", "pepo", "--steps", 2, "--save_every", 1)
+    train(monkeypatch, tmp_path / "constant", "pepo", "--steps", 2, "--save_every", 1, "--weight_schedule", "constant")
+    first, second, constant = (
+        load_file(tmp_path / name / "step-1/model.safetensors") for name in ("grpo", "pepo", "constant")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], constant[key]) for key in first)
+    first, second = (load_file(tmp_path / name / "step-2/model.safetensors") for name in ("grpo", "pepo"))
+    assert not all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_vgpo_sums_focus_in_two_ways(monkeypatch, tmp_path):
+    raw, _ = train(monkeypatch, tmp_path / "raw", "vgpo", "--steps", 1)
+    scaled, _ = train(monkeypatch, tmp_path / "scaled", "vgpo", "--steps", 1, "--accumulate", "normalised")
+    floor, _ = train(monkeypatch, tmp_path / "floor", "vgpo", "--steps", 1, "--floor", 0)
+    intra, lines = train(monkeypatch, tmp_path / "intra", "vgpo", "--steps", 1, "--no_inter")
+    assert lines[0]["rollout_factor"] == 1
+    for other in (scaled, floor, intra):
+        assert not all(torch.equal(raw[key], other[key]) for key in raw)

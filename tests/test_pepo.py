@@ -1,0 +1,123 @@
+"""PEPO's similarity and weights: the vectors of its released code, loops, and what may not change them."""
+
+import pytest
+import torch
+from conftest import SHAPES, plain_states, tiny_group, tiny_model, tiny_prompt
+
+from pepo import Args, token_weights, visual_similarity, weighted_forward
+
+SIMILARITY, ENTROPY = torch.tensor([[0.30, 0.10, 0.25, 0.15]]), torch.tensor([[0.0, 2.0, 1.0, 0.5]])
+ALL = torch.ones(1, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "alpha, temperature, want",
+    [
+        (0.05, 1.8, [1.056339, 0.944926, 1.029027, 0.969709]),
+        (0.05, 1.0, [1.102106, 0.901765, 1.051345, 0.944783]),
+        (0.00, 1.8, [1.056109, 0.945048, 1.027176, 0.971667]),
+    ],
+)
+def test_weights_of_the_released_code(alpha, temperature, want):
+    got = token_weights(SIMILARITY, ENTROPY, ALL, alpha, temperature)
+    assert torch.allclose(got, torch.tensor([want]), atol=1e-6)
+
+
+def test_equal_similarity_leaves_the_gate():
+    got = token_weights(torch.full((1, 3), 0.2), torch.tensor([[0.0, 1.0, 2.0]]), ALL[:, :3])
+    assert torch.allclose(got, torch.tensor([[0.9974, 1.0, 1.0026]]), atol=5e-5)
+
+
+def test_weights_by_hand():
+    """Two tokens, alpha 0: z = 0.9 / 1.8 and 0, w = 2 e^0.5 / (e^0.5 + 1) and the rest."""
+    got = token_weights(torch.tensor([[0.9, 0.0]]), torch.zeros(1, 2), ALL[:, :2], alpha=0.0)
+    assert torch.allclose(got, torch.tensor([[1.244919, 0.755081]]), atol=1e-6)
+
+
+def random_scores(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(9) < torch.tensor([9, 4, 1, 0])[:, None]
+    return torch.rand(4, 9, generator=generator) - 0.3, torch.rand(4, 9, generator=generator) * 3, mask
+
+
+def test_mean_one_and_nothing_on_padding():
+    similarity, entropy, mask = random_scores()
+    weights = token_weights(similarity, entropy, mask)
+    assert torch.allclose(weights.sum(1), mask.sum(1).float(), atol=1e-5)
+    assert (weights[~mask] == 0).all() and (weights[mask] > 0).all()
+    assert weights[2, 0] == 1  # one token
+
+
+def test_neither_garbage_on_padding_nor_the_order_of_rows_matters():
+    similarity, entropy, mask = random_scores()
+    want = token_weights(similarity, entropy, mask)
+    for garbage in (torch.nan, torch.inf, -1e30):
+        dirty = [x.masked_fill(~mask, garbage) for x in (similarity, entropy)]
+        assert torch.equal(token_weights(*dirty, mask), want)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(token_weights(similarity[order], entropy[order], mask[order]), want[order])
+    assert torch.equal(token_weights(similarity[1:2], entropy[1:2], mask[1:2]), want[1:2])
+
+
+def test_equal_scores_and_no_picture_weigh_exactly_one():
+    _, entropy, mask = random_scores()
+    assert torch.equal(token_weights(torch.full((4, 9), 0.3), torch.full((4, 9), 0.7), mask), mask.float())
+    nothing = visual_similarity([torch.randn(4, 9, 8)], [torch.empty(1, 0, 8)])
+    assert torch.equal(token_weights(nothing, entropy, mask), mask.float())
+
+
+def test_similarity_against_loops():
+    torch.manual_seed(0)
+    layers = [(torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)) for _ in range(3)]
+    image_mask = torch.tensor([[True, True, False, True], [False, False, True, False]])
+    got = visual_similarity(*zip(*layers), image_mask)
+    for b in range(2):
+        for t in range(3):
+            means = []
+            for hidden, image in layers:
+                h = hidden[b, t] / hidden[b, t].norm()
+                means.append(sum(h @ v / v.norm() for v in image[b][image_mask[b]]) / image_mask[b].sum())
+            assert got[b, t].item() == pytest.approx(sum(means).item() / 3, abs=1e-6)
+    dirty = [image.masked_fill(~image_mask[..., None], torch.nan) for _, image in layers]
+    assert torch.equal(visual_similarity([hidden for hidden, _ in layers], dirty, image_mask), got)
+    assert visual_similarity([torch.zeros(1, 2, 5)], [torch.randn(1, 4, 5)]).tolist() == [[0, 0]]
+    assert visual_similarity([layers[0][0].bfloat16()], [layers[0][1].bfloat16()]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("images", SHAPES)
+@pytest.mark.parametrize("embedding_layer", [True, False])
+def test_weights_of_a_packed_row_equal_those_of_padded_rows(family, images, embedding_layer):
+    """Layer by layer out of the packed pass, against all hidden states of the usual padded batch."""
+    model, args = tiny_model(family), Args(embedding_layer=embedding_layer, temperature=0.8)
+    group = tiny_group(tiny_prompt(model, SHAPES[images]), [7, 1, 4, 12])
+    logps, entropy = weighted_forward(model, group, args)
+    layers, image_layers = plain_states(model, group)
+    first = 0 if embedding_layer else 1
+    similarity = visual_similarity(layers[first:], image_layers[first:])
+    assert torch.allclose(group.weights, token_weights(similarity, entropy, group.mask), atol=2e-5)
+    assert (group.weights[group.mask] != 1).any() == bool(SHAPES[images])
+
+    weights = group.weights
+    assert torch.equal(logps, weighted_forward(model, group, args)[0]) and group.weights is weights  # computed once
+
+
+def test_gradient_checkpointing_changes_no_weight():
+    model = tiny_model("qwen2_5_vl")
+    plain, again = (tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2]) for _ in range(2))
+    weighted_forward(model, plain, Args())
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    weighted_forward(model, again, Args())[0].sum().backward()
+    assert torch.equal(plain.weights, again.weights)
+    assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
+
+
+def test_on_policy_the_gradient_through_the_weights_cancels():
+    similarity, entropy, mask = random_scores()
+    x = torch.randn(4, 9).requires_grad_()
+    attached = token_weights.__wrapped__(similarity + x, entropy + x.square(), mask)
+    ratio = (x - x.detach()).exp()
+    (with_weights,) = torch.autograd.grad((ratio * attached)[:3].sum(), x, retain_graph=True)
+    (without,) = torch.autograd.grad((ratio * attached.detach())[:3].sum(), x)
+    assert torch.allclose(with_weights, without, atol=1e-6)
+    assert not token_weights(similarity + x, entropy, mask).requires_grad

@@ -1,0 +1,194 @@
+"""VGPO: visually-guided policy optimisation (arXiv 2604.09349).
+
+Vision-language models look at the picture less and less as a response goes on. VGPO measures how close each token's
+last hidden state h_t is to the mean state mu of the image tokens, raises late tokens that still look, and moves
+advantage to what looks: in a response by a token factor psi, in a group by a rollout factor alpha. For t = 0 .. T - 1:
+
+    rho_t   = (cos(h_t, mu) - floor) / (1 - floor)                                      visual focus, eq. 4
+    omega_t = rho_t (1 + beta t / (T - 1)) for the best kappa of t >= gamma T, else rho_t      compensated, eq. 5-6
+    psi_t   = clamp(1 + omega'_t - mean_t omega', 0.1, 2)     ' : min-max in the response      token factor, eq. 7-8
+    alpha_i = clamp(1 + Phi'_i - mean_i Phi', 0.9, 2)         ' : min-max in the group         rollout factor, eq. 9-10
+    A_it    = A_i alpha_i psi_it                              Phi_i = sum_t omega_it           eq. 11
+
+Formulas follow the released code (wzb-bupt/VGPO); the clamps stand in the code only. Deviations:
+  1. The code's floor is min(0, smallest cosine of a micro-batch); here -1, which depends on no batch: `--floor`.
+  2. Phi sums omega as the paper does; the code sums omega': `--accumulate normalised`.
+  3. The code's groups are 8 consecutive rows of a shuffled micro-batch; here, as in the paper, the G of one prompt.
+  4. A prompt without a picture has psi = alpha = 1: plain GRPO.
+Phi is a sum, so it grows with length: the log has its correlation with length, and how often alpha is at its floor.
+
+The scores come out of a forward pass that is made anyway. Only where a group is cut into several rows does its rollout
+factor, which compares whole responses, cost a scoring pass.
+
+    python vgpo.py                                                                  # the toy, minutes on a laptop CPU
+    torchrun --nproc_per_node=8 vgpo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs
+    ... vgpo.py --clip_high 0.28 --filter_groups --top_p 0.99 --max_pixels 4194304 --accuracy_weight 1 --format_weight 0
+                --data PAPOGalaxy/PAPO_ViRL39K_train                                # the paper's setting, on DAPO
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+import common
+from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
+from common import flag, own_states, quantiles
+
+
+@dataclass
+class Args(common.Args):
+    intra: bool = flag(True, "token factors, inside a response")
+    inter: bool = flag(True, "rollout factors, inside a group")
+    strength: float = flag(0.3, "beta: what the last token gains when it is gated")
+    start: float = flag(0.5, "gamma: the share of a response before the first token that may gain")
+    top: float = flag(0.2, "kappa: the share of the tokens after it that do")
+    floor: float = flag(-1.0, "the cosine that counts as no focus")
+    accumulate: Literal["raw", "normalised"] = flag("raw", "sum focus over a response as it is, or after min-max")
+
+
+@torch.no_grad()
+def visual_focus(hidden, image_hidden, image_mask=None, floor=-1.0):
+    """Visual focus (eq. 4): the cosine of a token's state and the image's mean state, from [floor, 1] to [0, 1].
+
+    Args: hidden (B, T, D); image_hidden (B or 1, N, D); image_mask (B or 1, N), None: all N. Returns (B, T), fp32, 0
+    where there is no image.
+
+    >>> tokens, image = torch.tensor([[[3.0, 4.0], [0.0, -2.0]]]), torch.tensor([[[2.0, 1.0], [0.0, 1.0]]])
+    >>> visual_focus(tokens, image)  # mu = (1, 1), cosines 0.99 and -0.71
+    tensor([[0.9950, 0.1464]])
+    """
+    valid = torch.ones_like(image_hidden[..., 0], dtype=torch.bool) if image_mask is None else image_mask  # (B, N)
+    count = valid.sum(1)[:, None, None]  # (B, 1, 1)
+    mean = torch.where(valid[..., None], image_hidden, 0).float().sum(1, keepdim=True) / count.clamp(min=1)  # (B, 1, D)
+    cosine = cosine_similarity(hidden.float(), mean, dim=-1)  # (B, T)
+    return torch.where(count[..., 0] > 0, (cosine - floor) / (1 - floor), 0.0)
+
+
+def late_gate(focus, mask, start=0.5, top=0.2):
+    """(B, T) True on the best `top` of the tokens from `start` of each response on; ties pass (eq. 5)."""
+    length = mask.sum(1, keepdim=True)  # (B, 1)
+    begin = (length.double() * start).floor().long()
+    tail = mask & (mask.cumsum(1) - 1 >= begin)
+    count = ((length - begin).double() * top).floor().long().clamp(min=1)
+    ranked = focus.masked_fill(~tail, -torch.inf).sort(1, descending=True).values
+    return tail & (focus >= ranked.gather(1, (count - 1).clamp(max=mask.shape[1] - 1)))
+
+
+@torch.no_grad()
+def compensate(focus, mask, strength=0.3, start=0.5, top=0.2):
+    """Focus (B, T) with a ramp of up to 1 + strength on late tokens of high focus (eq. 5-6), 0 on padding.
+
+    >>> compensate(torch.tensor([[0.8, 0.7, 0.6, 0.5, 0.4]]), torch.ones(1, 5, dtype=torch.bool))
+    tensor([[0.8000, 0.7000, 0.6900, 0.5000, 0.4000]])
+    """
+    ramp = strength * (mask.cumsum(1) - 1) / (mask.sum(1, keepdim=True) - 1).clamp(min=1)  # (B, T)
+    return torch.where(mask, focus * (1 + late_gate(focus, mask, start, top) * ramp), 0.0)
+
+
+def min_max(values, mask, eps=1e-8):
+    """Values (B, T) to [0, 1] over the valid entries of each row, 0 elsewhere."""
+    low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    return torch.where(mask, (values - low) / (high - low + eps), 0.0)
+
+
+@torch.no_grad()
+def token_factors(compensated, mask):
+    """psi (B, T), of mean 1 before it is clamped to [0.1, 2]; 0 on padding (eq. 7-8).
+
+    >>> token_factors(torch.tensor([[0.8, 0.4, 0.6]]), torch.ones(1, 3, dtype=torch.bool))
+    tensor([[1.5000, 0.5000, 1.0000]])
+    """
+    scaled = min_max(compensated, mask)  # (B, T)
+    mean = scaled.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask, (1 + scaled - mean).clamp(0.1, 2.0), 0.0)
+
+
+@torch.no_grad()
+def rollout_factors(accumulated):
+    """alpha (P, G) from the focus accumulated over each response, (P, G), within [0.9, 2] (eq. 9-10).
+
+    >>> rollout_factors(torch.tensor([[3.0, 1.0, 2.0, 1.0]]))
+    tensor([[1.6250, 0.9000, 1.1250, 0.9000]])
+    """
+    scaled = min_max(accumulated, torch.ones_like(accumulated, dtype=torch.bool))  # (P, G)
+    return (1 + scaled - scaled.mean(1, keepdim=True)).clamp(0.9, 2.0)
+
+
+def row_focus(hidden, row, args):
+    """Visual focus (B, T) of a row's tokens, from the hidden states (L, D) of its forward pass."""
+    own, image = own_states(hidden.detach(), row)  # (B, T, D), (N, D)
+    return visual_focus(own, image[None], floor=args.floor)
+
+
+def set_weights(rows, run, args):
+    """Sets `row.weights` (B, T) to alpha psi, in the rows that make up one group, and logs alpha."""
+    focus, mask = torch.cat([row.scores for row in rows]), torch.cat([row.mask for row in rows])  # (G, T)
+    compensated = compensate(focus, mask, args.strength, args.start, args.top)
+    accumulated = (compensated if args.accumulate == "raw" else min_max(compensated, mask)).sum(1)  # (G,)
+    alpha = rollout_factors(accumulated[None])[0] if args.inter else torch.ones_like(accumulated)  # (G,)
+    psi = token_factors(compensated, mask) if args.intra else mask.float()  # (G, T)
+    for row, weights in zip(rows, (alpha[:, None] * psi).split([len(row.mask) for row in rows])):
+        row.weights = weights
+    run.add("gated_tokens", (compensated > focus).sum(), mask.sum())
+    run.add("rollout_factor", alpha.sum(), len(alpha))
+    run.add("rollout_factor_clamped", ((alpha <= 0.9) | (alpha >= 2.0)).sum(), len(alpha))
+    correlation = torch.corrcoef(torch.stack([alpha, mask.sum(1)]))[0, 1]
+    run.add("rollout_factor_length_correlation", correlation.nan_to_num(), correlation.isfinite())
+
+
+def main():
+    args = parse_args(Args)
+    run = Run(args)
+    for step in run.steps():
+        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
+            while prompts := run.draw():
+                groups = rollout(run.model, run.tokenizer, prompts, args, step)
+                run.reward(groups)
+                run.keep(groups)
+
+        rewards = run.rewards()  # (P, G)
+        advantages = group_advantages(rewards)  # (P, G)
+        rows = run.rows(advantages)  # one packed row per group
+
+        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+            for row in rows:
+                if args.updates_per_step > 1 or (args.inter and run.cut):  # alpha needs all rows of its group
+                    row.old_logps, _, hidden = forward(run.model, row, args.temperature)  # (B, T)
+                    row.scores = row_focus(hidden, row, args)  # (B, T)
+                if args.kl_coef:
+                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+            for group in run.groups:
+                if parts := [row for row in rows if row.prompt is group.prompt and row.scores is not None]:
+                    set_weights(parts, run, args)
+
+        with run.phase("update"):
+            for minibatch in run.minibatches(rows):
+                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                for row in minibatch:
+                    logps, entropy, hidden = forward(run.model, row, args.temperature)  # (B, T)
+                    if row.weights is None:
+                        row.scores = row_focus(hidden, row, args)  # (B, T)
+                        set_weights([row], run, args)
+                    old_logps = logps.detach() if row.old_logps is None else row.old_logps
+                    token_advantages = row.advantages[:, None] * row.weights  # (B, T)
+                    mask = row.loss_mask  # (B, T)
+                    loss, info = policy_loss(
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                    )
+                    info["entropy"] = aggregate(entropy.detach(), mask)
+                    info |= quantiles("weight", row.weights, row.mask)
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                    if args.kl_coef:
+                        kl = kl_penalty(logps, row.ref_logps)  # (B, T)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        info["kl"] = aggregate(kl.detach(), mask)
+                    run.backward(loss, info, row, mask)
+                run.update()
+
+
+if __name__ == "__main__":
+    main()
