@@ -991,15 +991,13 @@ def pack(row, device):
     """The row [prompt | response 1 | ... | response G] as model inputs.
 
     A response sees the prompt and itself, and its positions go on after the prompt's. Returns input_ids (1, L),
-    position_ids (3, 1, L), attention_mask (1, 1, L, L), bool or a block mask, and `source` (N,): for each response
-    token, row by row, the place whose hidden state predicts it; the token itself stands in the last N places.
+    position_ids (3, 1, L), attention_mask (1, 1, L, L), bool or a block mask.
     """
     prompt, mask = row.prompt, row.mask.to(device)
     shared, (G, T) = len(prompt.input_ids), mask.shape
     step = torch.arange(T, device=device).expand(G, T)[mask]  # (N,) a token's place in its response
     owner = torch.arange(1, G + 1, device=device)[:, None].expand(G, T)[mask]  # (N,) 1 to G
     owner = torch.cat([owner.new_zeros(shared), owner])  # (L,) 0: the prompt
-    place = torch.arange(len(owner), device=device)
     positions = prompt.position_ids.to(device)
     positions = torch.cat([positions, (positions.max() + 1 + step).expand(3, -1)], 1)
 
@@ -1009,10 +1007,19 @@ def pack(row, device):
     if FLEX_ATTENTION:
         visible = create_block_mask(sees, None, None, len(owner), len(owner), device=device)
     else:
+        place = torch.arange(len(owner), device=device)
         visible = sees(None, None, place[:, None], place)[None, None]
-    source = torch.where(step == 0, shared - 1, place[shared:] - 1)
     ids = torch.cat([prompt.input_ids.to(device), row.responses.to(device)[mask]])
-    return {"input_ids": ids[None], "position_ids": positions[:, None], "attention_mask": visible}, source
+    return {"input_ids": ids[None], "position_ids": positions[:, None], "attention_mask": visible}
+
+
+def predicting(row, device):
+    """(N,) for each response token, row by row, the place in the packed row whose hidden state predicts it."""
+    mask, shared = row.mask.to(device), len(row.prompt.input_ids)
+    first = torch.zeros_like(mask)
+    first[:, 0] = True
+    place = shared + torch.arange(int(mask.sum()), device=device)
+    return torch.where(first[mask], shared - 1, place - 1)
 
 
 def unpack(values, mask):
@@ -1028,8 +1035,7 @@ def forward(model, row, temperature=1.0, watch=None):
     the final norm. Returns logps (G, T), over the full vocabulary at the sampling temperature; entropy (G, T) in nats,
     of the distribution that each token was drawn from; hidden (L, D), the whole row's states after the final norm.
     """
-    inputs, source = pack(row, model.device)
-    mask = row.mask.to(model.device)
+    inputs, mask = pack(row, model.device), row.mask.to(model.device)
     targets = row.responses.to(model.device)[mask]
 
     def run(model):
@@ -1039,7 +1045,7 @@ def forward(model, row, temperature=1.0, watch=None):
             hidden = model.model(**inputs, **seen, use_cache=False).last_hidden_state[0] + nothing
         if watch:
             watch(hidden.detach())
-        return *token_logps(hidden[source], model.lm_head.weight, targets, temperature), hidden
+        return *token_logps(hidden[predicting(row, model.device)], model.lm_head.weight, targets, temperature), hidden
 
     logps, entropy, hidden = model.inside(run) if isinstance(model, FSDPModule) else run(model)
     return unpack(logps, mask), unpack(entropy, mask), hidden
@@ -1088,6 +1094,84 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
     parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
     logps, entropy = zip(*parts)
     return torch.cat(logps), torch.cat(entropy)
+
+
+@torch.no_grad()
+def compare_heads(function, model, row, *hidden, temperature=1.0, chunk=HEAD_CHUNK):
+    """What `function(*logits)` says of the distributions that a row's tokens have under several hidden states (L, D).
+
+    It is given fp32 logits (n, V) over the temperature, one for each hidden state, for a chunk of tokens at a time, and
+    returns tensors (n,). Returns these as (G, T), 0 on padding. The (N, V) logits never exist as a whole.
+    """
+    source = predicting(row, model.device)
+
+    def run(model):
+        weight = model.lm_head.weight
+        parts = [
+            function(*((states[places] @ weight.to(states.dtype).T).float() / temperature for states in hidden))
+            for places in source.split(max(1, chunk // len(hidden)))
+        ]
+        return [torch.cat(part) for part in zip(*parts)]
+
+    values = model.inside(run) if isinstance(model, FSDPModule) else run(model)
+    return [unpack(value, row.mask.to(value.device)) for value in values]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Perturbed pictures: pixel_values in, pixel_values out, for methods that ask what a response owes to the picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+# pixel_values (patches, 3 x 2 x p x p): channel, time, height and width of a patch; a still picture stands there twice.
+
+
+def add_noise(pixel_values, generator, std=2.0):
+    """Gaussian noise on the processor's normalised pixels, each entry for itself, nothing clipped (VEPO's code)."""
+    return pixel_values + std * torch.randn(pixel_values.shape, generator=generator)
+
+
+def diffuse(pixel_values, generator, step=500):
+    """Forward diffusion: sqrt(abar) x + sqrt(1 - abar) noise after `step` of 1,000 steps (arXiv 2311.16922).
+
+    step 500: 0.863 x + 0.505 noise, on normalised pixels; both copies of a picture get the same noise.
+    """
+    betas = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
+    kept = (1 - betas).cumprod(0)[step].item()
+    return kept**0.5 * pixel_values + (1 - kept) ** 0.5 * still_noise(pixel_values, generator)
+
+
+def add_pixel_noise(pixel_values, generator, image_mean, image_std, std=0.1):
+    """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both copies of a picture get the same noise."""
+    mean, scale = (torch.tensor(x).repeat_interleave(pixel_values.shape[1] // 3) for x in (image_mean, image_std))
+    pixels = pixel_values * scale + mean + std * still_noise(pixel_values, generator)
+    return (pixels.clamp(0, 1) - mean) / scale
+
+
+def blacken(pixel_values, generator, image_mean, image_std, probability=0.6):
+    """Each patch of the vision tower (14 pixels, or 16) black with this probability (PAPO, arXiv 2507.06448)."""
+    black = -torch.tensor(image_mean) / torch.tensor(image_std)
+    chosen = torch.rand(len(pixel_values), 1, generator=generator) < probability
+    return torch.where(chosen, black.repeat_interleave(pixel_values.shape[1] // 3), pixel_values)
+
+
+def still_noise(pixel_values, generator):
+    """Standard normal noise (patches, C), the same at both times of a patch."""
+    noise = torch.randn(len(pixel_values), 3, 1, pixel_values.shape[1] // 6, generator=generator)
+    return noise.expand(-1, -1, 2, -1).flatten(1)
+
+
+def with_picture(row, change):
+    """The row with `change(pixel_values)` in the place of its pictures; itself where it has none."""
+    if row.prompt.pixel_values is None:
+        return row
+    return dataclasses.replace(
+        row, prompt=dataclasses.replace(row.prompt, pixel_values=change(row.prompt.pixel_values))
+    )
+
+
+def token_noise(row, seed, step):
+    """Uniform numbers (G, T) in [0, 1) that depend on seed, step, prompt and response alone."""
+    keys = [(seed, step, row.prompt.index, row.prompt.place, r[m].tolist()) for r, m in zip(row.responses, row.mask)]
+    return torch.stack([torch.rand(row.mask.shape[1], generator=seeded(*key)) for key in keys]).to(row.mask.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1528,8 +1612,7 @@ class Run:
         if self.world > 1 or not flat:
             self.accelerator.backward(loss)
         self.add("loss", loss.detach(), 0)
-        for name, value in info.items():
-            self.add(name, value * mask.sum(), mask.sum())
+        self.note(info, mask)
 
     def update(self):
         """One optimiser step on the gradients so far; one that is not finite is skipped, and counted."""
@@ -1554,6 +1637,11 @@ class Run:
         """Adds to a sum and its weight; the log holds their quotient over all processes (weight 0: the sum itself)."""
         total, weights = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (total + float(value), weights + float(weight))
+
+    def note(self, info, mask):
+        """Adds a row's `info`, means over its tokens, to the log, with as much weight as it has tokens in `mask`."""
+        for name, value in info.items():
+            self.add(name, value * mask.sum(), mask.sum())
 
     def total(self, value):
         """The sum of a number over all processes."""

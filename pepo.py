@@ -91,7 +91,7 @@ def token_weights(similarity, entropy, mask, alpha=0.05, temperature=1.8, eps=1e
 
 
 def weighted_forward(model, row, args):
-    """`forward` of a row, logps and entropy (B, T). The first, of the policy that sampled, sets `row.weights` (B, T)."""
+    """`forward` of a row: logps, entropy (B, T). The first, of the policy that sampled, sets `row.weights` (B, T)."""
     layers = []
 
     def watch(hidden):  # (L, D), layer by layer: no two are kept

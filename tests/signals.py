@@ -9,15 +9,19 @@ differences over the responses, with its 95 % confidence interval (1.96 standard
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import pepo  # noqa: E402
+import prpo  # noqa: E402
+import vepo  # noqa: E402
 import vgpo  # noqa: E402
 
 
@@ -33,12 +37,27 @@ def kinds(tokens):
 
 
 @torch.no_grad()
-def scores(model, row):
+def scores(run, row):
     """{name: (1, T)} of all methods' scores of a row of one response."""
-    pepo.weighted_forward(model, row, pepo.Args())
-    signals = {"PEPO, visual similarity": row.scores, "PEPO, weight": row.weights}
-    signals["VGPO, visual focus"] = vgpo.row_focus(common.forward(model, row)[2], row, vgpo.Args())
-    return signals
+    _, entropy, hidden = common.forward(run.model, row)
+    signals = {"entropy": entropy}
+    noised = vepo.noised_hidden(row, run, vepo.Args(), 0)
+    jsd, _, noised_entropy = common.compare_heads(vepo.divergences, run.model, row, hidden, noised)
+    signals["VEPO, JSD"] = jsd
+    signals["VEPO, score"] = vepo.token_scores(jsd, entropy, noised_entropy, row.mask)
+    views = prpo.perturbed_hidden(row, run, prpo.Args(), 0)
+    strong, weak = common.compare_heads(prpo.divergences, run.model, row, hidden, *views)
+    signals |= {"PRPO, KL under the strong view": strong, "PRPO, KL under the weak view": weak}
+    signals["PRPO, RVD"] = prpo.robust_visual_dependency(strong, weak, row.mask)
+    signals["VGPO, visual focus"] = vgpo.row_focus(hidden, row, vgpo.Args())
+    pepo.weighted_forward(run.model, row, pepo.Args())
+    return signals | {"PEPO, visual similarity": row.scores, "PEPO, weight": row.weights}
+
+
+def missed(entropy, jsd, mask, ratio=0.2):
+    """Of the tokens with the highest JSD above 0, the share that is not among those with the highest entropy; (B,)."""
+    top, uncertain = (vepo.select_top(values, mask, ratio) & (jsd > 0) for values in (jsd, entropy))
+    return (top & ~uncertain).sum(1) / top.sum(1)
 
 
 def main():
@@ -50,12 +69,15 @@ def main():
     model, processor = common.load_model(options.model), common.load_processor(options.model)
     data = common.Data("toy", "test", args, processor, model.model.get_rope_index)
     prompts = [prompt for prompt in map(data.prompt, range(options.rows)) if prompt.image_grid_thw is not None]
-    found = {}
+    run = SimpleNamespace(model=model, processor=processor, world=1, phase=lambda _: contextlib.nullcontext())
+    found, shares = {}, []
     for group in common.rollout(model, processor.tokenizer, prompts, args, 0, group_size=1):
         tokens = [processor.tokenizer.decode([token]) for token in group.responses[0][group.mask[0]].tolist()]
         image, template = map(torch.tensor, kinds(tokens))
         if image.any() and template.any():
-            for name, values in scores(model, group).items():
+            signals = scores(run, group)
+            shares.append(missed(signals["entropy"], signals["VEPO, JSD"], group.mask).item())
+            for name, values in signals.items():
                 values = values[0][group.mask[0]]
                 found.setdefault(name, []).append((values[image].mean().item(), values[template].mean().item()))
     print("| signal | image-dependent | template | difference, 95 % interval | responses |\n|---|---|---|---|---|")
@@ -63,8 +85,13 @@ def main():
         image, template = torch.tensor(pairs, dtype=torch.float64).T
         difference = image - template
         error = 1.96 * difference.std().item() / math.sqrt(len(pairs))
-        shown = f"{difference.mean():+.4f} ± {error:.4f}"
-        print(f"| {name} | {image.mean():.4f} | {template.mean():.4f} | {shown} | {len(pairs)} |")
+        shown = f"{difference.mean():+.3g} ± {error:.2g}"
+        print(f"| {name} | {image.mean():.3g} | {template.mean():.3g} | {shown} | {len(pairs)} |")
+    share = torch.tensor([share for share in shares if math.isfinite(share)], dtype=torch.float64)
+    error = 1.96 * share.std().item() / math.sqrt(len(share))
+    print(
+        f"entropy misses {share.mean():.1%} ± {error:.1%} of the 20 % of tokens with the highest JSD ({len(share)} responses)"
+    )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_two_processes_equal_one(tmp_path, flags):
 METHOD_FLAGS = ["--eval_rows", 0, "--tokens_per_row", 130, "--temperature", 1.3]
 
 
-@pytest.mark.parametrize("method", ["pepo", "vgpo"])
+@pytest.mark.parametrize("method", ["vepo", "vgpo", "prpo", "pepo"])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_each_method_on_two_processes(tmp_path, method, updates):
     flags, script = [*METHOD_FLAGS, "--updates_per_step", updates], ROOT / f"{method}.py"

@@ -1,0 +1,185 @@
+"""PRPO: perception-reinforced policy optimisation (arXiv 2606.08708), in OUR READING.
+
+No code has been released and the paper's exact formulas were not available to us. Stated: the visual dependency of a
+token is S_t = KL(P || P'), with P' its distribution when the IMAGE is perturbed; a second KL, S'_t, under a WEAK
+perturbation, says how brittle it is (after the Fisher information); RVD finds tokens that are grounded and stable, and
+PAR amplifies their advantage while it preserves the gradients of the others. Everything else below is our choice, and
+an argument. With P_t the policy's distribution of token t over the full vocabulary:
+
+    S_t   = KL(P_t || P_t with patches of the picture blackened)          strong: with probability 0.6, as in PAPO
+    S'_t  = KL(P_t || P_t with noise of std 0.1 on the pixels)            weak: Fisher information is local
+    RVD_t = VD_t (1 - VI_t)          VD, VI: min-max within the response of log(1 + S), log(1 + S'), as in PGPO
+    w_t   = 1 + strength RVD_t,  A_it = A_i w_it                          strength 2; w >= 1 preserves the other tokens
+
+Min-max gives VI = 1 to the least stable token of every response, stable as it may be; `--relative` makes it a ratio,
+VI = S' / (S + S'). A fixed cut-off would touch about 1 % of the tokens, so `--threshold` is a quantile, and off; so is
+`--rescale` to a mean weight of 1, which would push the other tokens under 1. `--shuffle` is the control arm: equal
+weights at random places of the response. A prompt without a picture has w = 1: plain GRPO.
+
+Two more forward passes, without gradient: the clean distributions come out of a pass that is made anyway.
+
+    python prpo.py                                                                  # the toy, minutes on a laptop CPU
+    torchrun --nproc_per_node=8 prpo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs
+    ... prpo.py --clip_high 0.28 --filter_groups --prompts_per_step 384             # the paper's setting, on DAPO,
+                --data PAPOGalaxy/PAPO_ViRL39K_train
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import common
+from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
+from common import add_pixel_noise, blacken, compare_heads, flag, quantiles, seeded, token_noise, with_picture
+
+
+@dataclass
+class Args(common.Args):
+    blacken: float = flag(0.6, "strong view: the share of patches that are blackened")
+    weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]")
+    strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO")
+    relative: bool = flag(False, "instability as S' / (S + S') instead of min-max in the response")
+    threshold: float = flag(0.0, "tokens under this quantile of their response's RVD keep weight 1")
+    rescale: bool = flag(False, "divide the weights of a response by their mean")
+    shuffle: bool = flag(False, "control arm: shuffle RVD inside each response")
+
+
+@torch.no_grad()
+def divergences(logits, strong_logits, weak_logits):
+    """KL(P || strong) and KL(P || weak) in nats, each (...) from logits (..., V).
+
+    >>> strong, weak = divergences(torch.tensor([[0.0, -1e9]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -1e9]]))
+    >>> [round(x.item(), 4) for x in (strong, weak)]  # P = (1, 0) against (1/2, 1/2) and itself
+    [0.6931, 0.0]
+    """
+    log_p = logits.float().log_softmax(-1)
+    p = log_p.exp()
+
+    def kl(
+        other,
+    ):  # sum_v p (e^d - 1 - d), d = log q - log p: no term is negative, so that a small sum keeps its digits
+        log_q = other.float().log_softmax(-1)
+        d = log_q - log_p
+        near = d.clamp(max=1)
+        return torch.where(d < 1, p * (near.expm1() - near), log_q.exp() - p * (1 + d)).sum(-1)
+
+    return kl(strong_logits), kl(weak_logits)
+
+
+@torch.no_grad()
+def robust_visual_dependency(kl_strong, kl_weak, mask, relative=False):
+    """RVD (B, T) in [0, 1] from the two divergences (B, T): near 1 where grounded and stable; 0 on padding.
+
+    >>> robust_visual_dependency(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0]]), torch.ones(1, 3) > 0)
+    tensor([[0., 1., 0.]])
+    """
+
+    def min_max(values):
+        low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+        high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+        return torch.where(mask, (values - low) / (high - low).clamp(min=1e-8), 0.0)
+
+    instability = kl_weak / (kl_strong + kl_weak + 1e-8) if relative else min_max(kl_weak.log1p())
+    return torch.where(mask, min_max(kl_strong.log1p()) * (1 - instability), 0.0)
+
+
+@torch.no_grad()
+def token_weights(rvd, mask, strength=2.0, threshold=0.0, rescale=False):
+    """w (B, T): 1 + strength RVD, 0 on padding; 1 under the response's `threshold` quantile; mean 1 with `rescale`.
+
+    >>> token_weights(torch.tensor([[0.0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool))
+    tensor([[1., 2., 3.]])
+    """
+    cut = rvd.masked_fill(~mask, torch.nan).nanquantile(threshold, dim=1, keepdim=True)
+    weights = 1 + strength * torch.where(rvd >= cut, rvd, 0.0)
+    if rescale:
+        weights = weights * mask.sum(1, keepdim=True) / torch.where(mask, weights, 0.0).sum(1, keepdim=True)
+    return torch.where(mask, weights, 0.0)
+
+
+def shuffled(values, mask, noise):
+    """Values (B, T) at other valid places of their response, in the order of `noise` (B, T)."""
+    valid = (~mask).long().sort(dim=1, stable=True).indices  # valid places first, in their order,
+    drawn = noise.masked_fill(~mask, torch.inf).argsort(1)  # and in a random one
+    return torch.zeros_like(values).scatter(1, valid, values.gather(1, drawn))
+
+
+def weighing_forward(row, run, args, step):
+    """`forward` of a row by the policy that sampled, which sets `row.weights` (B, T). Returns logps, entropy (B, T)."""
+    seen = row.prompt.pixel_values is not None
+    if seen or run.world > 1:  # several processes gather sharded weights together: all make every pass
+        views = perturbed_hidden(row, run, args, step)  # before a pass whose graph is kept
+    logps, entropy, hidden = forward(run.model, row, args.temperature)  # (B, T), (B, T), (L, D)
+    row.weights = row.mask.float()
+    if seen or run.world > 1:
+        states = (hidden.detach(), *views)
+        strong, weak = compare_heads(divergences, run.model, row, *states, temperature=args.temperature)
+    if seen:
+        row.scores = robust_visual_dependency(strong, weak, row.mask, args.relative)
+        if args.shuffle:
+            row.scores = shuffled(row.scores, row.mask, token_noise(row, args.seed, step))
+        row.weights = token_weights(row.scores, row.mask, args.strength, args.threshold, args.rescale)
+        run.note(quantiles("kl_strong", strong, row.mask) | quantiles("kl_weak", weak, row.mask), row.loss_mask)
+    run.note(quantiles("weight", row.weights, row.mask), row.loss_mask)
+    return logps, entropy
+
+
+def perturbed_hidden(row, run, args, step):
+    """Hidden states (L, D) of the row under the strong and the weak view: one draw for each prompt and step."""
+    pictures = run.processor.image_processor
+    scale = {"image_mean": pictures.image_mean, "image_std": pictures.image_std}
+    generator = seeded(args.seed, step, row.prompt.index, row.prompt.place, "views")
+    strong = with_picture(row, lambda pixels: blacken(pixels, generator, **scale, probability=args.blacken))
+    weak = with_picture(row, lambda pixels: add_pixel_noise(pixels, generator, **scale, std=args.weak_std))
+    with run.phase("perturbed"), torch.no_grad():
+        return [forward(run.model, view, args.temperature)[2] for view in (strong, weak)]
+
+
+def main():
+    args = parse_args(Args)
+    run = Run(args)
+    for step in run.steps():
+        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
+            while prompts := run.draw():
+                groups = rollout(run.model, run.tokenizer, prompts, args, step)
+                run.reward(groups)
+                run.keep(groups)
+
+        rewards = run.rewards()  # (P, G)
+        advantages = group_advantages(rewards)  # (P, G)
+        rows = run.rows(advantages)  # one packed row per group
+
+        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+            for row in rows:
+                if args.updates_per_step > 1:
+                    row.old_logps, _ = weighing_forward(row, run, args, step)  # (B, T)
+                if args.kl_coef:
+                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+
+        with run.phase("update"):
+            for minibatch in run.minibatches(rows):
+                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                for row in minibatch:
+                    if args.updates_per_step == 1:
+                        logps, entropy = weighing_forward(row, run, args, step)  # (B, T)
+                    else:
+                        logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
+                    old_logps = logps.detach() if row.old_logps is None else row.old_logps
+                    token_advantages = row.advantages[:, None] * row.weights  # (B, T)
+                    mask = row.loss_mask  # (B, T)
+                    loss, info = policy_loss(
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                    )
+                    info["entropy"] = aggregate(entropy.detach(), mask)
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                    if args.kl_coef:
+                        kl = kl_penalty(logps, row.ref_logps)  # (B, T)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        info["kl"] = aggregate(kl.detach(), mask)
+                    run.backward(loss, info, row, mask)
+                run.update()
+
+
+if __name__ == "__main__":
+    main()

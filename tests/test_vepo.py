@@ -1,0 +1,152 @@
+"""VEPO's divergences, scores and selection: hand-computed numbers, the invariants of its page, its divisor."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import vepo
+from vepo import divergences, kept_tokens, select_top, token_scores
+
+ALL = torch.ones(1, 4, dtype=torch.bool)
+
+
+def lengths(*numbers, width=None):
+    return torch.arange(width or max(numbers)) < torch.tensor(numbers)[:, None]
+
+
+def test_divergences_by_hand():
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.1, 0.1, 0.8])
+    m = (p + q) / 2
+    want = 0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum()
+    jsd, entropy, noised = divergences(p.log()[None] + 3, q.log()[None] - 5)  # logits are free up to a constant
+    assert jsd.item() == pytest.approx(want.item(), abs=1e-6)
+    assert entropy.item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
+    assert noised.item() == pytest.approx(-(q * q.log()).sum().item(), abs=1e-6)
+
+
+def test_divergence_of_strangers_and_of_twins():
+    far = divergences(torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]]))[0]
+    assert far.item() == pytest.approx(math.log(2), abs=1e-6)
+    torch.manual_seed(0)
+    logits = torch.randn(500, 1000) * 8
+    assert (divergences(logits, logits)[0] == 0).all()
+    assert (divergences(logits, logits + torch.randn_like(logits) * 1e-5)[0] == 0).all()  # rounding is not a signal
+    a, b = divergences(logits, logits.flip(0))[0], divergences(logits.flip(0), logits)[0]
+    assert torch.allclose(a, b, atol=1e-6) and (a >= 0).all() and (a <= math.log(2) + 1e-6).all()
+    assert not divergences(logits.requires_grad_(), logits)[0].requires_grad
+
+
+def test_scores_by_hand():
+    jsd = torch.tensor([[0.0, 0.1, 0.2, 0.4]])
+    entropy = torch.tensor([[2.0, 1.0, 0.0, 2.0]])
+    noised = torch.tensor([[2.0, 2.0, 0.0, 1.5]])  # gaps 0, 1, 0, 0.5
+    j, g, h = [0, 0.25, 0.5, 1], [0, 1, 0, 0.5], [1, 0.5, 0, 1]
+    want = [(1 - (1 - a) ** 0.7 * (1 - b) ** 0.3) * c for a, b, c in zip(j, g, h)]
+    assert torch.allclose(token_scores(jsd, entropy, noised, ALL), torch.tensor([want]), atol=1e-6)
+    assert want == pytest.approx(
+        [0, 0.5, 0, 1]
+    )  # a token of no entropy scores nothing, one of the largest JSD all of it
+
+
+def random_signals(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(4, 9, generator=generator) for _ in range(3)], lengths(9, 4, 1, 0)
+
+
+def test_alpha_ignores_the_one_or_the_other():
+    (jsd, entropy, noised), mask = random_signals()
+    other = torch.rand(4, 9)
+    same_gap = (jsd, entropy, noised), (other, entropy, noised)
+    assert torch.equal(*(token_scores(*signals, mask, alpha=0.0) for signals in same_gap))
+    assert not torch.equal(*(token_scores(*signals, mask, alpha=0.5) for signals in same_gap))
+    same_jsd = (jsd, entropy, noised), (jsd, entropy, other)
+    assert torch.equal(*(token_scores(*signals, mask, alpha=1.0) for signals in same_jsd))
+
+
+def test_scores_do_not_depend_on_scale_padding_or_other_rows():
+    (jsd, entropy, noised), mask = random_signals()
+    want = token_scores(jsd, entropy, noised, mask)
+    assert torch.allclose(token_scores(5 * jsd + 3, entropy, noised, mask), want, atol=1e-5)
+    assert torch.allclose(token_scores(jsd, 4 * entropy + 1, 4 * noised + 1, mask), want, atol=1e-5)
+    for garbage in (torch.nan, 1e30):
+        dirty = [x.masked_fill(~mask, garbage) for x in (jsd, entropy, noised)]
+        assert torch.equal(token_scores(*dirty, mask), want)
+        assert torch.equal(select_top(dirty[0], mask), select_top(jsd, mask))
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(token_scores(jsd[order], entropy[order], noised[order], mask[order]), want[order])
+    assert (want[~mask] == 0).all() and (want >= 0).all() and (want <= 1).all()
+
+
+def test_identical_pictures_score_zero():
+    mask = lengths(5, 3)
+    logits = torch.randn(2, 5, 50)
+    scores = token_scores(*divergences(logits, logits), mask)
+    assert (scores == 0).all() and select_top(scores, mask).sum(1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.55, 1.0, 0.01])
+def test_the_number_of_kept_tokens(ratio):
+    mask = lengths(*range(60))
+    want = [min(n, max(1, math.ceil(round(ratio * n, 6)))) for n in range(60)]
+    assert kept_tokens(mask, ratio).tolist() == want
+    for scores in (torch.rand(60, 59), torch.zeros(60, 59), torch.full((60, 59), torch.nan)):
+        chosen = select_top(scores, mask, ratio)
+        assert chosen.sum(1).tolist() == want and not (chosen & ~mask).any()
+
+
+def test_selection_against_sorting():
+    torch.manual_seed(0)
+    scores, mask = (torch.rand(6, 30) * 10).round(), lengths(30, 29, 12, 5, 2, 1)
+    for row, chosen in zip(range(6), select_top(scores, mask)):
+        T = int(mask[row].sum())
+        best = sorted(range(T), key=lambda t: (-scores[row, t].item(), t))[: math.ceil(T / 5)]
+        assert sorted(best) == chosen.nonzero()[:, 0].tolist()
+
+
+def metrics(monkeypatch, output, *flags):
+    base = ["--prompts_per_step", 2, "--group_size", 4, "--eval_rows", 0, "--show_every", 0, "--steps", 1]
+    monkeypatch.setattr(sys, "argv", ["vepo.py", "--output", str(output), *map(str, [*base, *flags])])
+    vepo.main()
+    return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_divisor_is_the_number_of_kept_tokens_of_the_whole_minibatch(monkeypatch, tmp_path, updates):
+    """Not the number of all tokens, not that of a row: the mask and the divisor that the loss is given."""
+    calls, plain = [], vepo.policy_loss
+
+    def spy(logps, old_logps, advantages, mask, *rest, **options):
+        calls.append((mask, options["denominator"]))
+        return plain(logps, old_logps, advantages, mask, *rest, **options)
+
+    monkeypatch.setattr(vepo, "policy_loss", spy)
+    metrics(monkeypatch, tmp_path / "run", "--updates_per_step", updates)
+    assert len(calls) == 2
+    if updates == 1:
+        assert {divisor for _, divisor in calls} == {sum(mask.sum().item() for mask, _ in calls)}
+    else:
+        assert all(divisor == mask.sum() for mask, divisor in calls)
+
+
+def test_selections_for_comparison(monkeypatch, tmp_path):
+    lines = {}
+    for select in ("vepo", "entropy", "jsd", "random"):
+        lines[select] = metrics(monkeypatch, tmp_path / select, "--select", select)
+    assert len({line["kept_tokens"] for line in lines.values()}) == 1
+    assert lines["entropy"]["kept_top_entropy"] == 1 > lines["vepo"]["kept_top_entropy"]
+    assert lines["random"]["kept_top_entropy"] < lines["vepo"]["kept_top_entropy"]
+    assert all(("seconds_noised" in lines[select]) == (select in ("vepo", "jsd")) for select in lines)  # no pass unused
+    diffusion = metrics(monkeypatch, tmp_path / "diffusion", "--noise", "diffusion")
+    weaker = metrics(monkeypatch, tmp_path / "weaker", "--noise", "diffusion", "--noise_step", 1)
+    assert weaker["jsd_p95"] < diffusion["jsd_p95"] and diffusion["jsd_p95"] != lines["vepo"]["jsd_p95"]
+
+
+def test_the_entropy_bonus_is_over_all_tokens(monkeypatch, tmp_path):
+    """At one prompt's first update the loss differs by the bonus: -coef times the mean entropy of all tokens."""
+    flags = ["--prompts_per_step", 1]
+    without = metrics(monkeypatch, tmp_path / "without", *flags, "--entropy_coef", 0)
+    bonus = metrics(monkeypatch, tmp_path / "bonus", *flags, "--entropy_coef", 0.5)
+    assert bonus["loss"] - without["loss"] == pytest.approx(-0.5 * bonus["entropy"], abs=1e-5)
