@@ -224,6 +224,13 @@ class Args(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateArgs, R
             )
 
 
+def within(args, **limits):
+    """Raises UserError for an argument outside of its (lowest, highest)."""
+    for name, (lowest, highest) in limits.items():
+        if not lowest <= getattr(args, name) <= highest:
+            raise UserError(f"--{name} {getattr(args, name)} must be between {lowest} and {highest}.")
+
+
 def parse_args(cls, argv=None):
     """`cls` filled from the command line; `--help` shows one group for each dataclass that `cls` inherits from."""
     groups, seen = [], set()

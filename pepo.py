@@ -26,6 +26,7 @@ The scores come out of a forward pass that is made anyway: no extra one.
               --schedule cosine --weight_decay 0.1 --beta2 0.95 --freeze_vision --accuracy_weight 1 --format_weight 1
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,7 @@ from torch.nn.functional import normalize
 
 import common
 from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import flag, own_states, quantiles
+from common import flag, own_states, quantiles, within
 
 
 @dataclass
@@ -44,6 +45,10 @@ class Args(common.Args):
     embedding_layer: bool = flag(True, "average the similarity over the embeddings too, not over the layers alone")
     strength: float = flag(1.0, "lambda at the end of the run; 0: GRPO")
     weight_schedule: Literal["linear", "constant"] = flag("linear", "lambda rises from 0, or is --strength at once")
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, strength=(0, 1), alpha=(0, 1), weight_temperature=(1e-3, math.inf))
 
 
 @torch.no_grad()

@@ -24,13 +24,14 @@ Two more forward passes, without gradient: the clean distributions come out of a
                 --data PAPOGalaxy/PAPO_ViRL39K_train
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 import common
 from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import add_pixel_noise, blacken, compare_heads, flag, quantiles, seeded, token_noise, with_picture
+from common import add_pixel_noise, blacken, compare_heads, flag, quantiles, seeded, token_noise, with_picture, within
 
 
 @dataclass
@@ -42,6 +43,10 @@ class Args(common.Args):
     threshold: float = flag(0.0, "tokens under this quantile of their response's RVD keep weight 1")
     rescale: bool = flag(False, "divide the weights of a response by their mean")
     shuffle: bool = flag(False, "control arm: shuffle RVD inside each response")
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, blacken=(0, 1), threshold=(0, 1), strength=(0, math.inf), weak_std=(0, math.inf))
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from torch.nn.functional import cosine_similarity
 
 import common
 from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import flag, own_states, quantiles
+from common import flag, own_states, quantiles, within
 
 
 @dataclass
@@ -46,6 +46,10 @@ class Args(common.Args):
     top: float = flag(0.2, "kappa: the share of the tokens after it that do")
     floor: float = flag(-1.0, "the cosine that counts as no focus")
     accumulate: Literal["raw", "normalised"] = flag("raw", "sum focus over a response as it is, or after min-max")
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, start=(0, 1), top=(0, 1), floor=(-1, 0.99))
 
 
 @torch.no_grad()

@@ -89,9 +89,8 @@ def main():
         print(f"| {name} | {image.mean():.3g} | {template.mean():.3g} | {shown} | {len(pairs)} |")
     share = torch.tensor([share for share in shares if math.isfinite(share)], dtype=torch.float64)
     error = 1.96 * share.std().item() / math.sqrt(len(share))
-    print(
-        f"entropy misses {share.mean():.1%} ± {error:.1%} of the 20 % of tokens with the highest JSD ({len(share)} responses)"
-    )
+    print(f"entropy misses {share.mean():.1%} ± {error:.1%} of the 20 % of tokens with the highest JSD above 0")
+    print(f"in the {len(share)} responses that have some")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,25 @@ def test_switched_off_it_is_the_base_to_the_bit(monkeypatch, tmp_path, name, fla
 
 
 STRONG = ["--weak_std", 1, "--blacken", 0.9]  # the toy's own divergences are near rounding, which min-max shows
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("vepo", ["--noise_step", 1000]),
+        ("vepo", ["--keep_ratio", 1.5]),
+        ("vgpo", ["--floor", 1]),
+        ("prpo", ["--blacken", -0.1]),
+        ("pepo", ["--weight_temperature", 0]),
+    ],
+)
+def test_a_constant_out_of_its_range_gets_a_sentence(monkeypatch, tmp_path, capsys, name, flags):
+    with pytest.raises(SystemExit) as error:
+        train(monkeypatch, tmp_path / "run", name, *flags)
+    assert error.value.code == 2 and f"{flags[0]} {flags[1]}" in capsys.readouterr().err.replace(".0 ", " ")
+    assert not (tmp_path / "run").exists()
+
+
 ARMS = [("vepo", []), ("vepo", ["--select", "random"]), ("vgpo", []), ("pepo", [])]
 ARMS += [("prpo", STRONG), ("prpo", ["--shuffle", *STRONG])]
 
