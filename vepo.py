@@ -35,17 +35,8 @@ import torch
 
 import common
 from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import (, within
-    add_noise,
-    compare_heads,
-    diffuse,
-    flag,
-    loss_denominator,
-    quantiles,
-    seeded,
-    token_noise,
-    with_picture,
-)
+from common import add_noise, compare_heads, diffuse, flag, loss_denominator, quantiles, seeded, token_noise
+from common import with_picture, within
 
 
 @dataclass
