@@ -320,11 +320,15 @@ def gathered(model):
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)  # a method may differentiate here, by no parameter
+        unit.set_requires_gradient_sync(False, recurse=False)
         unit.unshard()
     yield
     for unit in units:
         unit.reshard()
         unit.set_reshard_after_forward(unit is not model, recurse=False)
+        unit.set_reshard_after_backward(True, recurse=False)
+        unit.set_requires_gradient_sync(True, recurse=False)
 
 
 def whole(tensor):
@@ -763,12 +767,12 @@ def pictures(prompts, device):
     }
 
 
-def rollout(model, tokenizer, prompts, args, step, group_size=None, temperature=None):
-    """G responses to each prompt, as a list of `Group`s; the same for any batch or number of processes.
+def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature=None):
+    """G responses to each prompt, as a list of `Group`s, or a part of these G; equal for any batch and any processes.
 
     Every token's random number comes from --seed, the step and the prompt (its row, and its place in the stream).
     """
-    G = group_size or args.group_size
+    G = len(range(args.group_size)[part])
     temperature = args.temperature if temperature is None else temperature
     choose = token_chooser(model, temperature, args.top_p, args.top_k)
     eos = model.generation_config.eos_token_id
@@ -777,18 +781,19 @@ def rollout(model, tokenizer, prompts, args, step, group_size=None, temperature=
     together = args.reshard_while_sampling and isinstance(model, FSDPModule)
     for start in range(0, len(prompts), args.rollout_prompts):
         batch = prompts[start : start + args.rollout_prompts]
-        size = (G, args.max_response_tokens)
-        uniforms = torch.cat([torch.rand(size, generator=seeded(args.seed, step, p.index, p.place)) for p in batch])
+        size = (args.group_size, args.max_response_tokens)
+        tables = [torch.rand(size, generator=seeded(args.seed, step, p.index, p.place)) for p in batch]
+        uniforms = torch.cat([table[part] for table in tables])
         limits = (args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id)
         responses, mask = generate(model, batch, G, *limits, together, args.cuda_graphs)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
         for i, prompt in enumerate(batch):
-            part = slice(i * G, (i + 1) * G)
-            longest = mask[part].sum(1).max()
-            valid = mask[part, :longest]
-            ids = responses[part, :longest].masked_fill(~valid, tokenizer.pad_token_id)
+            own = slice(i * G, (i + 1) * G)
+            longest = mask[own].sum(1).max()
+            valid = mask[own, :longest]
+            ids = responses[own, :longest].masked_fill(~valid, tokenizer.pad_token_id)
             texts = [tokenizer.decode(r[m], skip_special_tokens=True) for r, m in zip(ids, valid)]
-            groups.append(Group(prompt, ids, valid, truncated[part], texts))
+            groups.append(Group(prompt, ids, valid, truncated[own], texts))
     model.train(training)
     return groups
 
@@ -1164,6 +1169,33 @@ def still_noise(pixel_values, generator):
     """Standard normal noise (patches, C), the same at both times of a patch."""
     noise = torch.randn(len(pixel_values), 3, 1, pixel_values.shape[1] // 6, generator=generator)
     return noise.expand(-1, -1, 2, -1).flatten(1)
+
+
+def patchify(picture, image_processor):
+    """A picture (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
+
+    What the processor does with a picture of the right size: it normalises, cuts patches, puts the four of an image
+    token side by side, and repeats a still picture in time.
+    """
+    p, m, time = image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
+    mean, std = (
+        torch.tensor(x)[:, None, None].to(picture) for x in (image_processor.image_mean, image_processor.image_std)
+    )
+    _, H, W = picture.shape
+    cut = ((picture - mean) / std).view(3, H // p // m, m, p, W // p // m, m, p).permute(1, 4, 2, 5, 0, 3, 6)
+    return cut.unsqueeze(5).expand(*[-1] * 5, time, -1, -1).reshape(-1, 3 * time * p * p)
+
+
+def unpatchify(pixel_values, grid, image_processor):
+    """The picture (3, H, W) in [0, 1] behind pixel_values and its image_grid_thw (3,), in whole 255ths."""
+    p, m, time = image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
+    mean, std = (
+        torch.tensor(x)[:, None, None].to(pixel_values) for x in (image_processor.image_mean, image_processor.image_std)
+    )
+    _, h, w = grid.tolist()
+    cut = pixel_values.view(h // m, w // m, m, m, 3, time, p, p)[:, :, :, :, :, 0]
+    picture = cut.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p) * std + mean
+    return (picture * 255).round() / 255
 
 
 def with_picture(row, change):
@@ -1717,7 +1749,9 @@ class Run:
         with bar, self.sampling():
             for start in range(0, most, batch):
                 prompts = list(self.stream.pool.map(self.eval_data.prompt, filled[start : start + batch]))
-                groups = rollout(self.model, self.tokenizer, prompts, wide, "evaluation", 1, args.eval_temperature)
+                groups = rollout(
+                    self.model, self.tokenizer, prompts, wide, "evaluation", slice(1), args.eval_temperature
+                )
                 for group in groups[: len(mine) - start]:
                     right += self.reward.check(group.texts[0], group.prompt.answer)
                     tokens += group.mask.sum().item()

@@ -25,7 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 P, G, PIXELS = 2, 8, 448
-METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1}  # script: its bar, whole steps against GRPO's
+METHODS = {
+    "vepo": 1.5,
+    "vgpo": 1.1,
+    "prpo": 1.8,
+    "pepo": 1.1,
+    "saei": 2.0,
+}  # script: its bar, whole steps against GRPO's
 
 
 def make_model():
@@ -146,28 +152,33 @@ def method_steps(model, processor, tokens, repeats):
     """Prints the whole step of each method's own script against that of grpo.py: two counted steps in each run."""
     import datasets
 
-    times = {name: [] for name in ["grpo", *METHODS]}
+    times = {name: [] for name in ["grpo", *METHODS, "grpo with 12", "attack"]}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
         processor.save_pretrained(f"{folder}/model")
         datasets.Dataset.from_list(make_rows(P)).to_parquet(f"{folder}/rows.parquet")
         Path(folder, "reward.py").write_text("def mixed(p, r, a): return [hash(text) % 7 for text in r]")
         flags = f"--model {folder}/model --data {folder}/rows.parquet --reward {folder}/reward.py:mixed --eval_rows 0"
-        flags += f" --prompts_per_step {P} --group_size {G} --max_response_tokens {tokens} --updates_per_step 1"
+        flags += f" --prompts_per_step {P} --max_response_tokens {tokens} --updates_per_step 1"
         flags += " --steps 3 --show_every 0 --save_every 0 --gradient_checkpointing false"
         for repeat in range(repeats):
-            for name in times:
+            for name in list(times)[:-1]:
                 output = f"{folder}/{name}-{repeat}"
-                sys.argv = [f"{name}.py", "--output", output, *flags.split()]
+                size = 12 if name in ("saei", "grpo with 12") else G  # SaEI's 6 + 6 against GRPO's 12
+                sys.argv = [name, "--output", output, "--group_size", str(size), *flags.split()]
                 with contextlib.redirect_stderr(io.StringIO()):
-                    importlib.import_module(name).main()
-                lines = Path(output, "metrics.jsonl").read_text().splitlines()
-                times[name].append(statistics.mean(json.loads(line)["seconds"] for line in lines[1:]))
-    for name, bar in METHODS.items():
-        ratios = sorted(a / b for a, b in zip(times[name], times["grpo"]))
-        a, b = statistics.median(times[name]), statistics.median(times["grpo"])
+                    importlib.import_module(name.split()[0]).main()
+                lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()[1:]]
+                times[name].append(statistics.mean(line["seconds"] for line in lines))
+                if name == "saei":
+                    times["attack"].append(statistics.mean(line["seconds_attack"] for line in lines))
+    for name, bar in {**METHODS, "attack": 0.4}.items():
+        base = times["grpo with 12" if name in ("saei", "attack") else "grpo"]
+        ratios = sorted(a / b for a, b in zip(times[name], base))
+        a, b = statistics.median(times[name]), statistics.median(base)
         spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}; {a:.2f} s against {b:.2f} s"
-        print(f"{f'whole step: {name}.py / grpo.py':46s} {a / b:6.2f} x   ({spread}) bar {bar}")
+        what = "the attack of saei.py" if name == "attack" else f"whole step: {name}.py"
+        print(f"{f'{what} / grpo.py':46s} {a / b:6.2f} x   ({spread}) bar {bar}")
 
 
 def trl_step_seconds(processor, tokens, steps):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import pepo  # noqa: E402
 import prpo  # noqa: E402
+import saei  # noqa: E402
 import vepo  # noqa: E402
 import vgpo  # noqa: E402
 
@@ -60,6 +61,15 @@ def missed(entropy, jsd, mask, ratio=0.2):
     return (top & ~uncertain).sum(1) / top.sum(1)
 
 
+def attacked(run, prompts, step):
+    """SaEI: H of 6 responses to each prompt before and after an attack of this step, two tensors (P,)."""
+    args, changes = saei.Args(step=step, measure_every=1), {"attack_entropy_before": [], "attack_entropy_after": []}
+    run.add = lambda name, value, weight: changes.get(name, []).append(float(value))
+    for group in common.rollout(run.model, run.processor.tokenizer, prompts, args, 0, slice(args.n1)):
+        saei.attack(group, run, args)
+    return map(torch.tensor, changes.values())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(common.TOY / "model"), help="folder of a toy model")
@@ -71,7 +81,7 @@ def main():
     prompts = [prompt for prompt in map(data.prompt, range(options.rows)) if prompt.image_grid_thw is not None]
     run = SimpleNamespace(model=model, processor=processor, world=1, phase=lambda _: contextlib.nullcontext())
     found, shares = {}, []
-    for group in common.rollout(model, processor.tokenizer, prompts, args, 0, group_size=1):
+    for group in common.rollout(model, processor.tokenizer, prompts, args, 0, slice(1)):
         tokens = [processor.tokenizer.decode([token]) for token in group.responses[0][group.mask[0]].tolist()]
         image, template = map(torch.tensor, kinds(tokens))
         if image.any() and template.any():
@@ -91,6 +101,14 @@ def main():
     error = 1.96 * share.std().item() / math.sqrt(len(share))
     print(f"entropy misses {share.mean():.1%} ± {error:.1%} of the 20 % of tokens with the highest JSD above 0")
     print(f"in the {len(share)} responses that have some")
+    for step, wanted in ((2 / 255, "raises"), (-2 / 255, "lowers")):
+        before, after = attacked(run, prompts, step)
+        done = (after > before) if step > 0 else (after < before)
+        ratio = (after / before).median()
+        print(
+            f"a step of {step * 255:+.0f}/255 {wanted} the entropy of the middle third in {done.float().mean():.1%} of"
+        )
+        print(f"{len(done)} prompts, with a median of {ratio:.3f} times what it was")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 FORWARD = ["logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)"]
 OLD = ["if args.updates_per_step > 1:", "row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)"]
 ADVANTAGES = ["token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token"]
+SAMPLING = "groups = rollout(run.model, run.tokenizer, prompts, args, step)"
 LOSS = "logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean"
 MAY_DIFFER = {  # lines of grpo.py that a method replaces
     "vepo": [OLD[1], *FORWARD, LOSS],
     "prpo": [OLD[1], *FORWARD, *ADVANTAGES],
     "pepo": [OLD[1], *FORWARD, *ADVANTAGES],
+    "saei": [SAMPLING, OLD[0]],
     "vgpo": [*OLD, *FORWARD, *ADVANTAGES],
 }
 OFF = {
@@ -27,6 +29,7 @@ OFF = {
     "pepo": ["--strength", 0],
     "vgpo": ["--no_intra", "--no_inter"],
 }
+HALVES = {"saei": ["--n1", 2, "--n2", 2]}
 SHORT = ["--prompts_per_step", 4, "--group_size", 4, "--eval_rows", 0, "--show_every", 0, "--weight_decay", 0]
 CUT = ["--updates_per_step", 2, "--tokens_per_row", 130, "--kl_coef", 0.01]
 
@@ -39,7 +42,9 @@ def code(name):
 
 def train(monkeypatch, output, name, *flags):
     """A run of a script in this process: its weights and its metrics."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--output", str(output), *map(str, [*SHORT, *flags])])
+    monkeypatch.setattr(
+        sys, "argv", [f"{name}.py", "--output", str(output), *map(str, [*SHORT, *HALVES.get(name, []), *flags])]
+    )
     importlib.import_module(name).main()
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return load_file(output / "last" / "model.safetensors"), metrics
@@ -61,7 +66,7 @@ def test_a_run_changes_every_parameter(monkeypatch, tmp_path, name, flags):
     assert all(value is not None for line in metrics for value in line.values())
     if name == "vepo":
         assert 0.2 < metrics[0]["kept_tokens"] < 0.25  # 0.2, rounded up in every response
-    else:
+    elif name != "saei":
         assert metrics[0]["weight_p05"] <= 1 < metrics[0]["weight_p95"]
 
 
@@ -96,6 +101,7 @@ def test_a_constant_out_of_its_range_gets_a_sentence(monkeypatch, tmp_path, caps
 
 
 ARMS = [("vepo", []), ("vepo", ["--select", "random"]), ("vgpo", []), ("pepo", [])]
+ARMS += [("saei", ["--step", 0.2]), ("saei", ["--step", 0.2, "--rank_scope", "group"])]
 ARMS += [("prpo", STRONG), ("prpo", ["--shuffle", *STRONG])]
 
 

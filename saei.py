@@ -1,0 +1,244 @@
+"""SaEI: selective-adversarial entropy intervention (arXiv 2512.10414).
+
+Explore by what the policy sees, not by a term of the loss: sample n1 responses from the picture, move the picture one
+small step towards more uncertainty, sample n2 more from that, and train on all of them with the clean picture. With H_t
+the entropy of the policy at token t of a response to the clean picture I:
+
+    K_i   = the middle third of response i's tokens by entropy                                      TsEC
+    H     = mean_i mean_{t in K_i} H_t
+    I_adv = clamp(I + step sign(dH / dI), 0, 1)                                                     EgAS
+    A_i   = (r_i - mean_j r_j) / (std_j r_j + 1e-6)              one group of n1 + n2; then GRPO's loss on I
+
+(The paper writes I + a sign(grad(-H)) with a = -2/255, which is the same.) The lowest third carries facts and fluent
+continuation, the highest explores already. With two steps instead of one the paper sees entropy and accuracy break.
+
+No code has been released. Stated: the above, n1 = n2 = 6, step 2/255, one step, no random start. Where the paper is
+silent, our choices:
+  1. Tokens are ranked in each response (`--rank_scope`), by an ascending stable sort; fewer than 3 tokens are all kept.
+  2. The step is taken on the picture as the vision tower gets it, after resizing, in [0, 1], in fp32, clamped there.
+  3. Old log-probs are those of the clean picture (`--old_logps_image`), so that the ratio begins at 1. That half of
+     the group was sampled from another picture is left uncorrected, by design, as in NoisyRollout.
+  4. Without a picture, or where the gradient is not finite (counted), all responses are sampled from the clean prompt.
+
+The fair comparison is GRPO with n1 + n2 responses, which `--step 0` is, to the bit. The attack costs a forward and a
+backward pass over n1 responses, in which no parameter gets a gradient.
+
+    python saei.py                                                                  # the toy, minutes on a laptop CPU
+    torchrun --nproc_per_node=8 saei.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs, 60 steps of 512 prompts
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch.nn.functional import pad
+
+import common
+from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
+from common import Group, UserError, flag, patchify, rows_of, unpatchify, with_picture, within
+
+
+@dataclass
+class Args(common.Args):
+    n1: int = flag(6, "responses sampled from the picture")
+    n2: int = flag(6, "responses sampled from the attacked picture")
+    group_size: int | None = flag(None, "is n1 + n2")
+    step: float = flag(2 / 255, "of the attack, on pixels in [0, 1]; 0: GRPO with n1 + n2 responses")
+    iterations: int = flag(1, "steps of the attack")
+    epsilon: float | None = flag(None, "largest change of a pixel over all steps (default: one step)")
+    rank_scope: Literal["response", "group"] = flag("response", "the middle third of each response, or of all n1")
+    old_logps_image: Literal["clean", "attacked"] = flag("clean", "the picture of the second half's old log-probs")
+    measure_every: int = flag(16, "of so many prompts one has its entropy measured again after the attack, for the log")
+    save_images: int = flag(0, "write the picture, the attacked one and 10 x their difference, of so many prompts")
+
+    def __post_init__(self):
+        within(self, n1=(1, 10**4), n2=(1, 10**4), step=(-1, 1), iterations=(1, 10**4), measure_every=(1, 10**9))
+        if self.group_size not in (None, self.n1 + self.n2):
+            raise UserError(f"--group_size {self.group_size} is not --n1 {self.n1} + --n2 {self.n2}: leave it out.")
+        self.group_size = self.n1 + self.n2
+        if self.reshard_while_sampling:
+            raise UserError("--reshard_while_sampling: the attack needs gathered weights; leave it out, on more GPUs.")
+        super().__post_init__()
+
+
+@torch.no_grad()
+def middle_third(entropy, mask):
+    """(B, T) True on the tokens of rank floor(T / 3) to floor(2 T / 3) - 1 by entropy (B, T), ascending; all if T < 3.
+
+    >>> middle_third(torch.tensor([[0.9, 0.1, 0.5, 0.4, 0.8, 0.0]]), torch.ones(1, 6, dtype=torch.bool))
+    tensor([[False, False,  True,  True, False, False]])
+    """
+    length = mask.sum(1, keepdim=True)  # (B, 1)
+    order = entropy.masked_fill(~mask, torch.inf).sort(dim=1, stable=True).indices
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(mask.shape[1], device=order.device).expand_as(order))
+    return mask & ((length < 3) | ((rank >= length // 3) & (rank < 2 * length // 3)))
+
+
+@torch.no_grad()
+def adversarial_step(image, gradient, step=2 / 255):
+    """The image, in [0, 1], one signed step up the gradient, clamped to [0, 1]. A pixel of gradient 0 stays.
+
+    >>> adversarial_step(torch.tensor([0.5, 0.5, 0.5, 1.0]), torch.tensor([3.0, -0.1, 0.0, 2.0]), step=0.1)
+    tensor([0.6000, 0.4000, 0.5000, 1.0000])
+    """
+    return (image + step * gradient.sign()).clamp(0, 1)
+
+
+def entropy_of(group, pictures, run, args):
+    """Yields the entropy (B, T) of a group's responses under these pictures, row by row."""
+    for row in rows_of(group, args.tokens_per_row):
+        row = with_picture(row, lambda _: torch.cat([patchify(x, run.processor.image_processor) for x in pictures]))
+        yield forward(run.model, row, args.temperature)[1]
+
+
+def entropy_gradient(group, pictures, run, args):
+    """H, its gradient by each picture (3, H, W), and the tokens it is made of (G, T). No parameter gets a gradient."""
+    leaves = [picture.clone().requires_grad_() for picture in pictures]
+    H, gradients, kept, mask = 0.0, [0.0] * len(leaves), [], group.mask
+    if args.rank_scope == "group":
+        with torch.no_grad():
+            entropy = torch.cat(list(entropy_of(group, pictures, run, args)))
+        mask = middle_third(entropy.flatten()[None], mask.flatten()[None]).view_as(mask)
+    for entropy in entropy_of(group, leaves, run, args):  # a row's graph is gone before the next one's is built
+        mask_of_row = mask[sum(map(len, kept)) :][: len(entropy)]
+        kept.append(middle_third(entropy, mask_of_row) if args.rank_scope == "response" else mask_of_row)
+        share = aggregate(entropy, kept[-1], "sequence", len(mask))  # of the mean over responses of means over tokens
+        gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(share, leaves))]
+        H += share.item()
+    return H, gradients, torch.cat(kept)
+
+
+def attack(group, run, args):
+    """The prompt of a group with pictures that make the policy less certain of the group's responses."""
+    prompt, processor = group.prompt, run.processor.image_processor
+    if prompt.pixel_values is None or args.step == 0:
+        return prompt
+    parts = prompt.pixel_values.to(run.model.device).split(prompt.image_grid_thw.prod(1).tolist())
+    clean = [unpatchify(part, grid, processor) for part, grid in zip(parts, prompt.image_grid_thw)]
+    pictures, first = clean, None
+    epsilon = abs(args.step) if args.epsilon is None else args.epsilon
+    for _ in range(args.iterations):
+        H, gradients, kept = entropy_gradient(group, pictures, run, args)
+        first = first or (H, kept)
+        finite = all(gradient.isfinite().all() for gradient in gradients)
+        run.add("attack_failed", not finite, 1)
+        if not finite:
+            return prompt
+        moved = [adversarial_step(picture, gradient, args.step) for picture, gradient in zip(pictures, gradients)]
+        pictures = [x.minimum(origin + epsilon).maximum(origin - epsilon) for x, origin in zip(moved, clean)]
+    if prompt.place % args.measure_every == 0:
+        with torch.no_grad():
+            entropy = torch.cat(list(entropy_of(group, pictures, run, args)))
+        run.add("attack_entropy_before", first[0], 1)
+        run.add("attack_entropy_after", aggregate(entropy, first[1], "sequence", len(entropy)), 1)
+    run.add("attack_pixel_change", max((x - origin).abs().max() for x, origin in zip(pictures, clean)), 1)
+    if prompt.place < args.save_images:
+        save_images(run.output / "images", prompt.place, clean, pictures)
+    return dataclasses.replace(prompt, pixel_values=torch.cat([patchify(picture, processor) for picture in pictures]))
+
+
+def save_images(folder, place, clean, attacked):
+    """PNG files of a prompt's pictures: as they were, attacked, and 0.5 + 10 times the difference, side by side."""
+    folder.mkdir(exist_ok=True)
+    for i, (before, after) in enumerate(zip(clean, attacked)):
+        shown = torch.cat([before, after, (0.5 + 10 * (after - before)).clamp(0, 1)], 2)  # (3, H, 3 W)
+        image = Image.fromarray((255 * shown).round().byte().permute(1, 2, 0).cpu().numpy())
+        beside = folder / f"prompt-{place}-{i}.unfinished"
+        image.save(beside, format="PNG")
+        beside.replace(beside.with_suffix(".png"))
+
+
+def join(clean, attacked):
+    """One group on the clean picture out of two; `scores` is 1 on the tokens sampled from the attacked one."""
+    T = max(clean.mask.shape[1], attacked.mask.shape[1])
+
+    def both(name):
+        return torch.cat([pad(getattr(half, name), (0, T - half.mask.shape[1])) for half in (clean, attacked)])
+
+    truncated = torch.cat([clean.truncated, attacked.truncated])
+    group = Group(clean.prompt, both("responses"), both("mask"), truncated, clean.texts + attacked.texts)
+    group.scores = torch.zeros_like(group.mask, dtype=torch.float)
+    group.scores[len(clean.mask) :] = 1
+    return group
+
+
+def attacked_view(row, pictures):
+    """The row under the attacked pictures of its prompt; itself where it has none."""
+    return with_picture(row, lambda clean: pictures.get(row.prompt.place, clean))
+
+
+def note_sampled(groups, run, args):
+    """Logs accuracy and length of the two halves."""
+    for group in groups:
+        for name, half in (("clean", slice(args.n1)), ("attacked", slice(args.n1, None))):
+            run.add(f"accuracy_{name}", group.accuracy[half].sum(), len(group.accuracy[half]))
+            run.add(f"response_tokens_{name}", group.mask[half].sum(), len(group.mask[half]))
+
+
+def note_trained(row, logps, old_logps, token_advantages, entropy, run, args):
+    """Logs entropy and clipped share of the two halves, on the clean picture."""
+    for name, half in (("clean", row.scores == 0), ("attacked", row.scores > 0)):
+        mask = row.loss_mask & half
+        _, info = policy_loss(logps.detach(), old_logps, token_advantages, mask, args.clip_low, args.clip_high)
+        run.note({f"clip_fraction_{name}": info["clip_fraction"]}, mask)
+        run.note({f"entropy_{name}": aggregate(entropy.detach(), mask)}, mask)
+
+
+def main():
+    args = parse_args(Args)
+    run = Run(args)
+    for step in run.steps():
+        pictures = {}  # attacked, by the place of their prompt
+        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
+            while prompts := run.draw():
+                clean = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1))
+                with run.phase("attack"):
+                    prompts = [attack(group, run, args) for group in clean]
+                attacked = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1, None))
+                groups = [join(*halves) for halves in zip(clean, attacked)]
+                pictures |= {prompt.place: prompt.pixel_values for prompt in prompts}
+                run.reward(groups)
+                note_sampled(groups, run, args)
+                run.keep(groups)
+
+        rewards = run.rewards()  # (P, G)
+        advantages = group_advantages(rewards)  # (P, G)
+        rows = run.rows(advantages)  # one packed row per group
+
+        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+            for row in rows:
+                if args.updates_per_step > 1 or args.old_logps_image == "attacked":
+                    row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)
+                if args.old_logps_image == "attacked":
+                    logps, _, _ = forward(run.model, attacked_view(row, pictures), args.temperature)  # (B, T)
+                    row.old_logps = torch.where(row.scores > 0, logps, row.old_logps)
+                if args.kl_coef:
+                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+
+        with run.phase("update"):
+            for minibatch in run.minibatches(rows):
+                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                for row in minibatch:
+                    logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
+                    old_logps = logps.detach() if row.old_logps is None else row.old_logps
+                    token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token
+                    mask = row.loss_mask  # (B, T)
+                    loss, info = policy_loss(
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                    )
+                    info["entropy"] = aggregate(entropy.detach(), mask)
+                    note_trained(row, logps, old_logps, token_advantages, entropy, run, args)
+                    if args.entropy_coef:
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                    if args.kl_coef:
+                        kl = kl_penalty(logps, row.ref_logps)  # (B, T)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        info["kl"] = aggregate(kl.detach(), mask)
+                    run.backward(loss, info, row, mask)
+                run.update()
+
+
+if __name__ == "__main__":
+    main()

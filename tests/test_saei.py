@@ -1,0 +1,299 @@
+"""SaEI: pictures from patches and back, the middle third, the attack and what it may not touch."""
+
+import dataclasses
+import json
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_group, tiny_model, tiny_prompt
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Qwen2VLImageProcessorPil
+
+import grpo
+import saei
+from common import Data, patchify, rollout, rows_of, unpatchify
+from saei import Args, adversarial_step, attack, entropy_gradient, entropy_of, join, middle_third
+
+PROCESSORS = {  # as the three families configure it
+    "qwen2_vl and qwen2_5_vl": Qwen2VLImageProcessorPil(),
+    "qwen3_vl": Qwen2VLImageProcessorPil(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+}
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+@pytest.mark.parametrize("size", [(56, 84), (84, 56), (123, 77), (300, 64)])
+def test_patches_are_the_processors_own(family, size):
+    processor = PROCESSORS[family]
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    made = processor(Image.fromarray(noise), return_tensors="pt")
+    values, grid = made["pixel_values"], made["image_grid_thw"][0]
+    picture = unpatchify(values, grid, processor)
+    assert picture.shape == (3, *(processor.patch_size * grid[1:]).tolist())
+    assert torch.allclose(patchify(picture, processor), values, atol=1e-6)
+    assert torch.equal(unpatchify(patchify(picture, processor), grid, processor), picture)  # exact, in 255ths
+    _, H, W = picture.shape
+    if size == (W, H):  # nothing was resized: the very pixels
+        assert torch.equal(picture, torch.tensor(noise).permute(2, 0, 1) / 255)
+
+
+def test_patches_pass_gradients_back_to_the_pixel():
+    processor = PROCESSORS["qwen2_vl and qwen2_5_vl"]
+    picture = torch.rand(3, 56, 84).requires_grad_()
+    values = patchify(picture, processor)
+    assert torch.equal(values.view(-1, 3, 2, 196)[:, :, 0], values.view(-1, 3, 2, 196)[:, :, 1])
+    values.sum().backward()
+    want = 2 / torch.tensor(processor.image_std)[:, None, None].expand(3, 56, 84)  # each pixel stands there twice
+    assert torch.allclose(picture.grad, want, atol=1e-5)
+
+
+def lengths(*numbers, width=None):
+    return torch.arange(width or max(numbers)) < torch.tensor(numbers)[:, None]
+
+
+def test_middle_third_against_brute_force():
+    torch.manual_seed(0)
+    mask = lengths(*range(12))
+    entropy = (torch.rand(12, 11) * 4).round()  # with ties: the earlier token has the lower rank
+    got = middle_third(entropy, mask)
+    for row in range(12):
+        ranked = sorted(range(row), key=lambda t: (entropy[row, t].item(), t))
+        want = ranked if row < 3 else ranked[row // 3 : 2 * row // 3]
+        assert got[row].nonzero()[:, 0].tolist() == sorted(want), row
+    for garbage in (torch.nan, -1e30):
+        assert torch.equal(middle_third(entropy.masked_fill(~mask, garbage), mask), got)
+    order = torch.randperm(12)
+    assert torch.equal(middle_third(entropy[order], mask[order]), got[order])
+    assert [middle_third(torch.rand(1, n), lengths(n)).sum().item() for n in (1, 2, 3, 4, 6, 7)] == [1, 2, 1, 1, 2, 2]
+
+
+def test_step_by_hand():
+    image = torch.tensor([0.5, 0.0, 1.0, 0.5, 0.999])
+    before = image.clone()
+    got = adversarial_step(image, torch.tensor([1e-9, -5.0, 2.0, 0.0, 1.0]), step=2 / 255)
+    assert torch.allclose(got, torch.tensor([0.5 + 2 / 255, 0.0, 1.0, 0.5, 1.0])) and torch.equal(image, before)
+    assert torch.allclose(adversarial_step(image, torch.ones(5), step=-0.1)[:2], torch.tensor([0.4, 0.0]))
+    assert torch.equal(adversarial_step(image, torch.ones(5), step=0.0), image)
+
+
+def fake_run(model, image_processor):
+    log = {}
+    return SimpleNamespace(
+        model=model,
+        processor=SimpleNamespace(image_processor=image_processor),
+        phase=lambda _: nullcontext(),
+        add=lambda name, value, weight: log.setdefault(name, []).append(float(value)),
+        log=log,
+    )
+
+
+def random_pictures(model, grids):
+    """A prompt on random pictures in whole 255ths, and a group with responses to it."""
+    processor = PROCESSORS["qwen2_vl and qwen2_5_vl"]
+    prompt = tiny_prompt(model, grids)
+    if grids:
+        generator = torch.Generator().manual_seed(1)
+        made = [torch.randint(256, (3, 14 * h, 14 * w), generator=generator) / 255 for h, w in grids]
+        prompt = dataclasses.replace(prompt, pixel_values=torch.cat([patchify(x, processor) for x in made]))
+    return tiny_group(prompt, [7, 1, 4, 12]), fake_run(model, processor)
+
+
+def H_of(group, prompt, kept, run, args):
+    """The objective the plain way: mean over responses of the mean entropy of the kept tokens."""
+    from common import forward
+
+    entropy = forward(run.model, dataclasses.replace(group, prompt=prompt), args.temperature)[1]
+    return sum(row[chosen].mean() for row, chosen in zip(entropy, kept)).item() / len(kept)
+
+
+@pytest.mark.parametrize("grids", [[(4, 6)], [(2, 4), (6, 4)]])
+@pytest.mark.parametrize("scope", ["response", "group"])
+def test_gradient_by_finite_differences(grids, scope):
+    model = tiny_model("qwen2_5_vl").double()
+    group, run = random_pictures(model, grids)
+    args = Args(rank_scope=scope)
+    processor = run.processor.image_processor
+    parts = group.prompt.pixel_values.split(group.prompt.image_grid_thw.prod(1).tolist())
+    pictures = [unpatchify(x, grid, processor).double() for x, grid in zip(parts, group.prompt.image_grid_thw)]
+    H, gradients, kept = entropy_gradient(group, pictures, run, args)
+    if scope == "response":
+        assert kept.sum(1).tolist() == [2, 1, 1, 4]
+    else:
+        assert kept.sum() == 2 * 24 // 3 - 24 // 3
+
+    def at(pictures):
+        pixel_values = torch.cat([patchify(x, processor) for x in pictures])
+        prompt = dataclasses.replace(group.prompt, pixel_values=pixel_values)
+        from common import aggregate, forward
+
+        entropy = forward(model, dataclasses.replace(group, prompt=prompt), args.temperature)[1]
+        return aggregate(entropy, kept, "sequence", 4).item()
+
+    assert at(pictures) == pytest.approx(H, abs=1e-6)
+    for i, gradient in enumerate(gradients):
+        direction = gradient / gradient.norm()
+        shifted = [[x + step * direction if i == j else x for j, x in enumerate(pictures)] for step in (1e-3, -1e-3)]
+        slope = (at(shifted[0]) - at(shifted[1])) / 2e-3
+        assert slope == pytest.approx(gradient.norm().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("grids", [[(4, 6)], [(2, 4), (6, 4)]])
+def test_attack(family, grids):
+    model = tiny_model(family)
+    group, run = random_pictures(model, grids)
+    clean, processor = group.prompt.pixel_values.clone(), run.processor.image_processor
+    kept = middle_third(next(entropy_of(group, *_pictures(group, run), run, Args())).detach(), group.mask)
+    tiny = 0.02 / 255  # random weights of this size are far from linear over 2 / 255
+    up, down = attack(group, run, Args(step=tiny)), attack(group, run, Args(step=-tiny))
+    H = [H_of(group, prompt, kept, run, Args()) for prompt in (down, group.prompt, up)]
+    assert H[0] < H[1] < H[2]
+    assert run.log["attack_entropy_before"][0] == pytest.approx(H[1], abs=1e-5)
+    assert run.log["attack_entropy_after"][0] == pytest.approx(H[2], abs=1e-5)
+    assert torch.equal(group.prompt.pixel_values, clean)
+    up = attack(group, run, Args())
+    assert all(p.grad is None for p in model.parameters())
+    for part, before, grid in zip(*(_split(p, grids) for p in (up, group.prompt)), group.prompt.image_grid_thw):
+        values = part.view(len(part), 3, 2, -1)
+        assert torch.equal(values[:, :, 0], values[:, :, 1])
+        picture, origin = (unpatchify(x, grid, processor) for x in (part, before))
+        change = (picture - origin).abs()
+        assert picture.min() >= 0 and picture.max() <= 1 and change.max() <= 2 / 255 + 1e-6
+        assert (change > 1.9 / 255).float().mean() > 0.9
+    assert attack(group, run, Args(step=0.0)) is group.prompt
+
+
+def _split(prompt, grids):
+    return prompt.pixel_values.detach().split([h * w for h, w in grids])
+
+
+def _pictures(group, run):
+    parts = group.prompt.pixel_values.split(group.prompt.image_grid_thw.prod(1).tolist())
+    grids = group.prompt.image_grid_thw
+    return [[unpatchify(x, grid, run.processor.image_processor) for x, grid in zip(parts, grids)]]
+
+
+def test_attack_does_not_depend_on_how_the_group_is_cut():
+    model = tiny_model("qwen2_5_vl")
+    group, run = random_pictures(model, [(4, 6)])
+    budget = len(group.prompt.input_ids) + 8
+    assert len(rows_of(group, budget)) == 3
+    for scope in ("response", "group"):
+        whole, cut = (
+            entropy_gradient(group, *_pictures(group, run), run, Args(rank_scope=scope, tokens_per_row=n))
+            for n in (10**6, budget)
+        )
+        assert whole[0] == pytest.approx(cut[0], abs=1e-6) and torch.equal(whole[2], cut[2])
+        assert torch.allclose(whole[1][0], cut[1][0], atol=1e-6)
+
+
+def test_several_steps_stay_in_the_ball():
+    group, run = random_pictures(tiny_model("qwen2_5_vl"), [(4, 6)])
+    grid = group.prompt.image_grid_thw[0]
+    origin = unpatchify(group.prompt.pixel_values, grid, run.processor.image_processor)
+    for epsilon, largest in ((None, 2), (5 / 255, 5), (1.0, 6)):
+        after = attack(group, run, Args(iterations=3, epsilon=epsilon)).pixel_values
+        change = (unpatchify(after, grid, run.processor.image_processor) - origin).abs().max().item()
+        assert change * 255 == pytest.approx(largest, abs=0.01)
+
+
+def test_gradient_checkpointing_attacks_the_same():
+    model = tiny_model("qwen2_5_vl")
+    group, run = random_pictures(model, [(4, 6)])
+    plain = attack(group, run, Args()).pixel_values
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert torch.equal(plain, attack(group, run, Args()).pixel_values)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_clean_picture(monkeypatch):
+    group, run = random_pictures(tiny_model("qwen2_5_vl"), [(4, 6)])
+    bad = lambda *_: (1.0, [torch.tensor([torch.nan, 1.0])], group.mask)  # noqa: E731
+    monkeypatch.setattr(saei, "entropy_gradient", bad)
+    assert attack(group, run, Args()) is group.prompt and run.log["attack_failed"] == [1.0]
+
+
+def test_text_only_prompts_are_not_attacked():
+    group, run = random_pictures(tiny_model("qwen2_5_vl"), [])
+    assert attack(group, run, Args()) is group.prompt and not run.log
+
+
+def test_join():
+    model = tiny_model("qwen2_5_vl")
+    clean, attacked = tiny_group(tiny_prompt(model, []), [3, 2]), tiny_group(tiny_prompt(model, []), [5, 1, 4], seed=1)
+    group = join(clean, attacked)
+    assert group.prompt is clean.prompt and group.mask.sum(1).tolist() == [3, 2, 5, 1, 4]
+    assert torch.equal(group.responses[:2, :3], clean.responses) and torch.equal(
+        group.responses[2:], attacked.responses
+    )
+    assert group.scores.amax(1).tolist() == [0, 0, 1, 1, 1] and len(group.texts) == len(group.truncated) == 5
+
+
+@pytest.mark.parametrize("part", [slice(3), slice(3, None), slice(2, 5)])
+def test_a_part_of_a_group_is_sampled_as_in_the_whole(toy, part):
+    model, processor = toy
+    args = Args(max_response_tokens=24)
+    data = Data("toy", "test", args, processor, model.model.get_rope_index)
+    prompts = [data.prompt(i) for i in (3, 6)]
+    whole = rollout(model, processor.tokenizer, prompts, args, 7)
+    some = rollout(model, processor.tokenizer, prompts, args, 7, part)
+    assert [group.texts for group in some] == [group.texts[part] for group in whole]
+
+
+SHORT = ["--prompts_per_step", 4, "--eval_rows", 0, "--show_every", 0, "--steps", 2]
+
+
+def train(monkeypatch, output, module, *flags):
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--output", str(output), *map(str, [*SHORT, *flags])])
+    module.main()
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return load_file(output / "last" / "model.safetensors"), metrics
+
+
+@pytest.mark.parametrize("flags", [[], ["--updates_per_step", 2, "--tokens_per_row", 130, "--kl_coef", 0.01]])
+def test_step_zero_is_grpo_with_all_responses_to_the_bit(monkeypatch, tmp_path, flags):
+    base, _ = train(monkeypatch, tmp_path / "grpo", grpo, "--group_size", 7, *flags)
+    off, lines = train(monkeypatch, tmp_path / "off", saei, "--n1", 4, "--n2", 3, "--step", 0, *flags)
+    on, _ = train(monkeypatch, tmp_path / "on", saei, "--n1", 4, "--n2", 3, "--step", 0.3, *flags)
+    assert all(torch.equal(base[key], off[key]) for key in base)
+    assert not all(torch.equal(base[key], on[key]) for key in base)
+    assert "attack_pixel_change" not in lines[0]
+
+
+def test_log_images_and_old_log_probs(monkeypatch, tmp_path):
+    flags = ["--n1", 3, "--n2", 2, "--measure_every", 1, "--save_images", 3]
+    _, clean = train(monkeypatch, tmp_path / "clean", saei, *flags)
+    for line in clean:
+        assert line["attack_pixel_change"] == pytest.approx(2 / 255, abs=1e-5) and line["attack_failed"] == 0
+        assert line["attack_entropy_after"] > line["attack_entropy_before"] and line["seconds_attack"] > 0
+        total = 0.6 * line["accuracy_clean"] + 0.4 * line["accuracy_attacked"]
+        assert total == pytest.approx(line["accuracy"], abs=1e-5) and line["approx_kl"] == 0
+        parts = line["response_tokens_clean"] * 0.6, line["response_tokens_attacked"] * 0.4
+        entropy = (line["entropy_clean"] * parts[0] + line["entropy_attacked"] * parts[1]) / sum(parts)
+        assert entropy == pytest.approx(line["entropy"], rel=1e-4)
+    names = [path.name for path in (tmp_path / "clean/images").iterdir()]
+    assert names and all(name.startswith("prompt-") and name.endswith(".png") for name in names)
+    shown = np.asarray(Image.open(tmp_path / "clean/images" / names[0])).astype(int)
+    before, after, difference = np.split(shown, 3, axis=1)
+    assert np.abs(after - before).max() == 2
+    assert set(np.unique(difference - 127.5)) <= {-20.5, -19.5, 0.5, 20.5, 19.5, -9.5, 10.5, -0.5, -10.5, 9.5}
+    _, attacked = train(monkeypatch, tmp_path / "attacked", saei, *flags, "--old_logps_image", "attacked")
+    assert attacked[0]["approx_kl"] > 0  # the second half's ratio does not begin at 1
+
+
+def test_bfloat16_attacks_with_a_float32_leaf(monkeypatch, tmp_path):
+    accelerate.state.AcceleratorState._reset_state(True)  # one process has one compute type; this one had another
+    _, lines = train(monkeypatch, tmp_path / "run", saei, "--n1", 3, "--n2", 2, "--dtype", "bfloat16")
+    assert lines[-1]["attack_pixel_change"] == pytest.approx(2 / 255, abs=1e-5)
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_a_group_size_of_ones_own_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        Args(n1=3, n2=3, group_size=8)
+    assert "--group_size 8 is not --n1 3 + --n2 3" in capsys.readouterr().err
