@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib
 import json
+import subprocess
 import sys
 
 import pytest
@@ -141,3 +142,11 @@ def test_vgpo_sums_focus_in_two_ways(monkeypatch, tmp_path):
     assert lines[0]["rollout_factor"] == 1
     for other in (scaled, floor, intra):
         assert not all(torch.equal(raw[key], other[key]) for key in raw)
+
+
+@pytest.mark.parametrize("name", MAY_DIFFER)
+def test_the_readme_counts_the_lines_of_the_diff(name):
+    diff = subprocess.run(["diff", ROOT / "grpo.py", ROOT / f"{name}.py"], capture_output=True, text=True).stdout
+    changed = sum(line[:1] in ("<", ">") for line in diff.splitlines())
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if f"]({name}.py)" in line)
+    assert f"| {changed} lines |" in row
