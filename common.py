@@ -411,7 +411,7 @@ class Data:
     """
 
     def __init__(self, name, split, args, processor, rope_index, option="--data"):
-        self.name, self.args, self.processor, self.rope_index = name, args, processor, rope_index
+        self.name, self.args, self.processor, self.rope_index, self.option = name, args, processor, rope_index, option
         self.rows = load_rows(name, split, args.data_revision, option)
         self.folder = Path(name) if Path(name).is_dir() else Path(name).parent
         self.columns = {}
@@ -424,12 +424,16 @@ class Data:
                     f"{', '.join(self.rows.column_names)}: name the right one with --{what}_column."
                 )
             self.columns[what] = found[0] if found else None
-        if image := self.columns["image"]:  # keep the bytes: a picture is opened when its turn comes
-            as_list = hasattr(self.rows.features[image], "feature")
-            inner = self.rows.features[image].feature if as_list else self.rows.features[image]
-            if isinstance(inner, ImageFeature):
+        self.measure()
+
+    def measure(self):
+        """Lengths of all prompts, without decoding a picture; drops, and counts, those that are too long."""
+        name, args, option = self.name, self.args, self.option
+        for column, feature in self.rows.features.items():  # keep the bytes: a picture is opened when its turn comes
+            as_list = hasattr(feature, "feature")
+            if isinstance(feature.feature if as_list else feature, ImageFeature):
                 raw = ImageFeature(decode=False)
-                self.rows = self.rows.cast_column(image, datasets.List(raw) if as_list else raw)
+                self.rows = self.rows.cast_column(column, datasets.List(raw) if as_list else raw)
         tokens = [self.prompt_tokens(i) for i in range(len(self.rows))]
         self.indices = [i for i, length in enumerate(tokens) if length <= args.max_prompt_tokens]
         self.dropped = len(self.rows) - len(self.indices)
@@ -443,13 +447,17 @@ class Data:
     def __len__(self):
         return len(self.indices)
 
-    def row(self, index):
-        """(problem, images, answer) of a row; the pictures are not decoded yet."""
+    def fields(self, index):
+        """(problem, images, answer) as they stand in a row."""
         row = self.rows[index]
         images = row[self.columns["image"]] if self.columns["image"] else None
         images = images if isinstance(images, list) else [] if images is None else [images]
+        return str(row[self.columns["problem"]]), images, str(row[self.columns["answer"]])
+
+    def row(self, index):
+        """(problem, images, answer) of a row, with a place for each picture; the pictures are not decoded yet."""
+        problem, images, answer = self.fields(index)
         opened = [self.open_image(image, index) for image in images]
-        problem, answer = str(row[self.columns["problem"]]), str(row[self.columns["answer"]])
         places = problem.count("<image>")
         if places == 0:
             problem = "<image>" * len(opened) + problem
@@ -1827,7 +1835,7 @@ class Run:
                 "position": self.stream.position,
                 "updates": self.updates,
                 "history": self.history,
-                **{name: getattr(self.args, name) for name in ("model", "data", "seed")},
+                **{name: getattr(self.args, name) for name in ("model", "data", "seed", "instruction")},
             }
             write_text(beside / "trainer_state.json", json.dumps(state, indent=2) + "\n")
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,547 @@
+"""Benchmarks without a judge: accuracy by rule, with error bars, by the prompt, sampler and checker of training.
+
+    python eval.py                                                                      # the toy, on a CPU
+    torchrun --nproc_per_node=8 eval.py --model runs/vepo/last --benchmarks geometry3k,mathvista,hallusionbench
+    ... eval.py --model runs/vepo/last --benchmarks mmk12 --samples 8 --temperature 1   # avg@8 and pass@8
+    python eval.py --compare runs/eval/grpo runs/eval/vepo                              # paired, on the same rows
+
+Writes <output>/results.json, with the whole protocol, and <output>/<benchmark>.jsonl, every row with its responses.
+Prompts that are longer than --max_prompt_tokens, responses without an answer and truncated ones count as wrong, and
+are counted. Numbers of papers that ask a judge model do not compare with these.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import json
+import math
+import random
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+import common
+from common import Checker, Data, UserError, extract_answer, flag, letters, load_rows, normalise, parse_args, rollout
+
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass
+class Args:
+    """evaluation"""
+
+    model: str = flag("toy", "hub id, folder or checkpoint of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
+    model_revision: str = flag("main", "branch, tag or commit of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "type of weights; auto: bfloat16 on a GPU, else float32"
+    )
+    benchmarks: str | None = flag(None, "names, with commas between them (default: the data that the model trained on)")
+    data: str | None = flag(None, "local file in the schema of the one benchmark that is named")
+    rows: int = flag(-1, "of each benchmark, a random choice by --seed; -1: all")
+    samples: int = flag(1, "responses to each prompt; more than 1: their mean, and whether any is right")
+    temperature: float = flag(0.0, "0: greedy")
+    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability")
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all")
+    instruction: str | None = flag(None, "sentence that follows every question (default: that of training)")
+    max_prompt_tokens: int = flag(8192, "longer prompts are not asked, and count as wrong")
+    max_response_tokens: int | None = flag(None, "a response is cut after so many tokens (toy: 64, else: 2048)")
+    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: as in training)")
+    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: as in training)")
+    rollout_prompts: int = flag(128, "responses sampled together on each process; halved where memory runs out")
+    check_seconds: float = flag(3.0, "an answer that takes the maths checker longer than this is wrong")
+    seed: int = flag(0, "of sampled tokens and of the choice of --rows")
+    output: str | None = flag(None, "folder of everything that is written (default: runs/eval/<model>)")
+    resume: bool = flag(False, "go on with what a stopped evaluation wrote to --output")
+    compare: list[str] | None = flag(None, "two result folders: the difference of the second to the first, and stop")
+    reshard_while_sampling = cuda_graphs = False  # flags of training's sampler: each process has a model of its own
+
+    def __post_init__(self):
+        state = Path(self.model) / "trainer_state.json"  # a checkpoint of ours knows how it was trained
+        trained = json.loads(state.read_text()) if state.exists() else {}
+        toy = self.model == "toy" or trained.get("model") == "toy"
+        self.instruction = self.instruction or trained.get("instruction", common.INSTRUCTION)
+        self.benchmarks = self.benchmarks or ("toy" if toy else "geometry3k")
+        self.max_response_tokens = self.max_response_tokens or (64 if toy else 2048)
+        if not toy and not trained:  # a checkpoint's processor has the limits of its training
+            self.min_pixels, self.max_pixels = self.min_pixels or 262_144, self.max_pixels or 1_000_000
+        name = Path(self.model).resolve().parent.name if trained else Path(self.model).name
+        self.output = self.output or f"runs/eval/{name}"
+        self.group_size = self.samples
+        for name in ("samples", "max_prompt_tokens", "max_response_tokens", "rollout_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
+        for name in self.benchmarks.split(","):
+            if name not in BENCHMARKS:
+                raise UserError(f"--benchmarks {name} is not one of {', '.join(BENCHMARKS)}.")
+        if self.data and "," in self.benchmarks:
+            raise UserError("--data is for one benchmark: name it alone with --benchmarks.")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(f"--samples {self.samples} at --temperature 0 are all the same: set --temperature 1.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks: how a row becomes a question
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Question:
+    """`kind` says how an answer is compared: free, choice (one letter), letters, yes/no or float."""
+
+    problem: str
+    images: list
+    answer: str
+    kind: str = "free"
+    options: list = field(default_factory=list)  # texts of a choice, where they are known
+    digits: int | None = None  # float: both are rounded to so many digits, or differ by 0.001 at most
+    group: dict = field(default_factory=dict)  # what the benchmark's own scores group by
+
+
+def choose(problem, options):
+    """The problem with its options as "(A) ..." lines, and the wish for a letter."""
+    lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options)]
+    if [str(option) for option in options] == list(LETTERS[: len(options)]):
+        lines = []  # the picture shows them
+    return "\n".join([problem, *lines, "Answer with the letter of the right option."])
+
+
+def place_images(text, pattern, images):
+    """The text with `<image>` where a numbered placeholder stands for the first time, and the images in that order."""
+    order = []
+
+    def place(match):
+        number = int(match[1])
+        if number in order or images.get(number) is None:
+            return f"image {number}"
+        order.append(number)
+        return "<image>"
+
+    text = re.sub(pattern, place, text)
+    rest = [number for number in images if number not in order and images[number] is not None]
+    return "<image>" * len(rest) + text, [images[number] for number in rest + order]
+
+
+def listed(image):
+    return image if isinstance(image, list) else [] if image is None else [image]
+
+
+def plain(row):  # the toy, geometry3k, clevr_count_70k
+    return Question(row["problem"], listed(row["images"]), re.sub(r"</?answer>", "", row["answer"]).strip())
+
+
+def mathvista(row):
+    if row["question_type"] == "multi_choice":
+        options = list(row["choices"])
+        gold = LETTERS[options.index(row["answer"])]  # the gold answer is the text of an option
+        return Question(choose(row["question"], options), [row["decoded_image"]], gold, "choice", options)
+    problem = row["question"] + (f" (unit: {row['unit']})" if row["unit"] else "")
+    kind, digits = ("float", int(row["precision"])) if row["answer_type"] == "float" else ("free", None)
+    return Question(problem, [row["decoded_image"]], str(row["answer"]), kind, digits=digits)
+
+
+def mathverse(row):
+    kind = "choice" if row["question_type"] == "multi-choice" else "free"
+    problem = choose(row["question"], []) if kind == "choice" else row["question"]
+    return Question(problem, [row["image"]], row["answer"], kind, group={"version": row["problem_version"]})
+
+
+def mathvision(row):
+    problem, images = place_images(row["question"], r"<image(\d+)>", {1: row["decoded_image"]})
+    options = list(row["options"] or [])
+    if options:
+        return Question(choose(problem, options), images, row["answer"], "choice", options)
+    return Question(problem, images, row["answer"])
+
+
+def logicvista(row):
+    problem = f"{row['question']}\nAnswer with the letter of every right option."
+    return Question(problem, [row["image"]], row["answer"], "letters")
+
+
+def mmmu_pro(row):
+    options = ast.literal_eval(row["options"])  # a list of strings, as a string
+    text, images = choose(row["question"], options), {n: row[f"image_{n}"] for n in range(1, 8)}
+    return Question(*place_images(text, r"<image (\d+)>", images), row["answer"], "choice", options)
+
+
+def mmmu_pro_vision(row):
+    options = ast.literal_eval(row["options"])
+    return Question(choose("<image>", LETTERS[: len(options)]), [row["image"]], row["answer"], "choice", options)
+
+
+def hallusionbench(row):
+    answer = "yes" if str(row["gt_answer"]) == "1" else "no"
+    part = [str(row[name]) for name in ("category", "subcategory", "set_id")]
+    group = {"figure": "/".join([*part, str(row["figure_id"])]), "question": "/".join([*part, str(row["question_id"])])}
+    return Question(f"{row['question']} Answer yes or no.", listed(row["image"]), answer, "yes/no", group=group)
+
+
+def wemath(row):
+    options = re.findall(r"(?:^|;)\s*[A-J][.:]\s*(.*?)\s*(?=;\s*[A-J][.:]|;?\s*$)", row["option"])
+    return Question(choose(row["question"], options), [row["image_path"]], row["answer"], "choice", options)
+
+
+def dynamath(row):
+    kind = {"float": "float", "multiple choice": "choice"}.get(row["answer_type"], "free")
+    problem = choose(row["question"], []) if kind == "choice" else row["question"]
+    group = {"seed": str(row["id"])} if "id" in row else {}
+    return Question(problem, [row["decoded_image"]], row["ground_truth"], kind, group=group)
+
+
+def mmk12(row):
+    return Question(choose(row["question"], []), listed(row["image"]), row["answer"], "letters")
+
+
+@dataclass
+class Benchmark:
+    id: str  # of the hub, with the config after a colon
+    splits: tuple
+    read: callable
+    revision: str = "main"
+
+
+BENCHMARKS = {
+    "toy": Benchmark("toy", ("test",), plain),
+    "geometry3k": Benchmark("hiyouga/geometry3k", ("test",), plain),
+    "mathvista": Benchmark("AI4Math/MathVista", ("testmini",), mathvista),
+    "mathverse": Benchmark("AI4Math/MathVerse:testmini", ("testmini",), mathverse),
+    "mathvision": Benchmark("MathLLMs/MathVision", ("test",), mathvision),
+    "logicvista": Benchmark("lscpku/LogicVista", ("test",), logicvista),
+    "mmmu_pro": Benchmark("MMMU/MMMU_Pro:standard (10 options)", ("test",), mmmu_pro),
+    "mmmu_pro_vision": Benchmark("MMMU/MMMU_Pro:vision", ("test",), mmmu_pro_vision),
+    "hallusionbench": Benchmark("lmms-lab/HallusionBench", ("image", "non_image"), hallusionbench),
+    "wemath": Benchmark("We-Math/We-Math", ("testmini",), wemath),
+    "dynamath": Benchmark("DynaMath/DynaMath_Sample", tuple(f"sample_variant{i}" for i in range(1, 11)), dynamath),
+    "clevr_count": Benchmark("BUAADreamer/clevr_count_70k", ("test",), plain),
+    "mmk12": Benchmark("FanqingM/MMK12", ("test",), mmk12),
+}
+
+
+class Questions(Data):
+    """One split of a benchmark, as prompts: built where training builds them."""
+
+    def __init__(self, name, split, args, processor, rope_index):
+        benchmark = BENCHMARKS[name]
+        source, self.option = args.data or benchmark.id, "--data" if args.data else "--benchmarks"
+        self.name, self.args, self.processor, self.rope_index = source, args, processor, rope_index
+        self.read, self.split = benchmark.read, split
+        self.rows = load_rows(source, split, benchmark.revision, self.option)
+        self.folder = Path(source).parent
+        self.measure()
+
+    def question(self, index):
+        row = self.rows[index]
+        try:
+            return self.read(row)
+        except KeyError as error:
+            raise UserError(
+                f"{self.option} {self.name} has no column {error}; it has {', '.join(row)}: "
+                f"is it in the schema of --benchmarks {self.args.benchmarks}?"
+            ) from None
+        except (ValueError, SyntaxError) as error:
+            raise UserError(f"row {index} of {self.name} is not in the benchmark's schema ({error}).") from None
+
+    def fields(self, index):
+        question = self.question(index)
+        return question.problem, question.images, question.answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Is it right
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def judge(check, response, question):
+    """Whether a response is right, by rule; `check` is training's `Checker`."""
+    answer = extract_answer(response)
+    if answer is None:
+        return False
+    if question.kind == "free":
+        return check.equal(answer, question.answer)
+    if question.kind == "letters":
+        return letters(answer) == letters(question.answer)
+    if question.kind == "yes/no":
+        said = re.match(r"\W*(yes|no)\b", normalise(answer).casefold())
+        return bool(said) and said[1] == question.answer
+    if question.kind == "float":
+        return same_number(check, answer, question.answer, question.digits)
+    letter = letters(answer)
+    if letter is None and question.options:  # the text of an option counts where only one has it
+        named = [i for i, option in enumerate(question.options) if check.equal(answer, str(option))]
+        letter = LETTERS[named[0]] if len(named) == 1 else None
+    return letter == letters(question.answer)
+
+
+def same_number(check, answer, gold, digits):
+    """Equal after rounding to `digits`; where there are none, within 0.001. What is no plain number goes to `check`."""
+    try:
+        said, right = float(normalise(answer)), float(gold)
+    except ValueError:
+        return check.equal(answer, gold)
+    return round(said, digits) == round(right, digits) if digits is not None else abs(said - right) <= 0.001 + 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """Model, processes and files of one evaluation."""
+
+    def __init__(self, args):
+        self.args, self.output = args, Path(args.output)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.protocol = self.find_protocol()
+        source = str(common.TOY / "model") if args.model == "toy" else args.model
+        self.processor = common.load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
+        bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())
+        self.model = common.load_model(source, args.model_revision).to(torch.bfloat16 if bf16 else torch.float32)
+        self.model.to(self.accelerator.device).eval()
+        self.check, self.retries, self.parts = Checker(args.check_seconds), 0, {}
+        for name in args.benchmarks.split(","):
+            splits = ("train",) if args.data else BENCHMARKS[name].splits  # a local file has one split, called train
+            rope_index = self.model.model.get_rope_index
+            self.parts[name] = [Questions(name, split, args, self.processor, rope_index) for split in splits]
+        self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
+        if self.rank == 0:
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
+            common.write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+
+    def find_protocol(self):
+        """What two evaluations must share to be compared, and the model; refuses to mix two in one folder."""
+        protocol = dataclasses.asdict(self.args)
+        for name in ("output", "resume", "compare", "rollout_prompts"):
+            del protocol[name]
+        protocol["revisions"] = {name: BENCHMARKS[name].revision for name in self.args.benchmarks.split(",")}
+        if (self.output / "protocol.json").exists():
+            found = json.loads((self.output / "protocol.json").read_text())
+            if not self.args.resume:
+                raise UserError(
+                    f"{self.output} holds an evaluation: --resume goes on with it, --output starts another."
+                )
+            if changed := [name for name in protocol if found.get(name) != protocol[name]]:
+                raise UserError(f"--resume: {self.output} was begun with another {', '.join(changed)}: give the same.")
+        return protocol
+
+    def ask(self, prompts):
+        """Groups of responses; a batch that runs out of memory is cut in two, and counted."""
+        try:
+            return rollout(
+                self.model,
+                self.processor.tokenizer,
+                prompts,
+                self.args,
+                "evaluation",
+                temperature=self.args.temperature,
+            )
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise UserError(
+                    "one prompt is too much: lower --samples, --max_response_tokens or --max_pixels."
+                ) from None
+        self.retries += 1
+        torch.cuda.empty_cache()
+        half = len(prompts) // 2
+        return self.ask(prompts[:half]) + self.ask(prompts[half:])
+
+    def run(self, name):
+        """Asks what has not been asked yet, and returns all rows of a benchmark, for any number of processes."""
+        args, parts = self.args, self.parts[name]
+        order = [(part, index) for part, data in enumerate(parts) for index in range(len(data.rows))]
+        if 0 < args.rows < len(order):
+            order = sorted(random.Random(args.seed).sample(order, args.rows))
+        done = {(row["part"], row["index"]) for row in self.read_parts(name)}
+        self.accelerator.wait_for_everyone()  # everybody has read before anybody writes
+        left = [place for place in order if place not in done][self.rank :: self.world]
+        askable = [set(data.indices) for data in parts]
+        size = max(1, args.rollout_prompts // args.samples)
+        with (
+            open(self.output / f"{name}.{self.rank}.part", "a") as file,
+            tqdm(total=len(left), desc=name, disable=self.rank > 0, unit="row") as bar,
+        ):
+            file.write("\n" * (file.tell() > 0))  # after what may be half a line
+            for start in range(0, len(left), size):
+                batch = left[start : start + size]
+                asked = [place for place in batch if place[1] in askable[place[0]]]
+                prompts = [dataclasses.replace(parts[part].prompt(index), place=part) for part, index in asked]
+                groups = dict(zip(asked, self.ask(prompts) if prompts else []))
+                for part, index in batch:
+                    row = self.row(parts[part].question(index), groups.get((part, index)))
+                    place = {"part": part, "split": parts[part].split, "index": index}
+                    file.write(json.dumps(place | row, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update(len(batch))
+        self.accelerator.wait_for_everyone()
+        rows = sorted(self.read_parts(name), key=lambda row: (row["part"], row["index"]))
+        return [row for row in rows if (row["part"], row["index"]) in set(order)]
+
+    def row(self, question, group):
+        """What is written of a question; `group` is None where its prompt was too long to be asked."""
+        row = {"problem": question.problem, "answer": question.answer, "kind": question.kind, "group": question.group}
+        if group is None:
+            return row | {"asked": False, "correct": [False], "parsed": [], "truncated": [], "responses": []}
+        return row | {
+            "asked": True,
+            "correct": [judge(self.check, text, question) for text in group.texts],
+            "parsed": [extract_answer(text) is not None for text in group.texts],
+            "truncated": group.truncated.tolist(),
+            "responses": group.texts,
+        }
+
+    def read_parts(self, name):
+        """Rows that were written so far, by any process of this evaluation or of the one that it resumes."""
+        rows = []
+        for path in [*self.output.glob(f"{name}.*.part"), *self.output.glob(f"{name}.jsonl")]:
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a process that was killed
+                    rows.append(json.loads(line))
+        return rows
+
+    def finish(self, name, rows):
+        """All rows of a benchmark in one file, in the place of one for each process."""
+        if self.rank == 0:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            common.write_text(self.output / f"{name}.jsonl", lines)
+            for path in self.output.glob(f"{name}.*.part"):
+                path.unlink()
+        self.accelerator.wait_for_everyone()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def scores(name, rows):
+    """Accuracy with its standard error over rows, shares of unparsed and truncated responses, and the benchmark's own.
+
+    >>> row = {"parsed": [True], "truncated": [False], "asked": True, "group": {}}
+    >>> rows = [row | {"correct": [correct]} for correct in (True, False, True, True)]
+    >>> {key: round(value, 4) for key, value in scores("toy", rows).items()}
+    {'rows': 4, 'accuracy': 0.75, 'stderr': 0.25, 'unparsed': 0.0, 'truncated': 0.0, 'too_long': 0}
+    """
+    means = [sum(row["correct"]) / len(row["correct"]) for row in rows]
+    accuracy = sum(means) / len(means)
+    variance = sum((mean - accuracy) ** 2 for mean in means) / max(len(means) - 1, 1)
+    responses = max(sum(len(row["parsed"]) for row in rows), 1)
+    result = {
+        "rows": len(rows),
+        "accuracy": accuracy,
+        "stderr": math.sqrt(variance / len(means)),
+        "unparsed": sum(not parsed for row in rows for parsed in row["parsed"]) / responses,
+        "truncated": sum(sum(row["truncated"]) for row in rows) / responses,
+        "too_long": sum(not row["asked"] for row in rows),
+    }
+    if any(len(row["correct"]) > 1 for row in rows):
+        result["pass"] = sum(any(row["correct"]) for row in rows) / len(rows)
+    if name == "hallusionbench":
+        result |= {"aAcc": accuracy, "fAcc": all_right(rows, "figure"), "qAcc": all_right(rows, "question")}
+    if name == "mathverse":
+        for version in sorted({row["group"]["version"] for row in rows}):
+            own = [mean for row, mean in zip(rows, means) if row["group"]["version"] == version]
+            result[version] = sum(own) / len(own)
+    if name == "dynamath":
+        seeds = [{**row, "group": {"seed": row["group"].get("seed", row["index"])}} for row in rows]
+        result |= {"average": accuracy, "worst_case": all_right(seeds, "seed")}
+    return result
+
+
+def all_right(rows, key):
+    """Share of groups whose rows are all right, in the mean over samples."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["group"][key]].append(row["correct"])
+    samples = max(len(row["correct"]) for row in rows)
+    right = [sum(all(c[min(s, len(c) - 1)] for c in g) for s in range(samples)) / samples for g in groups.values()]
+    return sum(right) / len(right)
+
+
+def sign_test(better, worse):
+    """Two-sided p-value, exact, of as uneven a split of the rows that differ if both outcomes were as likely.
+
+    >>> sign_test(1, 9)
+    0.021484375
+    """
+    n = better + worse
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)
+
+
+def compare(first, second, resamples=10_000):
+    """Lines that say how the second result folder differs from the first, on the same rows; raises UserError."""
+    found = []
+    for folder in map(Path, (first, second)):
+        try:
+            found.append(json.loads((folder / "results.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--compare: {folder} has no results.json ({error}): evaluate it first.") from None
+    a, b = (result["protocol"] for result in found)
+    changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} - {"model", "model_revision"}
+    if changed:
+        raise UserError(f"--compare: {first} and {second} differ in {', '.join(sorted(changed))}: evaluate them alike.")
+    lines = [f"{'benchmark':16s}{'rows':>6s}{'first':>9s}{'second':>9s}{'difference, 95 % interval':>32s}  sign test"]
+    for name in found[0]["scores"]:
+        rows = [read_lines(Path(folder) / f"{name}.jsonl") for folder in (first, second)]
+        one, two = (torch.tensor([sum(r["correct"]) / len(r["correct"]) for r in x], dtype=torch.float64) for x in rows)
+        difference, generator = two - one, torch.Generator().manual_seed(0)
+        picks = (torch.randint(len(one), (len(one),), generator=generator) for _ in range(resamples))
+        low, high = torch.stack([difference[pick].mean() for pick in picks]).quantile(
+            torch.tensor([0.025, 0.975]).double()
+        )
+        p = sign_test(int((difference > 0).sum()), int((difference < 0).sum()))
+        interval = f"{difference.mean():+.1%} [{low:+.1%}, {high:+.1%}]"
+        lines.append(f"{name:16s}{len(one):6d}{one.mean():9.1%}{two.mean():9.1%}{interval:>32s}  p = {p:.3g}")
+    return lines
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(results):
+    lines = [f"{'benchmark':16s}{'accuracy':>18s}{'rows':>7s}{'unparsed':>10s}{'truncated':>11s}{'too long':>10s}"]
+    for name, score in results.items():
+        accuracy = f"{score['accuracy']:.1%} ± {score['stderr']:.1%}"
+        shares = f"{score['unparsed']:10.1%}{score['truncated']:11.1%}{score['too_long']:10d}"
+        more = "".join(f"  {key} {value:.1%}" for key, value in list(score.items())[6:])
+        lines.append(f"{name:16s}{accuracy:>18s}{score['rows']:7d}{shares}{more}")
+    return "\n".join(lines)
+
+
+def main():
+    args = parse_args(Args)
+    if args.compare:
+        if len(args.compare) != 2:
+            raise UserError(f"--compare takes two result folders, not {len(args.compare)}.")
+        print("\n".join(compare(*args.compare)))
+        return
+    evaluation, results = Evaluation(args), {}
+    for name in args.benchmarks.split(","):
+        rows = evaluation.run(name)
+        results[name] = scores(name, rows)
+        evaluation.finish(name, rows)
+    evaluation.check.close()
+    retries = sum(gather_object([evaluation.retries]))
+    if evaluation.rank == 0:
+        whole = {"protocol": evaluation.protocol, "scores": results, "memory_retries": retries}
+        common.write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
+        decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
+        print(table(results))
+        print(f"{args.model}: {decoding}, {args.max_response_tokens} tokens; {evaluation.output}/results.json")
+    evaluation.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,463 @@
+"""eval.py: a fixture per benchmark with the hub's columns, verdicts, scores, processes, resume and comparison."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import common
+import eval as evaluation
+from eval import BENCHMARKS, Args, Question, Questions, choose, compare, judge, place_images, scores, sign_test
+
+PICTURE = Image.new("RGB", (56, 56), "red")
+FIXTURES = {  # benchmark: rows with the hub's column names and types, the right answer of each in \boxed{}
+    "geometry3k": [({"images": [PICTURE], "problem": "<image>Find x.", "answer": "2\\sqrt{3}"}, "\\sqrt{12}")],
+    "mathvista": [
+        (
+            {
+                "decoded_image": PICTURE,
+                "question": "Which colour?",
+                "choices": ["blue", "red"],
+                "unit": None,
+                "precision": None,
+                "answer": "red",
+                "question_type": "multi_choice",
+                "answer_type": "text",
+                "query": "",
+            },
+            "B",
+        ),
+        (
+            {
+                "decoded_image": PICTURE,
+                "question": "How long?",
+                "choices": None,
+                "unit": "cm",
+                "precision": 1.0,
+                "answer": "2.4",
+                "question_type": "free_form",
+                "answer_type": "float",
+                "query": "",
+            },
+            "2.41",
+        ),
+    ],
+    "mathverse": [
+        (
+            {
+                "image": PICTURE,
+                "question": "Find it.\nChoices:\nA:1\nB:2",
+                "answer": "B",
+                "question_type": "multi-choice",
+                "problem_version": "Text Lite",
+                "query_cot": "",
+            },
+            "(B)",
+        ),
+        (
+            {
+                "image": PICTURE,
+                "question": "Find it.",
+                "answer": "5",
+                "question_type": "free-form",
+                "problem_version": "Vision Only",
+                "query_cot": "",
+            },
+            "x=5",
+        ),
+    ],
+    "mathvision": [
+        (
+            {
+                "decoded_image": PICTURE,
+                "question": "See <image1>. Which?",
+                "options": ["A", "B", "C", "D", "E"],
+                "answer": "E",
+                "level": 1,
+                "subject": "counting",
+            },
+            "E",
+        ),
+        (
+            {
+                "decoded_image": PICTURE,
+                "question": "How many?\n<image1>",
+                "options": [],
+                "answer": "7",
+                "level": 2,
+                "subject": "counting",
+            },
+            "7",
+        ),
+    ],
+    "logicvista": [({"image": PICTURE, "question": "Which? A. a B. b C. c", "answer": "A, C"}, "C, A")],
+    "mmmu_pro": [
+        (
+            {
+                "question": "Compare <image 2> with <image 1>.",
+                "options": "['like <image 1>', 'it\\'s \"far\"']",
+                "answer": "B",
+                **{f"image_{n}": PICTURE if n < 3 else None for n in range(1, 8)},
+            },
+            "B",
+        )
+    ],
+    "mmmu_pro_vision": [({"options": "['a', 'b', 'c']", "image": PICTURE, "answer": "C"}, "C")],
+    "hallusionbench": [
+        (
+            {
+                "question": "Is it red?",
+                "gt_answer": str(gold),
+                "category": "VD",
+                "subcategory": "figure",
+                "set_id": "0",
+                "figure_id": str(figure),
+                "question_id": "1",
+                "image": picture,
+            },
+            ["No", "yes, it is"][gold],
+        )
+        for figure, gold, picture in ((0, 1, PICTURE), (1, 0, None))
+    ],
+    "wemath": [
+        (
+            {
+                "question": "How much?",
+                "option": "A. 3 dm; B. 30; C. No correct answer",
+                "answer": "B",
+                "image_path": PICTURE,
+                "key": "k",
+            },
+            "B. 30",
+        )
+    ],
+    "dynamath": [
+        (
+            {"id": "7", "decoded_image": PICTURE, "question": "x?", "ground_truth": "1.234", "answer_type": "float"},
+            "1.2349",
+        ),
+        (
+            {
+                "id": "8",
+                "decoded_image": PICTURE,
+                "question": "Which? A: 1 B: 2",
+                "ground_truth": "A",
+                "answer_type": "multiple choice",
+            },
+            "A",
+        ),
+    ],
+    "clevr_count": [({"images": [PICTURE], "problem": "<image>How many?", "answer": "3"}, "3")],
+    "mmk12": [
+        ({"image": PICTURE, "question": "<image>Which? A. 1 B. 2", "answer": "B", "subject": "math"}, "\\text{(B)}")
+    ],
+}
+
+
+def write(path, rows):
+    """The rows as parquet, pictures as the hub keeps them."""
+
+    def feature(values):
+        value = next((value for value in values if value is not None), None)
+        if isinstance(value, Image.Image):
+            return datasets.Image()
+        if isinstance(value, list):
+            return datasets.List(feature(value) if value else datasets.Value("string"))
+        kinds = {bool: "bool", int: "int64", float: "float64"}
+        return datasets.Value(kinds.get(type(value), "string"))
+
+    features = {name: feature([row[name] for row in rows]) for name in rows[0]}
+    datasets.Dataset.from_list(rows, datasets.Features(features)).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def check():
+    checker = common.Checker()
+    yield checker
+    checker.close()
+
+
+def questions(name, path, toy):
+    model, processor = toy
+    args = Args(data=str(path), benchmarks=name)
+    return Questions(name, "train", args, processor, model.model.get_rope_index)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_rows_of_the_hubs_schema(name, toy, tmp_path, check):
+    rows, answers = zip(*FIXTURES[name])
+    data = questions(name, write(tmp_path / "rows.parquet", rows), toy)
+    assert data.indices == list(range(len(rows)))
+    for i, right in enumerate(answers):
+        question, prompt = data.question(i), data.prompt(i)
+        images = [value for value in rows[i].values() if isinstance(value, Image.Image)]
+        images += [x for value in rows[i].values() if isinstance(value, list) for x in value if not isinstance(x, str)]
+        assert (0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)) == len(images)
+        assert judge(check, f"<think>so</think> \\boxed{{{right}}}", question), (question, right)
+        for wrong in ("", "\\boxed{}", "\\boxed{Z}", "\\boxed{None}", right):
+            assert not judge(check, wrong, question), wrong
+
+
+def test_every_benchmark_has_a_fixture():
+    assert {*FIXTURES, "toy"} == set(BENCHMARKS)
+
+
+def test_options_are_printed_and_the_letter_is_asked_for():
+    text = choose("Which?", ["30", "40"])
+    assert text == "Which?\n(A) 30\n(B) 40\nAnswer with the letter of the right option."
+    assert "(A)" not in choose("Which?", ["A", "B"])
+
+
+def test_images_stand_where_the_text_names_them():
+    text, images = place_images(
+        "<image 2> or <image 1>? <image 2>!", r"<image (\d+)>", {1: "a", 2: "b", 3: None, 4: "d"}
+    )
+    assert text == "<image><image> or <image>? image 2!" and images == ["d", "b", "a"]
+
+
+def test_prompt_of_training_and_evaluation_is_the_same(toy, tmp_path):
+    model, processor = toy
+    path = write(tmp_path / "rows.parquet", [FIXTURES["geometry3k"][0][0]])
+    training = common.Data(str(path), "train", common.Args(), processor, model.model.get_rope_index)
+    asked = questions("geometry3k", path, toy)
+    a, b = training.prompt(0), asked.prompt(0)
+    assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.pixel_values, b.pixel_values)
+    asked.args.instruction = "Hm."
+    assert not torch.equal(a.input_ids, asked.prompt(0).input_ids)
+
+
+PUBLISHED = [  # answer, gold, options, verdict
+    ("(A)", "A", ["x", "y"], True),
+    ("\\text{(A)}", "A", ["x", "y"], True),
+    ("A. 30", "A", ["30", "40"], True),
+    ("30", "A", ["30", "40"], True),
+    ("30", "A", ["30", "30"], False),
+    ("50", "A", ["30", "40"], False),
+    ("B", "A", ["30", "40"], False),
+    ("30^\\circ", "30", None, True),
+    ("30°", "30", None, True),
+    ("12 cm", "12", None, True),
+    ("x=5", "5", None, True),
+    ("3/2", "1.5", None, True),
+    ("\\frac{3}{2}", "1.5", None, True),
+    ("2\\sqrt{3}", "\\sqrt{12}", None, True),
+    ("50\\%", "50", None, True),
+    ("0.333", "\\frac{1}{3}", None, False),
+    ("3.46", "2\\sqrt{3}", None, False),
+    ("None", "5", None, False),
+    ("9**9**9", "5", None, False),
+    ("9999999!", "5", None, False),
+]
+
+
+@pytest.mark.parametrize("answer, gold, options, verdict", PUBLISHED)
+def test_published_cases(check, answer, gold, options, verdict):
+    question = Question("", [], gold, "choice" if options else "free", options or [])
+    start = time.time()
+    assert judge(check, f"so \\boxed{{{answer}}}", question) == verdict
+    assert time.time() - start < 3 * check.seconds
+
+
+@pytest.mark.parametrize(
+    "answer, gold, kind, digits, verdict",
+    [
+        ("C, A", "A, C", "letters", None, True),
+        ("AC", "A, C", "letters", None, True),
+        ("A", "A, C", "letters", None, False),
+        ("2.449", "2.4", "float", 1, True),
+        ("2.46", "2.4", "float", 1, False),
+        ("1.235", "1.234", "float", None, True),
+        ("1.236", "1.234", "float", None, False),
+        ("\\frac{1}{2}", "0.5", "float", None, True),
+        ("Yes.", "yes", "yes/no", None, True),
+        ("No, it is not", "no", "yes/no", None, True),
+        ("Nothing", "no", "yes/no", None, False),
+    ],
+)
+def test_verdicts_of_the_other_kinds(check, answer, gold, kind, digits, verdict):
+    assert judge(check, f"\\boxed{{{answer}}}", Question("", [], gold, kind, digits=digits)) == verdict
+
+
+def test_ten_thousand_answers_take_less_than_a_minute():
+    check = common.Checker()
+    cases = [("\\frac{%d}{4}", "%d/4"), ("%d cm", "%d"), ("\\sqrt{%d}", "%d"), ("(B)", "B"), ("x = %d.0", "%d")]
+    start = time.time()
+    for i in range(10_000):
+        answer, gold = cases[i % 5]
+        answer, gold = (text % (i % 97) if "%d" in text else text for text in (answer, gold))
+        judge(check, f"\\boxed{{{answer}}}", Question("", [], gold))
+    assert time.time() - start < 60
+    start = time.time()
+    assert not judge(check, "\\boxed{9^{9^{9^9}}}", Question("", [], "7"))
+    assert time.time() - start < check.seconds + 1
+    check.close()
+
+
+def made(correct, group=None, **more):
+    row = {"correct": correct, "parsed": [True] * len(correct), "truncated": [False] * len(correct), "asked": True}
+    return row | {"group": group or {}} | more
+
+
+def test_scores_by_hand():
+    rows = [
+        made([True, False]),
+        made([False, False], parsed=[False, True], truncated=[True, False]),
+        made([True, True]),
+    ]
+    rows.append(made([False], asked=False, parsed=[], truncated=[]))
+    got = scores("mmk12", rows)
+    assert got["rows"] == 4 and got["accuracy"] == pytest.approx(1.5 / 4) and got["pass"] == 0.5
+    assert got["unparsed"] == got["truncated"] == pytest.approx(1 / 6) and got["too_long"] == 1
+    deviation = sum((x - 0.375) ** 2 for x in (0.5, 0, 1, 0)) / 3
+    assert got["stderr"] == pytest.approx(math.sqrt(deviation / 4))
+
+
+def test_scores_of_hallusionbench_dynamath_and_mathverse():
+    rows = [
+        made([right], {"figure": figure, "question": question})
+        for right, figure, question in ((True, "f1", "q1"), (True, "f1", "q2"), (False, "f2", "q1"), (True, "f2", "q2"))
+    ]
+    got = scores("hallusionbench", rows)
+    assert (got["aAcc"], got["fAcc"], got["qAcc"]) == (0.75, 0.5, 0.5)
+    rows = [made([right], index=index) for index, right in ((0, True), (0, True), (1, True), (1, False))]
+    got = scores("dynamath", rows)
+    assert (got["average"], got["worst_case"]) == (0.75, 0.5)
+    got = scores("mathverse", [made([right], {"version": v}) for right, v in ((True, "a"), (False, "a"), (True, "b"))])
+    assert (got["a"], got["b"]) == (0.5, 1.0)
+
+
+def test_sign_test_by_hand():
+    assert sign_test(0, 0) == 1 and sign_test(3, 3) == 1
+    assert sign_test(5, 0) == pytest.approx(2 / 32) and sign_test(0, 5) == sign_test(5, 0)
+    assert sign_test(1, 4) == pytest.approx(2 * (1 + 5) / 32)
+
+
+def launch(processes, output, *flags, **more):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"] if processes == 2 else []
+    command = [sys.executable, *launcher, str(ROOT / "eval.py"), "--output", str(output), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **more)
+
+
+def written(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return results["scores"], (folder / "toy.jsonl").read_text()
+
+
+def test_two_processes_equal_one_and_a_stopped_evaluation_goes_on(tmp_path):
+    flags = ["--rows", 45, "--samples", 2, "--temperature", 1, "--rollout_prompts", 16]
+    one = launch(1, tmp_path / "one", *flags)
+    assert one.returncode == 0, one.stderr[-2000:]
+    assert "toy" in one.stdout and "pass" in one.stdout
+    two = launch(2, tmp_path / "two", *flags)
+    assert two.returncode == 0, two.stderr[-2000:]
+    assert written(tmp_path / "one") == written(tmp_path / "two")
+    assert not list((tmp_path / "two").glob("*.part"))
+
+    stopped = tmp_path / "stopped"  # as two killed processes leave it: some rows, and half a line
+    shutil.copytree(tmp_path / "one", stopped)
+    lines = (stopped / "toy.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "toy.jsonl").unlink()
+    (stopped / "results.json").unlink()
+    (stopped / "toy.0.part").write_text("".join(lines[:9]) + lines[9][:40])
+    (stopped / "toy.1.part").write_text("".join(lines[20:23]))
+    assert "holds an evaluation" in launch(1, stopped, *flags).stderr
+    other = launch(1, stopped, *flags, "--resume", "--seed", 1)
+    assert other.returncode == 2 and "begun with another seed" in other.stderr and "Traceback" not in other.stderr
+    assert launch(1, stopped, *flags, "--resume").returncode == 0
+    assert written(stopped) == written(tmp_path / "one")
+
+
+def test_compare(tmp_path, capsys):
+    protocol = {"model": "a", "temperature": 0.0, "seed": 0}
+    for name, right in (("a", [1, 0, 0, 0, 1, 0, 0, 1]), ("b", [1, 1, 1, 1, 1, 0, 1, 0])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"protocol": protocol, "scores": {"toy": {}}}))
+        (tmp_path / name / "toy.jsonl").write_text("".join(json.dumps({"correct": [bool(x)]}) + "\n" for x in right))
+    line = compare(tmp_path / "a", tmp_path / "b")[1].split()
+    assert line[:5] == ["toy", "8", "37.5%", "75.0%", "+37.5%"]
+    low, high = (float(x.strip("[],%")) for x in line[5:7])
+    assert -25 <= low < 37.5 < high <= 87.5
+    assert line[-1] == f"{sign_test(4, 1):.3g}"
+    (tmp_path / "b" / "results.json").write_text(json.dumps({"protocol": protocol | {"seed": 1}, "scores": {}}))
+    with pytest.raises(common.UserError):
+        compare(tmp_path / "a", tmp_path / "b")
+    assert "differ in seed" in capsys.readouterr().err
+    with pytest.raises(common.UserError):
+        compare(tmp_path / "a", tmp_path / "nowhere")
+    assert "has no results.json" in capsys.readouterr().err
+
+
+def test_a_batch_that_runs_out_of_memory_is_halved_and_counted(monkeypatch, capsys):
+    def sample(model, tokenizer, prompts, *rest, **more):
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError
+        return [f"group {p}" for p in prompts]
+
+    monkeypatch.setattr(evaluation, "rollout", sample)
+    fake = SimpleNamespace(model=None, processor=SimpleNamespace(tokenizer=None), args=Args(), retries=0)
+    fake.ask = lambda prompts: evaluation.Evaluation.ask(fake, prompts)
+    assert fake.ask(range(10)) == [f"group {p}" for p in range(10)] and fake.retries == 3
+    monkeypatch.setattr(evaluation, "rollout", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(common.UserError):
+        fake.ask([1])
+    assert "one prompt is too much" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
+    folder = tmp_path / "vepo" / "step-3"
+    folder.mkdir(parents=True)
+    state = {"model": "toy", "data": "toy", "seed": 0, "instruction": "Hm."}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    args = Args(model=str(folder))
+    assert (args.instruction, args.benchmarks, args.min_pixels, args.output) == ("Hm.", "toy", None, "runs/eval/vepo")
+    assert Args(model=str(folder), instruction="Ha.").instruction == "Ha."
+    hub = Args(model="Qwen/Qwen2.5-VL-7B-Instruct")
+    assert (hub.benchmarks, hub.min_pixels, hub.max_response_tokens) == ("geometry3k", 262_144, 2048)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--benchmarks", "toy,mathvist"], "--benchmarks mathvist is not one of toy, geometry3k"),
+        (["--samples", 4], "--samples 4 at --temperature 0 are all the same"),
+        (["--samples", 0], "--samples 0 must be above 0"),
+        (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),
+        (["--compare", "runs/a"], "--compare takes two result folders, not 1"),
+        (["--model", "/nowhere"], "--model /nowhere cannot be opened"),
+        (["--max_prompt_tokens", 5], "has no row left to use"),
+        (["--benchmarks", "mmk12", "--data", "/nowhere.parquet"], "--data /nowhere.parquet cannot be opened"),
+    ],
+)
+def test_mistakes_get_a_sentence(monkeypatch, capsys, tmp_path, flags, sentence):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--output", str(tmp_path / "out"), *map(str, flags)])
+    with pytest.raises(SystemExit) as error:
+        evaluation.main()
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_another_schema_gets_a_sentence(toy, tmp_path, capsys):
+    path = write(tmp_path / "rows.parquet", [FIXTURES["mmk12"][0][0]])
+    with pytest.raises(common.UserError):
+        questions("mathvista", path, toy)
+    assert "has no column 'question_type'; it has image, question, answer, subject" in capsys.readouterr().err
+
+
+def test_prompts_that_are_too_long_count_as_wrong(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--output", str(tmp_path / "out"), "--rows", "10"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--max_prompt_tokens", "77"])
+    evaluation.main()
+    score = json.loads((tmp_path / "out/results.json").read_text())["scores"]["toy"]
+    assert 0 < score["too_long"] < 10 and score["rows"] == 10 and score["accuracy"] <= 1 - score["too_long"] / 10
