@@ -221,9 +221,9 @@ def test_options_are_printed_and_the_letter_is_asked_for():
 
 def test_images_stand_where_the_text_names_them():
     text, images = place_images(
-        "<image 2> or <image 1>? <image 2>!", r"<image (\d+)>", {1: "a", 2: "b", 3: None, 4: "d"}
+        "<image 2> or <image 1>? <image 2>, <image 3>!", r"<image (\d+)>", {1: "a", 2: "b", 3: None, 4: "d"}
     )
-    assert text == "<image><image> or <image>? image 2!" and images == ["d", "b", "a"]
+    assert text == "<image><image> or <image>? image 2, image 3!" and images == ["d", "b", "a"]
 
 
 def test_prompt_of_training_and_evaluation_is_the_same(toy, tmp_path):
