@@ -1795,7 +1795,12 @@ class Run:
             )
         if self.reward.check.timeouts:
             self.say(f"{self.reward.check.timeouts} answers took the maths checker too long and count as wrong")
-        self.say(f"{self.output}/: metrics.jsonl, args.json, and the model in last/")
+        if self.main:
+            with contextlib.suppress(ImportError):  # a method that was copied without show.py
+                import show
+
+                show.curves(show.read_runs([self.output]), self.output / "curves")
+        self.say(f"{self.output}/: metrics.jsonl, args.json, curves.png, and the model in last/")
         if self.stopping:
             self.say(f"stopped after step {self.step} of {self.args.steps}: the same command with --resume goes on")
             raise SystemExit(130)

@@ -1,0 +1,155 @@
+"""Every method on the toy, five seeds each, from the same prompts: reruns what toy/comparison.jsonl does not hold yet.
+
+    python toy/compare.py                # about two hours on 2 cores; stop and start it as you like
+    python toy/compare.py --report       # the table and toy/comparison.png, from what is there
+
+Every run: 150 steps of 16 prompts, 8 responses each (12 for SaEI, 6 + 6, and for the GRPO that it is compared with),
+the toy's learning rate, and each method's own constants as its paper has them: nothing was tuned. DAPO leaves groups of
+one mind out and does not replace them, so that all arms sample as many responses. Two runs at a time, one core each.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+import torch
+
+TOY = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOY.parent))
+import show  # noqa: E402
+
+ARMS = {  # name: (script and flags, the arm that it is compared with)
+    "GRPO": ("grpo.py", "GRPO"),
+    "DAPO": ("grpo.py --clip_high 0.28 --filter_groups --filter_tries 1 --drop_truncated", "GRPO"),
+    "VEPO": ("vepo.py", "GRPO"),
+    "VGPO": ("vgpo.py", "GRPO"),
+    "PRPO": ("prpo.py", "GRPO"),
+    "PEPO": ("pepo.py", "GRPO"),
+    "top entropy": ("vepo.py --select entropy", "GRPO"),
+    "random 20 %": ("vepo.py --select random", "GRPO"),
+    "PRPO shuffled": ("prpo.py --shuffle", "GRPO"),
+    "GRPO, 12": ("grpo.py --group_size 12", "GRPO, 12"),
+    "SaEI, 6 + 6": ("saei.py", "GRPO, 12"),
+}
+SEEDS, GOAL = range(5), 0.7
+RESULTS = TOY / "comparison.jsonl"
+
+
+def records():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def one(arm, seed, core):
+    """Runs an arm with a seed on one core; returns its record: what show.py draws, with four digits."""
+    script, *flags = ARMS[arm][0].split()
+    output = TOY.parent / "runs" / "comparison" / f"{arm.replace(' ', '_')}-{seed}"
+    command = [sys.executable, str(TOY.parent / script), *flags, "--seed", str(seed), "--output", str(output)]
+    command += ["--show_every", "0", *(["--resume"] if (output / "last").exists() else [])]
+    with open(output.parent / f"{output.name}.log", "w") as log:
+        pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if hasattr(os, "sched_setaffinity") else {}
+        subprocess.run(command, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pin)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    kept = ["step", "eval_accuracy", "reward", "entropy", "response_tokens", "seconds"]
+    lines = [{name: float(f"{line[name]:.4g}") for name in kept if name in line} for line in lines]
+    shutil.rmtree(output)
+    return {"arm": arm, "seed": seed, "lines": lines}
+
+
+def run(jobs):
+    (TOY.parent / "runs" / "comparison").mkdir(parents=True, exist_ok=True)
+    done = {(record["arm"], record["seed"]) for record in records()}
+    left = [(arm, seed) for seed in SEEDS for arm in ARMS if (arm, seed) not in done]
+    cores = Queue()
+    for core in range(jobs):
+        cores.put(core)
+
+    def task(arm, seed):
+        core = cores.get()
+        try:
+            return one(arm, seed, core)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(task, *what) for what in left]:
+            record = future.result()
+            with open(RESULTS, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            last = record["lines"][-1]["eval_accuracy"]
+            print(f"{record['arm']:16s} seed {record['seed']}  {last:.1%}", flush=True)
+
+
+def evaluations(record):
+    return [(line["step"], line["eval_accuracy"]) for line in record["lines"] if "eval_accuracy" in line]
+
+
+def steps_to(goal, points):
+    """The step at which accuracy first reaches the goal, between two evaluations by a straight line; None if never.
+
+    >>> steps_to(0.75, [(0, 0.5), (20, 0.5), (40, 1.0)])
+    30.0
+    """
+    for (a, low), (b, high) in zip(points, points[1:]):
+        if low < goal <= high:
+            return a + (b - a) * (goal - low) / (high - low)
+    return None
+
+
+def interval(values):
+    """Mean and half width of its 95 % interval by Student's t."""
+    values = torch.tensor(values, dtype=torch.float64)
+    half = show.student(len(values) - 1) * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return values.mean().item(), half
+
+
+def report():
+    """A Markdown table of all arms, and their curves in toy/comparison.png and .svg."""
+    found = defaultdict(dict)
+    for record in records():
+        found[record["arm"]][record["seed"]] = record
+    print(f"| arm | seeds | test accuracy | against its GRPO, paired | steps to {GOAL:.0%} | seconds / GRPO's |")
+    print("|---|---|---|---|---|---|")
+    for arm, (_, base) in ARMS.items():
+        seeds = sorted(found[arm].keys() & found[base].keys())
+        if not seeds:
+            continue
+        last = {name: [evaluations(found[name][seed])[-1][1] for seed in seeds] for name in (arm, base)}
+        mean, half = interval(last[arm])
+        difference = "-"
+        if arm != base:
+            gain, error = interval([a - b for a, b in zip(last[arm], last[base])])
+            difference = f"{100 * gain:+.1f} ± {100 * error:.1f} points"
+        reached = [step for seed in seeds if (step := steps_to(GOAL, evaluations(found[arm][seed])))]
+        step = f"{interval(reached)[0]:.0f} ± {interval(reached)[1]:.0f}" if len(reached) > 1 else "-"
+        step += f" ({len(reached)} of {len(seeds)} seeds)" if len(reached) < len(seeds) else ""
+        time = {
+            name: sum(line.get("seconds", 0) for seed in seeds for line in found[name][seed]["lines"])
+            for name in (arm, base)
+        }
+        accuracy = f"{100 * mean:.1f} ± {100 * half:.1f} %"
+        print(f"| {arm} | {len(seeds)} | {accuracy} | {difference} | {step} | {time[arm] / time[base]:.2f} |")
+    show.curves(
+        {arm: [r["lines"] for r in seeds.values()] for arm, seeds in found.items() if seeds}, TOY / "comparison"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="no run, only the table and the picture")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    options = parser.parse_args()
+    if not options.report:
+        run(options.jobs)
+    report()
+
+
+if __name__ == "__main__":
+    main()
