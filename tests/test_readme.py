@@ -1,0 +1,65 @@
+"""What the README promises: its example in TRL runs as it stands there."""
+
+import re
+
+import datasets
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+
+import common
+import vepo
+
+
+def test_vepo_in_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    (block,) = re.findall(r"```python\n(import torch, trl.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 20
+    names = {}
+    exec(block, names)  # the README's own lines
+    masks, plain = [], names["select_top"]
+
+    def spy(scores, mask):
+        masks.append((plain(scores, mask), mask))
+        return masks[-1][0]
+
+    names["select_top"] = spy
+    processor = common.load_processor(common.TOY / "model")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(common.TOY / "model", dtype=torch.float32)
+    data = common.load_rows("toy", "train", "main").select([0, 1])
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["problem"].replace("<image>", "") + "\n" + common.INSTRUCTION}],
+            "image": row["images"][0],
+        }
+        for row in data
+    ]
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=40,
+        max_steps=1,
+        learning_rate=1e-4,
+        loss_type="bnpo",
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    before = [p.clone() for p in model.parameters()]
+    trainer = names["VEPOTrainer"](
+        model=model,
+        processing_class=processor,
+        reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    trainer.train()
+    (chosen, mask) = masks[0]
+    assert torch.equal(chosen.sum(1), vepo.kept_tokens(mask)) and chosen.sum() < 0.3 * mask.sum()
+    assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
