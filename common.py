@@ -1402,7 +1402,8 @@ def dry_run(args):
     rows = args.prompts_per_step * (args.max_prompt_tokens + args.group_size * args.max_response_tokens)
     passes = 1 + (args.updates_per_step > 1) + bool(args.kl_coef)
     lines.append(
-        f"  a step: at most {sampled:,} tokens sampled, {passes} forward and 1 backward pass over {rows:,} tokens"
+        f"  a step: at most {sampled:,} tokens sampled, {passes} forward and 1 backward pass over {rows:,} tokens, "
+        f"and what the method adds"
     )
     return "\n".join(lines)
 

@@ -90,9 +90,8 @@ def token_scores(jsd, entropy, noised_entropy, mask, alpha=0.7):
 def kept_tokens(mask, ratio=0.2):
     """(B,) how many tokens of each response are kept: ceil(ratio T), at least 1 where there is one."""
     length = mask.sum(1)
-    return (
-        (length.double() * ratio - 1e-9).ceil().long().clamp(min=1).minimum(length)
-    )  # 0.07 x 100 is above 7 in floats
+    wanted = (length.double() * ratio - 1e-9).ceil().long()  # in floats 0.07 x 100 is above 7
+    return wanted.clamp(min=1).minimum(length)
 
 
 @torch.no_grad()
@@ -188,14 +187,9 @@ def main():
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token
                     mask = row.loss_mask  # (B, T)
+                    chosen = mask & (row.weights > 0)  # (B, T)
                     loss, info = policy_loss(
-                        logps,
-                        old_logps,
-                        token_advantages,
-                        mask & (row.weights > 0),
-                        args.clip_low,
-                        args.clip_high,
-                        **kept,
+                        logps, old_logps, token_advantages, chosen, args.clip_low, args.clip_high, **kept
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     if args.entropy_coef:

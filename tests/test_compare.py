@@ -1,0 +1,55 @@
+"""toy/compare.py: its table against hand counts, and what it runs again."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "toy"))
+import compare  # noqa: E402
+
+
+def record(arm, seed, last, seconds=1.0):
+    lines = [{"step": 0, "eval_accuracy": 0.4}]
+    lines += [{"step": s, "reward": 0.5, "entropy": 0.1, "response_tokens": 30, "seconds": seconds} for s in (1, 2)]
+    return {"arm": arm, "seed": seed, "lines": [*lines, {"step": 2, "eval_accuracy": last}]}
+
+
+def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
+    found = [record("GRPO", 0, 0.7), record("GRPO", 1, 0.8), record("PEPO", 1, 0.9, 2.0), record("PEPO", 0, 0.6, 2.0)]
+    found += [record("PEPO", 2, 0.1)]  # GRPO has no such seed yet: left out
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
+    monkeypatch.setattr(compare, "TOY", tmp_path)
+    compare.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in found))
+    compare.report()
+    rows = {
+        line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in capsys.readouterr().out.splitlines()
+    }
+    t = 12.7062 / 2**0.5  # of 1 degree, over the root of 2 seeds
+    assert rows["GRPO"][1:3] == [f"75.0 ± {t * 7.0711:.1f} %", "-"] and rows["GRPO"][4] == "1.00"
+    assert rows["GRPO"][3].startswith("2 ± ")  # 2 and 1.5 steps
+    assert rows["PEPO"][0] == "2" and rows["PEPO"][1].startswith("75.0 ± ")
+    assert rows["PEPO"][2] == f"+0.0 ± {t * 14.1421:.1f} points" and rows["PEPO"][4] == "2.00"
+    assert rows["PEPO"][3] == "- (1 of 2 seeds)"
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_goal():
+    assert compare.steps_to(0.7, [(0, 0.4), (2, 0.6)]) is None
+    assert compare.steps_to(0.7, [(0, 0.6), (2, 0.8)]) == pytest.approx(1.0)
+    assert compare.steps_to(0.7, [(0, 0.6), (2, 0.7)]) == pytest.approx(2.0)
+
+
+def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
+    monkeypatch.setattr(compare, "TOY", tmp_path / "toy")
+    monkeypatch.setattr(compare, "SEEDS", range(2))
+    monkeypatch.setattr(compare, "ARMS", {"GRPO": ("grpo.py", "GRPO"), "PEPO": ("pepo.py", "GRPO")})
+    monkeypatch.setattr(compare, "one", lambda arm, seed, core: ran.append((arm, seed)) or record(arm, seed, 0.5))
+    compare.RESULTS.write_text(json.dumps(record("GRPO", 0, 0.5)) + "\n")
+    compare.run(2)
+    assert sorted(ran) == [("GRPO", 1), ("PEPO", 0), ("PEPO", 1)] and len(compare.records()) == 4
+    compare.run(2)
+    assert len(ran) == 3
