@@ -9,6 +9,7 @@ prefix, so everything after sampling runs on ONE row [prompt | response 1 | ... 
 computes the prompt once.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -231,6 +232,13 @@ def within(args, **limits):
             raise UserError(f"--{name} {getattr(args, name)} must be between {lowest} and {highest}.")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that depend on the model, which stand in the help's own words."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(cls, argv=None):
     """`cls` filled from the command line; `--help` shows one group for each dataclass that `cls` inherits from."""
     groups, seen = [], set()
@@ -241,7 +249,7 @@ def parse_args(cls, argv=None):
         spec = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in own]
         if spec:
             groups.append(dataclasses.make_dataclass(base.__name__, spec, namespace={"_argument_group_name": title}))
-    parser = HfArgumentParser(groups, allow_abbrev=False)
+    parser = HfArgumentParser(groups, allow_abbrev=False, formatter_class=Help)
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -1424,6 +1432,8 @@ class Run:
 
     def __init__(self, args):
         self.args, self.output = args, Path(args.output)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit(130))  # nothing is lost while the model is loading
         if args.dry_run:
             print(dry_run(args))
             raise SystemExit(0)

@@ -180,7 +180,7 @@ def hallusionbench(row):
     answer = "yes" if str(row["gt_answer"]) == "1" else "no"
     part = [str(row[name]) for name in ("category", "subcategory", "set_id")]
     group = {"figure": "/".join([*part, str(row["figure_id"])]), "question": "/".join([*part, str(row["question_id"])])}
-    return Question(f"{row['question']} Answer yes or no.", listed(row["image"]), answer, "yes/no", group=group)
+    return Question(f"{row['question']} Answer yes or no.", listed(row.get("image")), answer, "yes/no", group=group)
 
 
 def wemath(row):
@@ -539,7 +539,11 @@ def main():
         common.write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
         print(table(results))
-        print(f"{args.model}: {decoding}, {args.max_response_tokens} tokens; {evaluation.output}/results.json")
+        size = evaluation.processor.image_processor.size
+        pixels = f"pictures of {size['shortest_edge']:,} to {size['longest_edge']:,} pixels"
+        revisions = ", ".join(sorted(set(evaluation.protocol["revisions"].values())))
+        print(f"{args.model}: {decoding}, {args.max_response_tokens} tokens, {pixels}, data revision {revisions}")
+        print(f"asked: <question> {args.instruction}\n{evaluation.output}/results.json, and every response beside it")
     evaluation.accelerator.end_training()
 
 
