@@ -284,29 +284,30 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
     return processor
 
 
-def load_model(name, revision="main"):
-    """A Qwen-VL model in fp32: the master weights; compute may be bf16. Raises UserError for other models."""
+def load_model(name, revision="main", meta=False):
+    """A Qwen-VL model in fp32: the master weights; compute may be bf16. `meta`: its shapes alone, without weights.
+
+    Raises UserError for other models.
+    """
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
+    kernels = {"text_config": "shared_prefix", "vision_config": "flash_attention_2" if flash else "sdpa"}
+    options = {"dtype": torch.float32, "attn_implementation": kernels}
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
             raise UserError(f"--model {name} is a {config.model_type}; use a qwen2_vl, qwen2_5_vl or qwen3_vl model.")
-        return transformers.AutoModelForImageTextToText.from_pretrained(
-            name,
-            revision=revision,
-            dtype=torch.float32,
-            attn_implementation={
-                "text_config": "shared_prefix",
-                "vision_config": "flash_attention_2" if flash else "sdpa",
-            },
-        )
+        if meta:
+            with torch.device("meta"):
+                return transformers.AutoModelForImageTextToText.from_config(config, **options)
+        return transformers.AutoModelForImageTextToText.from_pretrained(name, revision=revision, **options)
     except (OSError, ValueError) as error:
         raise UserError(unreachable("--model", name, error)) from None
 
 
-def shard(model, device, bf16):
+def shard(model, source, device, bf16):
     """FSDP2: each process keeps a part of every weight; decoder layers and vision blocks are gathered one at a time.
 
+    `model` has no weights yet; they come from `source`, which is None on all processes but the main one.
     Gradients are summed over the processes, not averaged: the loss is divided by the tokens of all of them already.
     Embeddings and head, which may be one tensor, go with the root.
     """
@@ -316,10 +317,30 @@ def shard(model, device, bf16):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+    fill(model, source, device)
     type(model).inside = lambda model, function, *args: function(model, *args)
     register_fsdp_forward_method(model, "inside")  # what runs there finds the root's weights gathered
     model.inside(lambda model: None)  # FSDP2 takes the first module to run for the root
     model.reshard()
+
+
+@torch.no_grad()
+def fill(model, source, device):
+    """Weights, buffers and settings of the main process's whole model, tensor by tensor, into a sharded one."""
+    model.to_empty(device=device)
+    tensors = {} if source is None else dict(source.named_parameters(remove_duplicate=False))
+    for name, p in model.named_parameters():
+        full = torch.empty(p.shape, device=device) if source is None else tensors[name].to(device)
+        p.to_local().copy_(distribute_tensor(full, p.device_mesh, p.placements).to_local())
+    buffers = {} if source is None else dict(source.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers.get(name, buffer))
+        torch.distributed.broadcast(buffer, 0)
+    settings = [getattr(source, "generation_config", None)]
+    torch.distributed.broadcast_object_list(settings, 0)
+    model.generation_config = settings[0]
+    if source is not None:  # transformers keeps here what the hub's checkpoints call each weight
+        model._weight_conversions = source._weight_conversions
 
 
 @contextlib.contextmanager
@@ -1473,17 +1494,8 @@ class Run:
         weights, revision = (self.output / "last", "main") if state else (source, args.model_revision)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         self.tokenizer = self.processor.tokenizer
-        self.model = load_model(weights, revision).train()
-        if args.freeze_vision:
-            self.model.model.visual.requires_grad_(False)
-        if args.gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-        self.reference = load_model(source, args.model_revision).requires_grad_(False) if args.kl_coef else None
-        for model in filter(None, (self.model, self.reference)):
-            if self.world > 1:
-                shard(model, self.accelerator.device, bf16)
-            model.to(self.accelerator.device)
-
+        self.model = self.load(weights, revision, bf16)
+        self.reference = self.load(source, args.model_revision, bf16, frozen=True) if args.kl_coef else None
         rope_index = self.model.model.get_rope_index
         self.data = Data(args.data, args.data_split, args, self.processor, rope_index)
         self.say(f"{args.data}: {len(self.data)} prompts, {self.data.dropped} dropped as too long")
@@ -1517,6 +1529,20 @@ class Run:
                 write_text(self.output / "metrics.jsonl", "")  # of a run that died before its first checkpoint
         if trackers:
             self.accelerator.init_trackers(self.output.name, config=dataclasses.asdict(args))
+
+    def load(self, name, revision, bf16, frozen=False):
+        """The model that is trained, or a frozen one; on several processes sharded, and whole on the main one alone."""
+        model = load_model(name, revision, meta=self.world > 1).train(not frozen)
+        if frozen:
+            model.requires_grad_(False)
+        if self.args.freeze_vision:
+            model.model.visual.requires_grad_(False)
+        if self.args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if self.world > 1:
+            whole = load_model(name, revision) if self.main else None
+            shard(model, whole, self.accelerator.device, bf16)
+        return model.to(self.accelerator.device)
 
     def rehearse(self):
         """A first update, for nothing, on the largest row that the settings allow: memory runs out now or never.
