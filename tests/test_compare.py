@@ -13,7 +13,10 @@ import compare  # noqa: E402
 def record(arm, seed, last, seconds=1.0):
     lines = [{"step": 0, "eval_accuracy": 0.4}]
     lines += [{"step": s, "reward": 0.5, "entropy": 0.1, "response_tokens": 30, "seconds": seconds} for s in (1, 2)]
-    return {"arm": arm, "seed": seed, "lines": [*lines, {"step": 2, "eval_accuracy": last}]}
+    lines.append({"step": 2, "eval_accuracy": last})
+    found = {"arm": arm, "seed": seed, **compare.compact(lines)}
+    assert compare.metrics(found) == lines
+    return found
 
 
 def test_the_table_by_hand(tmp_path, monkeypatch, capsys):

@@ -43,12 +43,30 @@ SEEDS, GOAL = range(5), 0.7
 RESULTS = TOY / "comparison.jsonl"
 
 
+COLUMNS = ["reward", "entropy", "response_tokens", "seconds"]
+
+
+def compact(lines):
+    """What show.py draws of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
+    steps = [line for line in lines if "reward" in line]
+    columns = {name: [float(f"{line[name]:.4g}") for line in steps] for name in COLUMNS}
+    tests = [[line["step"], round(line["eval_accuracy"], 4)] for line in lines if "eval_accuracy" in line]
+    return columns | {"evaluations": tests}
+
+
+def metrics(record):
+    """The lines of metrics.jsonl that a record was made of."""
+    steps = [{"step": i, **dict(zip(COLUMNS, row))} for i, row in enumerate(zip(*(record[c] for c in COLUMNS)), 1)]
+    tests = [{"step": step, "eval_accuracy": accuracy} for step, accuracy in record["evaluations"]]
+    return sorted(steps + tests, key=lambda line: (line["step"], "eval_accuracy" in line))
+
+
 def records():
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def one(arm, seed, core):
-    """Runs an arm with a seed on one core; returns its record: what show.py draws, with four digits."""
+    """Runs an arm with a seed on one core; returns its record."""
     script, *flags = ARMS[arm][0].split()
     output = TOY.parent / "runs" / "comparison" / f"{arm.replace(' ', '_')}-{seed}"
     command = [sys.executable, str(TOY.parent / script), *flags, "--seed", str(seed), "--output", str(output)]
@@ -57,10 +75,8 @@ def one(arm, seed, core):
         pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if hasattr(os, "sched_setaffinity") else {}
         subprocess.run(command, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pin)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    kept = ["step", "eval_accuracy", "reward", "entropy", "response_tokens", "seconds"]
-    lines = [{name: float(f"{line[name]:.4g}") for name in kept if name in line} for line in lines]
     shutil.rmtree(output)
-    return {"arm": arm, "seed": seed, "lines": lines}
+    return {"arm": arm, "seed": seed, **compact(lines)}
 
 
 def run(jobs):
@@ -82,13 +98,8 @@ def run(jobs):
         for future in [pool.submit(task, *what) for what in left]:
             record = future.result()
             with open(RESULTS, "a") as file:
-                file.write(json.dumps(record) + "\n")
-            last = record["lines"][-1]["eval_accuracy"]
-            print(f"{record['arm']:16s} seed {record['seed']}  {last:.1%}", flush=True)
-
-
-def evaluations(record):
-    return [(line["step"], line["eval_accuracy"]) for line in record["lines"] if "eval_accuracy" in line]
+                file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            print(f"{record['arm']:16s} seed {record['seed']}  {record['evaluations'][-1][1]:.1%}", flush=True)
 
 
 def steps_to(goal, points):
@@ -121,23 +132,20 @@ def report():
         seeds = sorted(found[arm].keys() & found[base].keys())
         if not seeds:
             continue
-        last = {name: [evaluations(found[name][seed])[-1][1] for seed in seeds] for name in (arm, base)}
+        last = {name: [found[name][seed]["evaluations"][-1][1] for seed in seeds] for name in (arm, base)}
         mean, half = interval(last[arm])
         difference = "-"
         if arm != base:
             gain, error = interval([a - b for a, b in zip(last[arm], last[base])])
             difference = f"{100 * gain:+.1f} ± {100 * error:.1f} points"
-        reached = [step for seed in seeds if (step := steps_to(GOAL, evaluations(found[arm][seed])))]
+        reached = [step for seed in seeds if (step := steps_to(GOAL, found[arm][seed]["evaluations"]))]
         step = f"{interval(reached)[0]:.0f} ± {interval(reached)[1]:.0f}" if len(reached) > 1 else "-"
         step += f" ({len(reached)} of {len(seeds)} seeds)" if len(reached) < len(seeds) else ""
-        time = {
-            name: sum(line.get("seconds", 0) for seed in seeds for line in found[name][seed]["lines"])
-            for name in (arm, base)
-        }
+        time = {name: sum(sum(found[name][seed]["seconds"]) for seed in seeds) for name in (arm, base)}
         accuracy = f"{100 * mean:.1f} ± {100 * half:.1f} %"
         print(f"| {arm} | {len(seeds)} | {accuracy} | {difference} | {step} | {time[arm] / time[base]:.2f} |")
     show.curves(
-        {arm: [r["lines"] for r in seeds.values()] for arm, seeds in found.items() if seeds}, TOY / "comparison"
+        {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}, TOY / "comparison"
     )
 
 
