@@ -218,6 +218,7 @@ class Args(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateArgs, R
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
+        within(self, top_p=(0, 1), top_k=(0, 10**9), eval_temperature=(0, 100))
         if self.prompts_per_step % self.updates_per_step:
             raise UserError(
                 f"--prompts_per_step {self.prompts_per_step} cannot be split into --updates_per_step "

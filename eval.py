@@ -28,7 +28,19 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 import common
-from common import Checker, Data, UserError, extract_answer, flag, letters, load_rows, normalise, parse_args, rollout
+from common import (
+    Checker,
+    Data,
+    UserError,
+    extract_answer,
+    flag,
+    letters,
+    load_rows,
+    normalise,
+    parse_args,
+    rollout,
+    within,
+)
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -64,7 +76,10 @@ class Args:
 
     def __post_init__(self):
         state = Path(self.model) / "trainer_state.json"  # a checkpoint of ours knows how it was trained
-        trained = json.loads(state.read_text()) if state.exists() else {}
+        try:
+            trained = json.loads(state.read_text()) if state.exists() else {}
+        except ValueError as error:
+            raise UserError(f"--model {self.model} is not a whole checkpoint ({error}): take another step-N.") from None
         toy = self.model == "toy" or trained.get("model") == "toy"
         self.instruction = self.instruction or trained.get("instruction", common.INSTRUCTION)
         self.benchmarks = self.benchmarks or ("toy" if toy else "geometry3k")
@@ -74,9 +89,12 @@ class Args:
         name = Path(self.model).resolve().parent.name if trained else Path(self.model).name
         self.output = self.output or f"runs/eval/{name}"
         self.group_size = self.samples
-        for name in ("samples", "max_prompt_tokens", "max_response_tokens", "rollout_prompts"):
-            if getattr(self, name) < 1:
+        for name in ("samples", "max_prompt_tokens", "max_response_tokens", "rollout_prompts", "top_p"):
+            if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
+        within(self, temperature=(0, 100), top_p=(0, 1), top_k=(0, 10**9))
+        if self.rows == 0 or self.rows < -1:
+            raise UserError(f"--rows {self.rows} leaves nothing to ask: give a number above 0, or -1 for all.")
         for name in self.benchmarks.split(","):
             if name not in BENCHMARKS:
                 raise UserError(f"--benchmarks {name} is not one of {', '.join(BENCHMARKS)}.")
@@ -327,7 +345,10 @@ class Evaluation:
             del protocol[name]
         protocol["revisions"] = {name: BENCHMARKS[name].revision for name in self.args.benchmarks.split(",")}
         if (self.output / "protocol.json").exists():
-            found = json.loads((self.output / "protocol.json").read_text())
+            try:
+                found = json.loads((self.output / "protocol.json").read_text())
+            except ValueError as error:
+                raise UserError(f"{self.output}/protocol.json is broken ({error}): name another --output.") from None
             if not self.args.resume:
                 raise UserError(
                     f"{self.output} holds an evaluation: --resume goes on with it, --output starts another."
@@ -494,6 +515,8 @@ def compare(first, second, resamples=10_000):
     lines = [f"{'benchmark':16s}{'rows':>6s}{'first':>9s}{'second':>9s}{'difference, 95 % interval':>32s}  sign test"]
     for name in found[0]["scores"]:
         rows = [read_lines(Path(folder) / f"{name}.jsonl") for folder in (first, second)]
+        if [(r.get("part"), r.get("index")) for r in rows[0]] != [(r.get("part"), r.get("index")) for r in rows[1]]:
+            raise UserError(f"--compare: {first} and {second} hold other rows of {name}: evaluate them alike.")
         one, two = (torch.tensor([sum(r["correct"]) / len(r["correct"]) for r in x], dtype=torch.float64) for x in rows)
         difference, generator = two - one, torch.Generator().manual_seed(0)
         picks = (torch.randint(len(one), (len(one),), generator=generator) for _ in range(resamples))
@@ -507,7 +530,10 @@ def compare(first, second, resamples=10_000):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--compare: {path} cannot be read ({error}): evaluate its model again.") from None
 
 
 def table(results):

@@ -12,6 +12,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import sys
 from collections import defaultdict
@@ -46,7 +47,7 @@ class CurveArgs:
 
 @dataclasses.dataclass
 class TokenArgs(common.Args):
-    """tokens"""
+    """What the page of tokens takes, besides what training does."""
 
     prompts: int = flag(3, "prompts that are shown, those with a right and a wrong response")
     page: str = flag("tokens.html", "file that is written")
@@ -71,7 +72,12 @@ def read_runs(folders):
     for folder in map(Path, folders):
         if not (folder / "metrics.jsonl").exists():
             raise UserError(f"{folder} holds no metrics.jsonl: give folders that a training script wrote.")
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        try:
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except ValueError as error:
+            raise UserError(
+                f"{folder}/metrics.jsonl is broken ({error}): mend its last line, or leave it out."
+            ) from None
         if lines:
             runs[re.sub(r"-\d+$", "", folder.resolve().name)].append(lines)
     if not runs:
@@ -359,17 +365,26 @@ def token_page(args):
     )
 
 
+def writable(option, path):
+    """Raises UserError, before the work is done, where a file cannot be written."""
+    if not os.access(Path(path).resolve().parent, os.W_OK):
+        raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists.")
+
+
 def main():
-    commands = {"curves": CurveArgs, "tokens": TokenArgs}
+    commands = ("curves", "tokens")
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in commands:
         raise UserError("say what to show: python show.py curves runs/*, or python show.py tokens --model toy.")
     if command == "curves":
         args = common.HfArgumentParser(CurveArgs).parse_args_into_dataclasses(["--runs", *sys.argv[2:]])[0]
+        writable("--output", args.output)
         print("\n".join(curves(read_runs(args.runs), args.output)))
         print(f"{args.output}.png, {args.output}.svg")
     else:
         args = common.parse_args(TokenArgs, sys.argv[2:])
+        common.within(args, prompts=(1, 1000))
+        writable("--page", args.page)
         common.write_text(Path(args.page), token_page(args))
         print(args.page)
 

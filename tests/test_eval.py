@@ -390,6 +390,15 @@ def test_compare(tmp_path, capsys):
     low, high = (float(x.strip("[],%")) for x in line[5:7])
     assert -25 <= low < 37.5 < high <= 87.5
     assert line[-1] == f"{sign_test(4, 1):.3g}"
+    rows = (tmp_path / "b" / "toy.jsonl").read_text()
+    (tmp_path / "b" / "toy.jsonl").write_text(json.dumps({"correct": [True], "index": 7}) + "\n")
+    with pytest.raises(common.UserError):
+        compare(tmp_path / "a", tmp_path / "b")
+    assert "hold other rows of toy" in capsys.readouterr().err
+    (tmp_path / "b" / "toy.jsonl").write_text(rows[:-9])
+    with pytest.raises(common.UserError):
+        compare(tmp_path / "a", tmp_path / "b")
+    assert "toy.jsonl cannot be read" in capsys.readouterr().err
     (tmp_path / "b" / "results.json").write_text(json.dumps({"protocol": protocol | {"seed": 1}, "scores": {}}))
     with pytest.raises(common.UserError):
         compare(tmp_path / "a", tmp_path / "b")
@@ -423,6 +432,9 @@ def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
     args = Args(model=str(folder))
     assert (args.instruction, args.benchmarks, args.min_pixels, args.output) == ("Hm.", "toy", None, "runs/eval/vepo")
     assert Args(model=str(folder), instruction="Ha.").instruction == "Ha."
+    (folder / "trainer_state.json").write_text('{"model"')
+    with pytest.raises(common.UserError, match="is not a whole checkpoint"):
+        Args(model=str(folder))
     hub = Args(model="Qwen/Qwen2.5-VL-7B-Instruct")
     assert (hub.benchmarks, hub.min_pixels, hub.max_response_tokens) == ("geometry3k", 262_144, 2048)
 
@@ -433,6 +445,9 @@ def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
         (["--benchmarks", "toy,mathvist"], "--benchmarks mathvist is not one of toy, geometry3k"),
         (["--samples", 4], "--samples 4 at --temperature 0 are all the same"),
         (["--samples", 0], "--samples 0 must be above 0"),
+        (["--rows", 0], "--rows 0 leaves nothing to ask"),
+        (["--temperature", -1], "--temperature -1.0 must be between 0 and 100"),
+        (["--top_p", 0], "--top_p 0.0 must be above 0"),
         (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),
         (["--compare", "runs/a"], "--compare takes two result folders, not 1"),
         (["--model", "/nowhere"], "--model /nowhere cannot be opened"),

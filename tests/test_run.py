@@ -329,6 +329,8 @@ def test_disk_full_while_saving_keeps_the_checkpoint_before(tmp_path):
         (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--steps", "many"], "invalid int value"),
         (["--learning_rate", "0"], "--learning_rate 0.0 must be above 0"),
+        (["--top_p", "1.5"], "--top_p 1.5 must be between 0 and 1"),
+        (["--eval_temperature", "-1"], "--eval_temperature -1.0 must be between 0 and 100"),
         (["--rollout_prompts", "0"], "--rollout_prompts 0 must be above 0"),
         (["--updates_per_step", "0"], "--updates_per_step 0 must be above 0"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),

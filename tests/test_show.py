@@ -51,6 +51,9 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys):
     for argv, sentence in (
         (["show.py"], "say what to show"),
         (["show.py", "curves", str(tmp_path)], "holds no metrics.jsonl"),
+        (["show.py", "tokens", "--page", str(tmp_path / "no/x.html")], "cannot be written"),
+        (["show.py", "curves", str(tmp_path), "--output", str(tmp_path / "no/x")], "cannot be written"),
+        (["show.py", "tokens", "--prompts", "0"], "--prompts 0 must be between 1 and 1000"),
         (["show.py", "tokens", "--model", "/nowhere"], "--model /nowhere cannot be opened"),
     ):
         monkeypatch.setattr(sys, "argv", argv)
