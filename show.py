@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import matplotlib
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 
 import common
 import pepo
@@ -43,6 +44,7 @@ class CurveArgs:
         metadata={"help": "folders of runs; name-0, name-1 ... are seeds of one method"}
     )
     output: str = flag("curves", "file that is written, as .png and as .svg")
+    window: int = flag(10, "steps that are averaged, but for evaluations; 1: none")
 
 
 @dataclasses.dataclass
@@ -95,18 +97,30 @@ def series(lines, name):
     return found
 
 
-def pooled(seeds, name):
+def pooled(seeds, name, window=1):
     """(steps, mean seconds, mean, half width of the 95 % interval) at the steps that all seeds have.
 
-    The interval is Student's t over seeds; 0 for one seed.
+    Each seed's values are first averaged over the last `window` steps. The interval is Student's t over seeds; 0 for
+    one seed.
     """
     found = [series(lines, name) for lines in seeds]
     steps = sorted(set.intersection(*(set(one) for one in found)))
     seconds, values = (torch.tensor([[one[s][i] for s in steps] for one in found], dtype=torch.float64) for i in (0, 1))
+    values = running_mean(values, window)
     half = torch.zeros(len(steps), dtype=torch.float64)
     if len(found) > 1:
         half = student(len(found) - 1) * values.std(0) / math.sqrt(len(found))
     return steps, seconds.mean(0), values.mean(0), half
+
+
+def running_mean(values, window):
+    """The mean of each value (..., n) and those before it, `window` of them in all, or as many as there are.
+
+    >>> running_mean(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
+    tensor([1., 2., 4., 5.])
+    """
+    total = pad(values.cumsum(-1), (window, 0))
+    return (total[..., window:] - total[..., :-window]) / torch.arange(1, values.shape[-1] + 1).clamp(max=window)
 
 
 def student(degrees, cells=100_000):
@@ -123,13 +137,15 @@ def student(degrees, cells=100_000):
     return math.sqrt(degrees) * math.tan(angle)
 
 
-def curves(runs, output):
+def curves(runs, output, window=10):
     """Draws {method: [metrics of a seed]}, all panels, against steps and against seconds; returns a table's lines."""
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
     colours = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
     for column, (name, (title, percent)) in enumerate(PANELS.items()):
+        steps_averaged = 1 if name == "eval_accuracy" else window
+        title += (", %" if percent else "") + (f" (mean of {window} steps)" if steps_averaged > 1 else "")
         for place, (method, seeds) in enumerate(runs.items()):
-            steps, seconds, mean, half = pooled(seeds, name)
+            steps, seconds, mean, half = pooled(seeds, name, steps_averaged)
             scale = 100 if percent else 1
             for row, x in enumerate((steps, seconds)):
                 style = {"color": colours[place % len(colours)], "linestyle": STYLES[place // 5 % 4]}
@@ -137,7 +153,8 @@ def curves(runs, output):
                 axes[row, column].plot(x, scale * mean, label=label, linewidth=1.3, **style)
                 axes[row, column].fill_between(x, scale * (mean - half), scale * (mean + half), alpha=0.15, **style)
         for row, label in enumerate(("step", "seconds of training")):
-            axes[row, column].set(xlabel=label, title=title + (", %" if percent else "") if row == 0 else "")
+            axes[row, column].set(xlabel=label, title=title if row == 0 else "")
+            axes[row, column].title.set_fontsize(10)
             axes[row, column].grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     for kind in ("png", "svg"):
@@ -378,8 +395,9 @@ def main():
         raise UserError("say what to show: python show.py curves runs/*, or python show.py tokens --model toy.")
     if command == "curves":
         args = common.HfArgumentParser(CurveArgs).parse_args_into_dataclasses(["--runs", *sys.argv[2:]])[0]
+        common.within(args, window=(1, 10**9))
         writable("--output", args.output)
-        print("\n".join(curves(read_runs(args.runs), args.output)))
+        print("\n".join(curves(read_runs(args.runs), args.output, args.window)))
         print(f"{args.output}.png, {args.output}.svg")
     else:
         args = common.parse_args(TokenArgs, sys.argv[2:])

@@ -37,6 +37,7 @@ def test_seeds_are_pooled(tmp_path):
     assert mean.tolist() == pytest.approx([0.4, 0.6, 0.7])
     assert half.tolist() == pytest.approx([0, 4.3027 * 0.1 / 3**0.5, 0], abs=1e-4)  # Student's t of 2 degrees
     assert pooled(runs["grpo"], "reward")[3].tolist() == [0]
+    assert pooled(runs["vepo"], "reward", 2)[2].tolist() == pytest.approx([0.3, 0.325])
     table = show.curves(runs, tmp_path / "curves")
     assert "vepo" in table[1] and table[1].split()[1:3] == ["3", "2"] and table[2].split()[-1] == "60.0%"
     assert Image.open(tmp_path / "curves.png").width > 1000 and "<svg" in (tmp_path / "curves.svg").read_text()
@@ -53,6 +54,7 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys):
         (["show.py", "curves", str(tmp_path)], "holds no metrics.jsonl"),
         (["show.py", "tokens", "--page", str(tmp_path / "no/x.html")], "cannot be written"),
         (["show.py", "curves", str(tmp_path), "--output", str(tmp_path / "no/x")], "cannot be written"),
+        (["show.py", "curves", str(tmp_path), "--window", "0"], "--window 0 must be between 1"),
         (["show.py", "tokens", "--prompts", "0"], "--prompts 0 must be between 1 and 1000"),
         (["show.py", "tokens", "--model", "/nowhere"], "--model /nowhere cannot be opened"),
     ):

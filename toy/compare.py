@@ -1,7 +1,7 @@
 """Every method on the toy, five seeds each, from the same prompts: reruns what toy/comparison.jsonl does not hold yet.
 
     python toy/compare.py                # about two hours on 2 cores; stop and start it as you like
-    python toy/compare.py --report       # the table and toy/comparison.png, from what is there
+    python toy/compare.py --report       # the table, toy/comparison.png and toy/curves.png, from what is there
 
 Every run: 150 steps of 16 prompts, 8 responses each (12 for SaEI, 6 + 6, and for the GRPO that it is compared with),
 the toy's learning rate, and each method's own constants as its paper has them: nothing was tuned. DAPO leaves groups of
@@ -16,15 +16,17 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
 
 import torch
+from matplotlib import pyplot as plt
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 import show  # noqa: E402
+from common import UserError  # noqa: E402
 
 ARMS = {  # name: (script and flags, the arm that it is compared with)
     "GRPO": ("grpo.py", "GRPO"),
@@ -73,7 +75,9 @@ def one(arm, seed, core):
     command += ["--show_every", "0", *(["--resume"] if (output / "last").exists() else [])]
     with open(output.parent / f"{output.name}.log", "w") as log:
         pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if hasattr(os, "sched_setaffinity") else {}
-        subprocess.run(command, stderr=log, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pin)
+        code = subprocess.run(command, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pin).returncode
+    if code:
+        raise UserError(f"{arm}, seed {seed}, ended with exit code {code}: {log.name} says why; then start again.")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(output)
     return {"arm": arm, "seed": seed, **compact(lines)}
@@ -85,7 +89,7 @@ def run(jobs):
     left = [(arm, seed) for seed in SEEDS for arm in ARMS if (arm, seed) not in done]
     cores = Queue()
     for core in range(jobs):
-        cores.put(core)
+        cores.put(core % os.cpu_count())
 
     def task(arm, seed):
         core = cores.get()
@@ -94,12 +98,15 @@ def run(jobs):
         finally:
             cores.put(core)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for future in [pool.submit(task, *what) for what in left]:
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for future in as_completed([pool.submit(task, *what) for what in left]):
             record = future.result()
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(record, separators=(",", ":")) + "\n")
             print(f"{record['arm']:16s} seed {record['seed']}  {record['evaluations'][-1][1]:.1%}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure the runs that have begun end, and no other begins
 
 
 def steps_to(goal, points):
@@ -122,9 +129,9 @@ def interval(values):
 
 
 def report():
-    """A Markdown table of all arms, and their curves in toy/comparison.png and .svg."""
-    found = defaultdict(dict)
-    for record in records():
+    """Prints a Markdown table of all arms, and draws it; also draws their curves."""
+    found, gains = defaultdict(dict), {}
+    for record in sorted(records(), key=lambda record: [*ARMS].index(record["arm"])):
         found[record["arm"]][record["seed"]] = record
     print(f"| arm | seeds | test accuracy | against its GRPO, paired | steps to {GOAL:.0%} | seconds / GRPO's |")
     print("|---|---|---|---|---|---|")
@@ -136,17 +143,40 @@ def report():
         mean, half = interval(last[arm])
         difference = "-"
         if arm != base:
-            gain, error = interval([a - b for a, b in zip(last[arm], last[base])])
-            difference = f"{100 * gain:+.1f} ± {100 * error:.1f} points"
+            gains[arm] = interval([100 * (a - b) for a, b in zip(last[arm], last[base])])
+            difference = f"{gains[arm][0]:+.1f} ± {gains[arm][1]:.1f} points"
         reached = [step for seed in seeds if (step := steps_to(GOAL, found[arm][seed]["evaluations"]))]
         step = f"{interval(reached)[0]:.0f} ± {interval(reached)[1]:.0f}" if len(reached) > 1 else "-"
         step += f" ({len(reached)} of {len(seeds)} seeds)" if len(reached) < len(seeds) else ""
         time = {name: sum(sum(found[name][seed]["seconds"]) for seed in seeds) for name in (arm, base)}
         accuracy = f"{100 * mean:.1f} ± {100 * half:.1f} %"
         print(f"| {arm} | {len(seeds)} | {accuracy} | {difference} | {step} | {time[arm] / time[base]:.2f} |")
-    show.curves(
-        {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}, TOY / "comparison"
-    )
+    runs = {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}
+    draw(runs, gains)
+    show.curves(runs, TOY / "curves")
+
+
+def draw(runs, gains):
+    """toy/comparison.png: accuracy of {arm: [metrics of a seed]}, and {arm: (points, half width)} against its GRPO."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=[1.3, 1], layout="constrained")
+    for place, (arm, seeds) in enumerate(runs.items()):
+        colour, line = ("black", "-:"[arm == "GRPO, 12"]) if arm not in gains else (f"C{place % 10}", "-")
+        steps, _, mean, half = show.pooled(seeds, "eval_accuracy")
+        left.plot(steps, 100 * mean, line, color=colour, label=arm, linewidth=1.3)
+        if arm == "GRPO":
+            left.fill_between(steps, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.12, linewidth=0)
+        if arm in gains:
+            right.errorbar(gains[arm][0], arm, xerr=gains[arm][1], fmt="o", color=colour, capsize=3)
+    left.set(title="test accuracy, %, mean of the seeds (band: GRPO's 95 %)", xlabel="step")
+    left.legend(fontsize=7)
+    right.axvline(0, color="black", linewidth=1)
+    right.invert_yaxis()
+    right.set(title="points against its GRPO, paired, 95 %")
+    for axes in (left, right):
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.3)
+    figure.savefig(TOY / "comparison.png", dpi=110)
+    plt.close(figure)
 
 
 def main():
