@@ -158,24 +158,24 @@ def report():
 
 def draw(runs, gains):
     """toy/comparison.png: accuracy of {arm: [metrics of a seed]}, and {arm: (points, half width)} against its GRPO."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=[1.3, 1], layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6.4), height_ratios=[1.25, 1], layout="constrained")
     for place, (arm, seeds) in enumerate(runs.items()):
         colour, line = ("black", "-:"[arm == "GRPO, 12"]) if arm not in gains else (f"C{place % 10}", "-")
         steps, _, mean, half = show.pooled(seeds, "eval_accuracy")
-        left.plot(steps, 100 * mean, line, color=colour, label=arm, linewidth=1.3)
+        top.plot(steps, 100 * mean, line, color=colour, label=arm, linewidth=1.3)
         if arm == "GRPO":
-            left.fill_between(steps, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.12, linewidth=0)
+            top.fill_between(steps, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.12, linewidth=0)
         if arm in gains:
-            right.errorbar(gains[arm][0], arm, xerr=gains[arm][1], fmt="o", color=colour, capsize=3)
-    left.set(title="test accuracy, %, mean of the seeds (band: GRPO's 95 %)", xlabel="step")
-    left.legend(fontsize=7)
-    right.axvline(0, color="black", linewidth=1)
-    right.invert_yaxis()
-    right.set(title="points against its GRPO, paired, 95 %")
-    for axes in (left, right):
-        axes.title.set_fontsize(10)
+            bottom.errorbar(gains[arm][0], arm, xerr=gains[arm][1], fmt="o", color=colour, capsize=3)
+    top.set_title("test accuracy, %: mean of the seeds, and GRPO's 95 % band", fontsize=10)
+    top.set_xlabel("step")
+    top.legend(fontsize=8, ncols=2)
+    bottom.axvline(0, color="black", linewidth=1)
+    bottom.invert_yaxis()
+    bottom.set_title("points against GRPO with as many responses, paired, 95 %", fontsize=10)
+    for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.savefig(TOY / "comparison.png", dpi=110)
+    figure.savefig(TOY / "comparison.png", dpi=150)
     plt.close(figure)
 
 

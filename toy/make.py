@@ -1,4 +1,4 @@
-"""Builds the toy: a real Qwen2.5-VL of 1.2M parameters, its tokenizer, its picture puzzles, and a short warm-up.
+"""Builds the toy: a real Qwen2.5-VL of 1.1M parameters, its tokenizer, its picture puzzles, and a short warm-up.
 
     python toy/make.py            # about 10 minutes on 2 cores; rewrites toy/model and toy/*.parquet from --seed
 
