@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -58,6 +59,13 @@ def test_what_is_not_the_method_is_grpo_word_for_word(name):
     assert sorted(removed) == sorted(['"""GRPO adds nothing to the shared arguments."""', *MAY_DIFFER[name]])
 
 
+def documented(metric):
+    """Whether the README's table says what a metric means, by its name or that of the quantity it is a part of."""
+    table = (ROOT / "README.md").read_text().partition("| name | meaning")[2].partition("\n\n")[0]
+    stem = re.sub("_(p05|p50|p95|clean|attacked)$", "", metric)
+    return re.search(rf"`{stem}(_p05|_clean)?`", table)
+
+
 @pytest.mark.parametrize("name", MAY_DIFFER)
 @pytest.mark.parametrize("flags", [[], CUT])
 def test_a_run_changes_every_parameter(monkeypatch, tmp_path, name, flags):
@@ -65,6 +73,7 @@ def test_a_run_changes_every_parameter(monkeypatch, tmp_path, name, flags):
     after, metrics = train(monkeypatch, tmp_path / "run", name, "--steps", 2, *flags)
     assert all(not torch.equal(before[key], after[key]) for key in before)
     assert all(value is not None for line in metrics for value in line.values())
+    assert not {metric for line in metrics for metric in line if not documented(metric)}
     if name == "vepo":
         assert 0.2 < metrics[0]["kept_tokens"] < 0.25  # 0.2, rounded up in every response
     elif name != "saei":

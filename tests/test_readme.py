@@ -1,5 +1,7 @@
-"""What the README promises: its example in TRL runs as it stands there."""
+"""What the README promises: its example in TRL runs, its flags exist, its error texts are those of the code."""
 
+import dataclasses
+import importlib
 import re
 
 import datasets
@@ -9,12 +11,43 @@ import transformers
 from conftest import ROOT
 
 import common
+import eval
+import show
 import vepo
+
+README = (ROOT / "README.md").read_text()
+METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
+
+
+def test_its_flags_exist():
+    classes = [importlib.import_module(name).Args for name in METHODS]
+    classes += [eval.Args, show.TokenArgs, show.CurveArgs]
+    known = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    known |= {"help", "methods", "repeats", "report"}  # of python, tests/bench.py, toy/compare.py
+    known |= {
+        "nproc_per_node",
+        "nnodes",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "no",
+    }  # of torchrun, pip --no-build-isolation
+    assert set(re.findall(r"--([a-z_0-9]+)", README)) <= known
+
+
+def test_its_error_texts_are_those_of_the_code():
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ["common", "eval", *METHODS])
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a string over several lines
+    rows = README.partition("| error text |")[2].partition("\n\n")[0].splitlines()[2:]
+    texts = [text for row in rows for text in re.findall("`(.*?)`", row.split(" | ")[0])]
+    assert len(texts) > 12
+    for text in texts:
+        fixed = re.split(r"X|\d\S*|'.*?'|problem|rollout|update|seed|temperature", text)  # between what is filled in
+        assert all(part in source for part in fixed), text
 
 
 def test_vepo_in_trl(tmp_path):
     trl = pytest.importorskip("trl")
-    (block,) = re.findall(r"```python\n(import torch, trl.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = re.findall(r"```python\n(import torch, trl.*?)```", README, re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
     names = {}
     exec(block, names)  # the README's own lines
