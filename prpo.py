@@ -60,9 +60,7 @@ def divergences(logits, strong_logits, weak_logits):
     log_p = logits.float().log_softmax(-1)
     p = log_p.exp()
 
-    def kl(
-        other,
-    ):  # sum_v p (e^d - 1 - d), d = log q - log p: no term is negative, so that a small sum keeps its digits
+    def kl(other):  # sum_v p (e^d - 1 - d), d = log q - log p: no term is negative, so a small sum keeps its digits
         log_q = other.float().log_softmax(-1)
         d = log_q - log_p
         near = d.clamp(max=1)
