@@ -285,14 +285,16 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
     return processor
 
 
-def load_model(name, revision="main", meta=False):
-    """A Qwen-VL model in fp32: the master weights; compute may be bf16. `meta`: its shapes alone, without weights.
+def load_model(name, revision="main", meta=False, dtype=torch.float32, bf16=False):
+    """A Qwen-VL model. Raises UserError for other models.
 
-    Raises UserError for other models.
+    `dtype`: of the weights, fp32 for training; the model's `.to` would round the frequencies of the positions as well.
+    `bf16`: what it will compute in, so that flash-attn, which takes no fp32, may be used in the vision tower.
+    `meta`: shapes, no weights.
     """
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
+    flash = bf16 and torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
     kernels = {"text_config": "shared_prefix", "vision_config": "flash_attention_2" if flash else "sdpa"}
-    options = {"dtype": torch.float32, "attn_implementation": kernels}
+    options = {"dtype": dtype, "attn_implementation": kernels}
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
@@ -1533,7 +1535,7 @@ class Run:
 
     def load(self, name, revision, bf16, frozen=False):
         """The model that is trained, or a frozen one; on several processes sharded, and whole on the main one alone."""
-        model = load_model(name, revision, meta=self.world > 1).train(not frozen)
+        model = load_model(name, revision, meta=self.world > 1, bf16=bf16).train(not frozen)
         if frozen:
             model.requires_grad_(False)
         if self.args.freeze_vision:
@@ -1541,7 +1543,7 @@ class Run:
         if self.args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.world > 1:
-            whole = load_model(name, revision) if self.main else None
+            whole = load_model(name, revision, bf16=bf16) if self.main else None
             shard(model, whole, self.accelerator.device, bf16)
         return model.to(self.accelerator.device)
 

@@ -424,6 +424,17 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_counted(monkeypatch, caps
     assert "one prompt is too much" in capsys.readouterr().err
 
 
+def test_bf16_rounds_weights_and_no_position(tmp_path):
+    made = evaluation.Evaluation(Args(dtype="bfloat16", output=str(tmp_path / "bf16"), max_prompt_tokens=512))
+    exact = common.load_model(common.TOY / "model")
+    assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
+    positions = torch.arange(4000)[None]
+    for model in (made.model, exact):
+        model.cos = model.model.language_model.rotary_emb(torch.ones(1), positions.expand(3, 1, -1))[0]
+    assert torch.equal(made.model.cos, exact.cos)
+    made.check.close()
+
+
 def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
     folder = tmp_path / "vepo" / "step-3"
     folder.mkdir(parents=True)

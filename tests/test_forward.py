@@ -170,3 +170,16 @@ def test_unpack():
     assert unpack(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 2, 0], [3, 0, 0]]
     wide = unpack(torch.arange(6.0).view(3, 2), mask)
     assert wide.shape == (2, 3, 2) and wide[1, 0].tolist() == [4, 5] and not wide[~mask].any()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_flash_attention_is_for_bf16_on_a_gpu(monkeypatch, gpu, bf16):
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name)  # everything is installed
+    loader = common.transformers.AutoModelForImageTextToText
+    monkeypatch.setattr(loader, "from_pretrained", lambda name, **options: given.update(options))
+    common.load_model(common.TOY / "model", bf16=bf16)
+    vision = given["attn_implementation"]["vision_config"]
+    assert vision == ("flash_attention_2" if gpu and bf16 else "sdpa")

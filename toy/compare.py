@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -133,7 +134,9 @@ def report():
     found, gains = defaultdict(dict), {}
     for record in sorted(records(), key=lambda record: [*ARMS].index(record["arm"])):
         found[record["arm"]][record["seed"]] = record
-    print(f"| arm | seeds | test accuracy | against its GRPO, paired | steps to {GOAL:.0%} | seconds / GRPO's |")
+    print(
+        f"| arm | seeds | test accuracy | against its GRPO, paired | steps to {GOAL:.0%} | seconds / its GRPO's, median |"
+    )
     print("|---|---|---|---|---|---|")
     for arm, (_, base) in ARMS.items():
         seeds = sorted(found[arm].keys() & found[base].keys())
@@ -148,9 +151,9 @@ def report():
         reached = [step for seed in seeds if (step := steps_to(GOAL, found[arm][seed]["evaluations"]))]
         step = f"{interval(reached)[0]:.0f} ± {interval(reached)[1]:.0f}" if len(reached) > 1 else "-"
         step += f" ({len(reached)} of {len(seeds)} seeds)" if len(reached) < len(seeds) else ""
-        time = {name: sum(sum(found[name][seed]["seconds"]) for seed in seeds) for name in (arm, base)}
+        slower = [sum(found[arm][seed]["seconds"]) / sum(found[base][seed]["seconds"]) for seed in seeds]
         accuracy = f"{100 * mean:.1f} ± {100 * half:.1f} %"
-        print(f"| {arm} | {len(seeds)} | {accuracy} | {difference} | {step} | {time[arm] / time[base]:.2f} |")
+        print(f"| {arm} | {len(seeds)} | {accuracy} | {difference} | {step} | {statistics.median(slower):.2f} |")
     runs = {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}
     draw(runs, gains)
     show.curves(runs, TOY / "curves")
