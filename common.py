@@ -29,6 +29,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -41,11 +42,11 @@ import torch.distributed
 import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -59,6 +60,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 TOY = Path(__file__).resolve().parent / "toy"
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of processes with one that still downloads or samples
 INSTRUCTION = "Think step by step inside <think> </think>, then give the final answer inside \\boxed{}."
 
 
@@ -164,7 +166,7 @@ class UpdateArgs:
     weight_decay: float = flag(0.01, "AdamW's")
     beta2: float = flag(0.999, "AdamW's")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    tokens_per_row: int = flag(16384, "a group whose packed row is longer is cut into rows of several responses")
+    tokens_per_row: int = flag(16384, "of a forward pass: longer groups are cut into rows, and prompts come in parts")
 
 
 @dataclass
@@ -470,6 +472,7 @@ class Data:
         self.indices = [i for i, length in enumerate(tokens) if length <= args.max_prompt_tokens]
         self.dropped = len(self.rows) - len(self.indices)
         self.longest = max(self.indices, key=tokens.__getitem__, default=None)
+        self.width = max((tokens[i] for i in self.indices), default=0)
         if not self.indices:
             raise UserError(
                 f"{option} {name} has no row left to use ({self.dropped} were longer than --max_prompt_tokens "
@@ -619,22 +622,23 @@ WINDOW = 128  # the responses' cache is read in steps of so many tokens: shapes 
 class SharedPrefixCache(transformers.DynamicCache):
     """Keys and values of P prompts (a usual padded cache), and of the G responses of each in a buffer of T tokens.
 
-    The prompt's part is computed and stored once per prompt, and never copied while responses grow. The buffer is
-    written at `place`, a tensor, and read up to `window`, a number that seldom changes.
+    The prompts' part is computed once, some prompts at a time, and never copied while responses grow. The buffer is
+    written at `place`, a tensor, and read up to `window`, a number that seldom changes; 0 as long as prompts come.
     """
 
     def __init__(self, layers, max_tokens, device):
         super().__init__()
-        self.prefix, self.suffix = [None] * layers, [None] * layers
+        self.prefix, self.suffix = [[] for _ in range(layers)], [None] * layers
         self.max_tokens, self.window = max_tokens, 0
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # in the responses, of the next token
 
     def update(self, keys, values, layer, *args, **kwargs):
         keys = keys.to(values.dtype)  # autocast computes rotary embeddings in fp32
-        if self.prefix[layer] is None:  # the prompt: (P, heads, Lp, d)
-            self.prefix[layer] = (keys, values)
+        if not self.window:  # some of the prompts: (p, heads, Lp, d)
+            self.prefix[layer].append((keys, values))
             return keys, values
         if self.suffix[layer] is None:  # one more token of each response: (P, heads, G, d)
+            self.prefix[layer] = tuple(map(torch.cat, zip(*self.prefix[layer])))
             size = (*keys.shape[:3], self.max_tokens, keys.shape[3])
             self.suffix[layer] = (keys.new_zeros(size), values.new_zeros(size))
         for buffer, new in zip(self.suffix[layer], (keys, values)):
@@ -645,8 +649,9 @@ class SharedPrefixCache(transformers.DynamicCache):
 
     def keep(self, prompts):
         """Forgets all prompts but these, when the others' responses have all ended."""
-        self.prefix = [tuple(x[prompts] for x in pair) for pair in self.prefix]
-        self.suffix = [tuple(x[prompts] for x in pair) for pair in self.suffix]
+        for layers in (self.prefix, self.suffix):
+            for i, pair in enumerate(layers):  # one layer at a time is there twice
+                layers[i] = tuple(x[prompts] for x in pair)
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -710,12 +715,15 @@ def token_chooser(model, temperature, top_p, top_k):
 
 
 @torch.no_grad()
-def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_id, together=False, graphs=False):
+def generate(
+    model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_id, budget=1, together=False, graphs=False
+):
     """G responses to each of P prompts, in one batch.
 
     Args: `uniforms` (P * G, max_tokens) in [0, 1), one for each token to come; `choose` from `token_chooser`;
-    `together`: the weights are sharded, so that all processes go on as long as one of them does; `graphs`: a token's
-    kernels are recorded once for each batch and window, and replayed.
+    `budget`: prompts are computed so many tokens at a time, or one by one; `together`: the weights are sharded, so that
+    all processes go on as long as one of them does; `graphs`: a token's kernels are recorded once for each batch and
+    window, and replayed.
     Returns responses (P * G, T) and their mask, True up to and including the first of the `eos` tokens.
     """
     P, G, device = len(prompts), group_size, model.device
@@ -724,18 +732,23 @@ def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_
     positions = torch.stack([pad(p.position_ids, (width - len(p.input_ids), 0)) for p in prompts], 1).to(device)
     real = torch.stack([torch.arange(width) >= width - len(p.input_ids) for p in prompts]).to(device)  # (P, Lp)
     cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, max_tokens, device)
-    seen = pictures(prompts, device)
 
-    def next_logits(**inputs):
+    def next_logits(prompts, **inputs):
+        seen = pictures(prompts, device)
+
         def run(model):
-            if together and not seen and cache.prefix[0] is None:
+            if together and prompts and not seen:
                 blank_picture(model)
-            return model.lm_head(model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state)
+            hidden = model.model(**inputs, **seen, past_key_values=cache, use_cache=True).last_hidden_state
+            return model.lm_head(hidden[:, -1:] if prompts else hidden)
 
         return model.inside(run) if together else run(model)
 
-    logits = next_logits(input_ids=ids, attention_mask=real, position_ids=positions, **seen)[:, -1]
-    logits = logits.repeat_interleave(G, 0)  # (P * G, V)
+    size = P if together else max(1, budget // width)  # sharded weights are gathered as often by all processes
+    parts = [slice(start, start + size) for start in range(0, P, size)]
+    inputs = [{"input_ids": ids[p], "attention_mask": real[p], "position_ids": positions[:, p]} for p in parts]
+    logits = torch.cat([next_logits(prompts[p], **x) for p, x in zip(parts, inputs)])  # (P, 1, V)
+    logits = logits[:, 0].repeat_interleave(G, 0)  # (P * G, V)
     after = positions.amax((0, 2)) + 1  # (P,) the position of a response's first token
     slots = torch.arange(max_tokens, device=device)
 
@@ -743,7 +756,7 @@ def generate(model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_
         written = (slots[: cache.window] <= cache.place).expand(len(tokens), -1)
         sees = torch.cat([real, written], 1)[:, None, None]  # (P, 1, 1, Lp + window)
         place = (after + cache.place)[:, None].expand(3, -1, G)
-        return next_logits(input_ids=tokens, attention_mask=sees, position_ids=place).flatten(0, 1)
+        return next_logits([], input_ids=tokens, attention_mask=sees, position_ids=place).flatten(0, 1)
 
     responses = torch.full((P, G, max_tokens), pad_id, device=device)
     uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
@@ -824,7 +837,7 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
         size = (args.group_size, args.max_response_tokens)
         tables = [torch.rand(size, generator=seeded(args.seed, step, p.index, p.place)) for p in batch]
         uniforms = torch.cat([table[part] for table in tables])
-        limits = (args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id)
+        limits = (args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id, args.tokens_per_row)
         responses, mask = generate(model, batch, G, *limits, together, args.cuda_graphs)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
         for i, prompt in enumerate(batch):
@@ -1351,8 +1364,9 @@ def plan(args, gpus):
 
     Returns {"kept" | "sampling" | "update": {part: bytes}}, for prompts and responses of the full length. Activations
     are what autograd keeps of a layer, per token: 6 D around norms and residuals, 5 of all heads around attention, 4 of
-    the MLP's width; with gradient checkpointing that of one layer, and D for every layer. While the backward pass frees
-    activations it makes gradients: the update holds the larger of the two.
+    the MLP's width; with gradient checkpointing that of one layer, and D for every layer; in sampling, of one layer for
+    the prompts that are computed at a time. While the backward pass frees activations it makes gradients: the update
+    holds the larger of the two.
     """
     source = str(TOY / "model") if args.model == "toy" else args.model
     try:
@@ -1377,9 +1391,14 @@ def plan(args, gpus):
         return tokens * number * (depth * D + layer if args.gradient_checkpointing else depth * layer)
 
     D = model.model.visual.blocks[0].norm1.weight.numel()
-    seen = activations(patches, vision.depth, D, D, getattr(vision, "intermediate_size", 4 * D))
-    shape = text.num_hidden_layers, text.hidden_size, text.num_attention_heads * head, text.intermediate_size
-    read = activations(row, *shape) + row**2 * (1 + number)  # with the attention mask, as booleans and as numbers
+    seeing = D, D, getattr(vision, "intermediate_size", 4 * D)
+    reading = text.hidden_size, text.num_attention_heads * head, text.intermediate_size
+    together = min(batch, max(1, args.tokens_per_row // prompt))  # prompts that are computed at a time
+    first = max(activations(together * patches, 1, *seeing), activations(together * prompt, 1, *reading))
+    seen = activations(patches, vision.depth, *seeing)
+    read = activations(row, text.num_hidden_layers, *reading) + row**2 * (
+        1 + number
+    )  # with the attention mask, as booleans and as numbers
     logits = HEAD_CHUNK * text.vocab_size * 4 * 4 + embeddings * 4  # four copies of a chunk, and the head's gradient
     one_layer = number * (embeddings + parameters // text.num_hidden_layers)
     whole_weights = number * parameters if gpus > 1 or number == 2 else 0
@@ -1399,6 +1418,7 @@ def plan(args, gpus):
             * head
             * number,
             "logits": batch * G * text.vocab_size * 24,
+            "prompts": first,
         },
         "update": {
             "gathered weights": one_layer if gpus > 1 else whole_weights,
@@ -1470,6 +1490,7 @@ class Run:
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if bf16 else "no",
+            kwargs_handlers=[PATIENCE],
             log_with=trackers or None,
             project_dir=str(self.output),
         )
@@ -1606,7 +1627,7 @@ class Run:
                 torch.cuda.synchronize()
         except torch.OutOfMemoryError as error:
             flags = (
-                "--rollout_prompts, then --max_response_tokens"
+                "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
                 if name == "rollout"
                 else "--tokens_per_row, then --max_pixels"
             )
@@ -1788,13 +1809,15 @@ class Run:
         order = self.eval_data.indices
         if 0 < args.eval_rows < len(order):
             order = sorted(random.Random(args.seed).sample(order, args.eval_rows))
-        mine, batch = order[self.rank :: self.world], args.rollout_prompts * args.group_size
-        wide = dataclasses.replace(args, rollout_prompts=batch)  # as many responses at a time as in training
+        mine, T = order[self.rank :: self.world], args.max_response_tokens
+        batch = args.rollout_prompts * (self.data.width + args.group_size * T) // (self.eval_data.width + T)
+        batch = max(1, batch)  # as many prompts, of one response each, as take the memory of training's
+        wide = dataclasses.replace(args, rollout_prompts=batch)
         right = tokens = truncated = 0
         most = math.ceil(len(order) / self.world)  # the same number of rows everywhere; what fills up is not counted
         filled = mine + order[:1] * (most - len(mine))
         bar = tqdm(total=most, desc="evaluation", leave=False, disable=not self.main, unit="row")
-        with bar, self.sampling():
+        with bar, self.phase("rollout"):
             for start in range(0, most, batch):
                 prompts = list(self.stream.pool.map(self.eval_data.prompt, filled[start : start + batch]))
                 groups = rollout(
@@ -1930,15 +1953,16 @@ class Run:
 
     def restore(self, state):
         """Optimiser, counters and log as they were; returns the position in the data."""
-        moments = load_file(self.output / "last" / "optimizer.safetensors")
-        if {key.rpartition(".")[0] for key in moments} != set(self.parameters):
+        moments = safe_open(self.output / "last" / "optimizer.safetensors", "pt")  # read tensor by tensor
+        keys = moments.keys()
+        if {key.rpartition(".")[0] for key in keys} != set(self.parameters):
             raise UserError(
                 f"--resume: the optimiser state in {self.output}/last is of other weights than this run trains: "
                 f"give the same --model and --freeze_vision, or start anew with another --output."
             )
-        for key, value in moments.items():
+        for key in keys:
             name, _, what = key.rpartition(".")
-            p = self.parameters[name]
+            p, value = self.parameters[name], moments.get_tensor(key)
             if what != "step":
                 value = value.to(self.accelerator.device)
                 value = distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value

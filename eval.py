@@ -73,6 +73,7 @@ class Args:
     resume: bool = flag(False, "go on with what a stopped evaluation wrote to --output")
     compare: list[str] | None = flag(None, "two result folders: the difference of the second to the first, and stop")
     reshard_while_sampling = cuda_graphs = False  # flags of training's sampler: each process has a model of its own
+    tokens_per_row = 16384  # prompts are computed so many tokens at a time
 
     def __post_init__(self):
         state = Path(self.model) / "trainer_state.json"  # a checkpoint of ours knows how it was trained
@@ -316,7 +317,7 @@ class Evaluation:
 
     def __init__(self, args):
         self.args, self.output = args, Path(args.output)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[common.PATIENCE])
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.protocol = self.find_protocol()
         source = str(common.TOY / "model") if args.model == "toy" else args.model

@@ -97,6 +97,28 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
         assert len(set(mask.sum(1).tolist())) > 3 and longest.min() < longest.max()
 
 
+@pytest.mark.parametrize("fit, sizes", [(0, [1] * 4), (1.5, [1] * 4), (2, [2, 2]), (3, [3, 1]), (100, [4])])
+def test_prompts_are_computed_in_parts_and_only_their_last_place_has_logits(fit, sizes):
+    model, G = tiny_model("qwen2_5_vl").eval(), 3
+    prompts = [tiny_prompt(model, [(4, 6)] * images, seed=i) for i, images in enumerate((1, 0, 2, 1))]
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    choose, uniforms = token_chooser(model, 1.0, 1.0, 0), torch.rand(4 * G, 6, generator=seeded(3))
+    heads, reads = [], []
+    hooks = [
+        model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(tuple(args[0].shape[:2]))),
+        model.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs: reads.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+        ),
+    ]
+    responses, mask = generate(model, prompts, G, 6, choose, uniforms, END, 0, budget=int(fit * width))
+    for hook in hooks:
+        hook.remove()
+    assert reads[: len(sizes) + 1] == [(size, width) for size in sizes] + [(4, G)]
+    assert heads[: len(sizes) + 1] == [(size, 1) for size in sizes] + [(4, G)]
+    want, wanted = generate(model, prompts, G, 6, choose, uniforms, END, 0, budget=10**6)
+    assert torch.equal(responses, want) and torch.equal(mask, wanted)
+
+
 def test_a_rollout_does_not_depend_on_its_batch(toy):
     from common import Args, Data, rollout
 

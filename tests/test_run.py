@@ -212,6 +212,28 @@ def test_out_of_memory_names_the_flags_to_turn(args, phase, flag):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
+def test_evaluation_takes_the_memory_of_sampling_and_fails_like_it(args, monkeypatch):
+    args.rollout_prompts, args.eval_rows, args.max_response_tokens = 3, 60, 40
+    run, batches = Run(args), []
+    run.begin = time.perf_counter()
+
+    def rollout(model, tokenizer, prompts, wide, step, part, temperature):
+        batches.append(prompts)
+        assert len(prompts) <= wide.rollout_prompts and temperature == args.eval_temperature
+        memory = args.rollout_prompts * (run.data.width + args.group_size * args.max_response_tokens)
+        assert len(prompts) * (run.eval_data.width + args.max_response_tokens) <= memory
+        return common_rollout(model, tokenizer, prompts, wide, step, part, temperature)
+
+    common_rollout = common.rollout
+    monkeypatch.setattr(common, "rollout", rollout)
+    run.evaluate()
+    assert sum(map(len, batches)) == 60 and len({prompt.index for batch in batches for prompt in batch}) == 60
+    assert args.rollout_prompts < len(batches[0]) < 60
+    monkeypatch.setattr(common, "rollout", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
+    with pytest.raises(UserError, match="out of memory in the rollout phase: lower --rollout_prompts"):
+        run.evaluate()
+
+
 def test_truncated_responses_may_be_left_out(monkeypatch, tmp_path):
     def reward(self, groups):
         for group in groups:

@@ -134,9 +134,7 @@ def report():
     found, gains = defaultdict(dict), {}
     for record in sorted(records(), key=lambda record: [*ARMS].index(record["arm"])):
         found[record["arm"]][record["seed"]] = record
-    print(
-        f"| arm | seeds | test accuracy | against its GRPO, paired | steps to {GOAL:.0%} | seconds / its GRPO's, median |"
-    )
+    print(f"| arm | seeds | test accuracy | against its GRPO, paired | steps to {GOAL:.0%} | seconds / GRPO's |")
     print("|---|---|---|---|---|---|")
     for arm, (_, base) in ARMS.items():
         seeds = sorted(found[arm].keys() & found[base].keys())
