@@ -1641,6 +1641,8 @@ class Run:
             if not self.args.reshard_while_sampling:
                 stack.enter_context(gathered(self.model))
             yield
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the update finds memory in one piece
 
     def draw(self):
         """This process's share of the next --prompts_per_step prompts; nothing once the step is full."""
@@ -1732,6 +1734,7 @@ class Run:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm))
         if norm.isfinite():
             self.optimizer.step()
+            torch.clear_autocast_cache()  # bf16 copies of the weights as they were
             self.norms.append(norm.item())
         else:
             self.skipped += 1

@@ -114,6 +114,19 @@ common.Reward.__call__ = reward
     assert one[1][0]["filtered_groups"] == 0.5
 
 
+def test_bfloat16_on_two_processes_is_close_to_float32(tmp_path):
+    flags = ["--steps", 1, "--updates_per_step", 2, "--gradient_checkpointing", "--eval_rows", 0]
+    exact, (line,) = finished(1, tmp_path / "fp32", *flags)
+    tensors, (rounded,) = finished(2, tmp_path / "bf16", *flags, "--dtype", "bfloat16")
+    for name in ("entropy", "grad_norm", "approx_kl"):
+        assert rounded[name] == pytest.approx(line[name], rel=0.3), name
+        assert rounded[name] != line[name]
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    before = load_file(ROOT / "toy/model/model.safetensors")
+    agree = [((tensors[k] - before[k]) * (exact[k] - before[k]) > 0).float().mean() for k in before]  # in sign
+    assert min(agree) > 0.6 and sum(agree) / len(agree) > 0.8
+
+
 def test_freeze_vision_on_two(tmp_path):
     tensors, _ = finished(2, tmp_path / "two", "--freeze_vision", "--eval_rows", 0)
     before = load_file(ROOT / "toy/model/model.safetensors")

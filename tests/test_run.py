@@ -93,6 +93,15 @@ def test_bfloat16_compute_with_float32_weights(monkeypatch, tmp_path):
     accelerate.state.AcceleratorState._reset_state(True)
 
 
+def test_every_update_in_bfloat16_sees_the_weights_of_the_one_before(monkeypatch, tmp_path):
+    flags = ["--steps", 1, "--updates_per_step", 2, "--learning_rate", 1e-3]
+    exact = train(monkeypatch, tmp_path / "fp32", *flags)[0]["approx_kl"]
+    accelerate.state.AcceleratorState._reset_state(True)
+    moved = train(monkeypatch, tmp_path / "bf16", *flags, "--dtype", "bfloat16")[0]["approx_kl"]
+    accelerate.state.AcceleratorState._reset_state(True)
+    assert exact > 1e-4 and moved == pytest.approx(exact, rel=0.5)
+
+
 def test_freeze_vision(monkeypatch, tmp_path):
     train(monkeypatch, tmp_path / "run", "--steps", 1, "--freeze_vision")
     after, before = load_file(tmp_path / "run/last/model.safetensors"), load_file(ROOT / "toy/model/model.safetensors")
