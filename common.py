@@ -815,7 +815,7 @@ def pictures(prompts, device):
     if not prompts:
         return {}
     return {
-        "pixel_values": torch.cat([p.pixel_values for p in prompts]).to(device),
+        "pixel_values": torch.cat([p.pixel_values.to(device) for p in prompts]),  # a method may have made some there
         "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]).to(device),
     }
 

@@ -357,7 +357,7 @@ def token_page(args):
     for place, index in enumerate(data.indices[:200]):
         prompt = dataclasses.replace(data.prompt(index), place=place)
         (group,) = common.rollout(model, processor.tokenizer, [prompt], args, "show")
-        group.advantages = common.group_advantages(reward([group]))[0]
+        group.advantages = common.group_advantages(reward([group]))[0].to(group.mask.device)
         if 0 < group.accuracy.sum() < len(group.accuracy):
             text, said = section(len(sections), group, nothing)
             sections.append(text)
