@@ -20,7 +20,7 @@ def record(arm, seed, last, seconds=1.0):
 
 
 def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
-    found = [record("GRPO", 0, 0.7), record("GRPO", 1, 0.8), record("PEPO", 1, 0.9, 2.0), record("PEPO", 0, 0.6, 2.0)]
+    found = [record("GRPO", 0, 0.7), record("GRPO", 1, 0.8), record("PEPO", 1, 1.0, 2.0), record("PEPO", 0, 0.6, 2.0)]
     found += [record("PEPO", 2, 0.1)]  # GRPO has no such seed yet: left out
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
     monkeypatch.setattr(compare, "TOY", tmp_path)
@@ -30,11 +30,11 @@ def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
         line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in capsys.readouterr().out.splitlines()
     }
     t = 12.7062 / 2**0.5  # of 1 degree, over the root of 2 seeds
-    assert rows["GRPO"][1:3] == [f"75.0 ± {t * 7.0711:.1f} %", "-"] and rows["GRPO"][4] == "1.00"
-    assert rows["GRPO"][3].startswith("2 ± ")  # 2 and 1.5 steps
-    assert rows["PEPO"][0] == "2" and rows["PEPO"][1].startswith("75.0 ± ")
-    assert rows["PEPO"][2] == f"+0.0 ± {t * 14.1421:.1f} points" and rows["PEPO"][4] == "2.00"
-    assert rows["PEPO"][3] == "- (1 of 2 seeds)"
+    assert rows["GRPO"][1:4] == [f"75.0 ± {t * 7.0711:.1f} %", "-", "-"] and rows["GRPO"][5] == "1.00"
+    assert rows["GRPO"][4].startswith("2 ± ")  # 2 and 1.5 steps
+    assert rows["PEPO"][0] == "2" and rows["PEPO"][1].startswith("80.0 ± ")
+    assert rows["PEPO"][2] == f"+5.0 ± {t * 21.2132:.1f}" and rows["PEPO"][5] == "2.00"  # gains of -10 and +20 points
+    assert rows["PEPO"][3] == f"+2.5 ± {t * 10.6066:.1f}" and rows["PEPO"][4] == "- (1 of 2 seeds)"
     assert (tmp_path / "comparison.png").exists()
 
 

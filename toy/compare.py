@@ -122,6 +122,16 @@ def steps_to(goal, points):
     return None
 
 
+def over_the_run(points):
+    """The mean accuracy of a run: the area under its evaluations, joined by straight lines, over its steps.
+
+    >>> over_the_run([(0, 0.5), (20, 0.5), (40, 1.0)])
+    0.625
+    """
+    area = sum((b - a) * (low + high) / 2 for (a, low), (b, high) in zip(points, points[1:]))
+    return area / (points[-1][0] - points[0][0])
+
+
 def interval(values):
     """Mean and half width of its 95 % interval by Student's t."""
     values = torch.tensor(values, dtype=torch.float64)
@@ -130,35 +140,42 @@ def interval(values):
 
 
 def report():
-    """Prints a Markdown table of all arms, and draws it; also draws their curves."""
+    """Prints a Markdown table of all arms, and draws it; also draws their curves.
+
+    `paired`: points of accuracy against the arm's GRPO, seed by seed; ±: 95 % interval; seconds: the median ratio.
+    """
     found, gains = defaultdict(dict), {}
     for record in sorted(records(), key=lambda record: [*ARMS].index(record["arm"])):
         found[record["arm"]][record["seed"]] = record
-    print(f"| arm | seeds | test accuracy | against its GRPO, paired | steps to {GOAL:.0%} | seconds / GRPO's |")
-    print("|---|---|---|---|---|---|")
+    print(f"| arm | seeds | accuracy at the end | paired | over the run, paired | steps to {GOAL:.0%} | seconds |")
+    print("|---|---|---|---|---|---|---|")
     for arm, (_, base) in ARMS.items():
         seeds = sorted(found[arm].keys() & found[base].keys())
         if not seeds:
             continue
-        last = {name: [found[name][seed]["evaluations"][-1][1] for seed in seeds] for name in (arm, base)}
-        mean, half = interval(last[arm])
-        difference = "-"
+        tests = {name: [found[name][seed]["evaluations"] for seed in seeds] for name in (arm, base)}
+        mean, half = interval([points[-1][1] for points in tests[arm]])
+        at_the_end, all_along = "-", "-"
         if arm != base:
-            gains[arm] = interval([100 * (a - b) for a, b in zip(last[arm], last[base])])
-            difference = f"{gains[arm][0]:+.1f} ± {gains[arm][1]:.1f} points"
-        reached = [step for seed in seeds if (step := steps_to(GOAL, found[arm][seed]["evaluations"]))]
+            pairs = [*zip(tests[arm], tests[base])]
+            end = interval([100 * (a[-1][1] - b[-1][1]) for a, b in pairs])
+            whole = interval([100 * (over_the_run(a) - over_the_run(b)) for a, b in pairs])
+            gains[arm] = (end, whole)
+            at_the_end, all_along = (f"{gain + 0.0:+.1f} ± {error:.1f}" for gain, error in gains[arm])
+        reached = [step for points in tests[arm] if (step := steps_to(GOAL, points))]
         step = f"{interval(reached)[0]:.0f} ± {interval(reached)[1]:.0f}" if len(reached) > 1 else "-"
         step += f" ({len(reached)} of {len(seeds)} seeds)" if len(reached) < len(seeds) else ""
         slower = [sum(found[arm][seed]["seconds"]) / sum(found[base][seed]["seconds"]) for seed in seeds]
         accuracy = f"{100 * mean:.1f} ± {100 * half:.1f} %"
-        print(f"| {arm} | {len(seeds)} | {accuracy} | {difference} | {step} | {statistics.median(slower):.2f} |")
+        cells = [arm, len(seeds), accuracy, at_the_end, all_along, step, f"{statistics.median(slower):.2f}"]
+        print(f"| {' | '.join(map(str, cells))} |")
     runs = {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}
     draw(runs, gains)
     show.curves(runs, TOY / "curves")
 
 
 def draw(runs, gains):
-    """toy/comparison.png: accuracy of {arm: [metrics of a seed]}, and {arm: (points, half width)} against its GRPO."""
+    """toy/comparison.png: accuracy of {arm: [metrics of a seed]}, and what {arm: (at the end, over the run)} gains."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6.4), height_ratios=[1.25, 1], layout="constrained")
     for place, (arm, seeds) in enumerate(runs.items()):
         colour, line = ("black", "-:"[arm == "GRPO, 12"]) if arm not in gains else (f"C{place % 10}", "-")
@@ -167,13 +184,15 @@ def draw(runs, gains):
         if arm == "GRPO":
             top.fill_between(steps, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.12, linewidth=0)
         if arm in gains:
-            bottom.errorbar(gains[arm][0], arm, xerr=gains[arm][1], fmt="o", color=colour, capsize=3)
+            for (gain, error), shift, fill in zip(gains[arm], (-0.15, 0.15), ("none", "full")):
+                bottom.errorbar(gain, place + shift, xerr=error, fmt="o", color=colour, capsize=3, fillstyle=fill)
     top.set_title("test accuracy, %: mean of the seeds, and GRPO's 95 % band", fontsize=10)
     top.set_xlabel("step")
     top.legend(fontsize=8, ncols=2)
     bottom.axvline(0, color="black", linewidth=1)
+    bottom.set_yticks([place for place, arm in enumerate(runs) if arm in gains], [arm for arm in runs if arm in gains])
     bottom.invert_yaxis()
-    bottom.set_title("points against GRPO with as many responses, paired, 95 %", fontsize=10)
+    bottom.set_title("points against its GRPO, 95 %; full: over the run, hollow: at the end", fontsize=10)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     figure.savefig(TOY / "comparison.png", dpi=150)
