@@ -25,13 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 P, G, PIXELS = 2, 8, 448
-METHODS = {
-    "vepo": 1.5,
-    "vgpo": 1.1,
-    "prpo": 1.8,
-    "pepo": 1.1,
-    "saei": 2.0,
-}  # script: its bar, whole steps against GRPO's
+METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1, "saei": 2.0}  # what a step may cost, in GRPO's
 
 
 def make_model():

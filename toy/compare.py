@@ -1,6 +1,6 @@
 """Every method on the toy, five seeds each, from the same prompts: reruns what toy/comparison.jsonl does not hold yet.
 
-    python toy/compare.py                # about two hours on 2 cores; stop and start it as you like
+    python toy/compare.py                # about an hour and a half on 2 cores; stop and start it as you like
     python toy/compare.py --report       # the table, toy/comparison.png and toy/curves.png, from what is there
 
 Every run: 150 steps of 16 prompts, 8 responses each (12 for SaEI, 6 + 6, and for the GRPO that it is compared with),
@@ -42,6 +42,7 @@ ARMS = {  # name: (script and flags, the arm that it is compared with)
     "GRPO, 12": ("grpo.py --group_size 12", "GRPO, 12"),
     "SaEI, 6 + 6": ("saei.py", "GRPO, 12"),
 }
+CONTROLS = [("VEPO", "random 20 %"), ("VEPO", "top entropy"), ("PRPO", "PRPO shuffled")]
 SEEDS, GOAL = range(5), 0.7
 RESULTS = TOY / "comparison.jsonl"
 
@@ -139,6 +140,18 @@ def interval(values):
     return values.mean().item(), half
 
 
+def gain(arm, base):
+    """Points of accuracy of one arm over another, at the end and over the run: two intervals of paired differences.
+
+    Both are {seed: record}.
+    """
+    pairs = [(arm[seed]["evaluations"], base[seed]["evaluations"]) for seed in sorted(arm.keys() & base.keys())]
+    return (
+        interval([100 * (a[-1][1] - b[-1][1]) for a, b in pairs]),
+        interval([100 * (over_the_run(a) - over_the_run(b)) for a, b in pairs]),
+    )
+
+
 def report():
     """Prints a Markdown table of all arms, and draws it; also draws their curves.
 
@@ -153,22 +166,23 @@ def report():
         seeds = sorted(found[arm].keys() & found[base].keys())
         if not seeds:
             continue
-        tests = {name: [found[name][seed]["evaluations"] for seed in seeds] for name in (arm, base)}
-        mean, half = interval([points[-1][1] for points in tests[arm]])
-        at_the_end, all_along = "-", "-"
+        tests = [found[arm][seed]["evaluations"] for seed in seeds]
+        mean, half = interval([points[-1][1] for points in tests])
+        differences = ["-", "-"]
         if arm != base:
-            pairs = [*zip(tests[arm], tests[base])]
-            end = interval([100 * (a[-1][1] - b[-1][1]) for a, b in pairs])
-            whole = interval([100 * (over_the_run(a) - over_the_run(b)) for a, b in pairs])
-            gains[arm] = (end, whole)
-            at_the_end, all_along = (f"{gain + 0.0:+.1f} ± {error:.1f}" for gain, error in gains[arm])
-        reached = [step for points in tests[arm] if (step := steps_to(GOAL, points))]
+            gains[arm] = gain(found[arm], found[base])
+            differences = [f"{points:+.1f} ± {error:.1f}" for points, error in gains[arm]]
+        reached = [step for points in tests if (step := steps_to(GOAL, points))]
         step = f"{interval(reached)[0]:.0f} ± {interval(reached)[1]:.0f}" if len(reached) > 1 else "-"
         step += f" ({len(reached)} of {len(seeds)} seeds)" if len(reached) < len(seeds) else ""
         slower = [sum(found[arm][seed]["seconds"]) / sum(found[base][seed]["seconds"]) for seed in seeds]
         accuracy = f"{100 * mean:.1f} ± {100 * half:.1f} %"
-        cells = [arm, len(seeds), accuracy, at_the_end, all_along, step, f"{statistics.median(slower):.2f}"]
+        cells = [arm, len(seeds), accuracy, *differences, step, f"{statistics.median(slower):.2f}"]
         print(f"| {' | '.join(map(str, cells))} |")
+    for arm, base in CONTROLS:
+        if found[arm].keys() & found[base].keys():
+            end, whole = (f"{points:+.1f} ± {error:.1f}" for points, error in gain(found[arm], found[base]))
+            print(f"{arm} against {base}: {end} at the end, {whole} over the run")
     runs = {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}
     draw(runs, gains)
     show.curves(runs, TOY / "curves")
@@ -184,8 +198,8 @@ def draw(runs, gains):
         if arm == "GRPO":
             top.fill_between(steps, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.12, linewidth=0)
         if arm in gains:
-            for (gain, error), shift, fill in zip(gains[arm], (-0.15, 0.15), ("none", "full")):
-                bottom.errorbar(gain, place + shift, xerr=error, fmt="o", color=colour, capsize=3, fillstyle=fill)
+            for (points, error), shift, fill in zip(gains[arm], (-0.15, 0.15), ("none", "full")):
+                bottom.errorbar(points, place + shift, xerr=error, fmt="o", color=colour, capsize=3, fillstyle=fill)
     top.set_title("test accuracy, %: mean of the seeds, and GRPO's 95 % band", fontsize=10)
     top.set_xlabel("step")
     top.legend(fontsize=8, ncols=2)
