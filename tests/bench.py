@@ -1,6 +1,6 @@
 """Speed as ratios of one run: python tests/bench.py [--repeats 5]
 
-Shape: a random Qwen2.5-VL of about 25M parameters with 8,192 tokens, 2 prompts of one 448-pixel picture (256 image
+Shape: a random Qwen2.5-VL of 28M parameters with 8,192 tokens, 2 prompts of one 448-pixel picture (256 image
 tokens), G = 8, 64 response tokens. Every figure is a ratio of medians of interleaved runs, so that a machine that is
 slow today is slow for both sides. The last one runs the same step in TRL's GRPOTrainer (tests/requirements.txt).
 """
