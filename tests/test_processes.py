@@ -114,10 +114,20 @@ common.Reward.__call__ = reward
     assert one[1][0]["filtered_groups"] == 0.5
 
 
-def test_bfloat16_on_two_processes_is_close_to_float32(tmp_path):
+FP32_ANGLES = """
+def checked(run, rehearse=common.Run.rehearse):
+    def angles(_, args, kwargs):
+        assert all(x.dtype == torch.float32 for x in kwargs["position_embeddings"])
+    run.model.model.visual.blocks[0].attn.register_forward_pre_hook(angles, with_kwargs=True)
+    rehearse(run)
+common.Run.rehearse = checked
+"""
+
+
+def test_bfloat16_on_two_processes_is_close_to_float32(tmp_path, patched):
     flags = ["--steps", 1, "--updates_per_step", 2, "--gradient_checkpointing", "--eval_rows", 0]
     exact, (line,) = finished(1, tmp_path / "fp32", *flags)
-    tensors, (rounded,) = finished(2, tmp_path / "bf16", *flags, "--dtype", "bfloat16")
+    tensors, (rounded,) = finished(2, tmp_path / "bf16", *flags, "--dtype", "bfloat16", script=patched(FP32_ANGLES))
     for name in ("entropy", "grad_norm", "approx_kl"):
         assert rounded[name] == pytest.approx(line[name], rel=0.3), name
         assert rounded[name] != line[name]
