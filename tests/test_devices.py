@@ -1,0 +1,156 @@
+"""Tensors on two devices never meet: a GPU is played by tagged storages, and what fails there fails here.
+
+The device "cpu:0" stands for the GPU, "cpu" for main memory. What is made on it, or moved to it, has a tagged storage;
+an operation on tagged and untagged tensors together raises, as it would on a GPU, but for scalars and for indices.
+Backward passes are not watched: what autograd makes there is where its inputs are.
+"""
+
+import sys
+
+import accelerate
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import common
+import eval as evaluation
+import grpo
+import pepo
+import prpo
+import saei
+import show
+import vepo
+import vgpo
+
+GPU, CPU = torch.device("cpu", 0), torch.device("cpu")
+
+
+def there(tensor):
+    return getattr(tensor.untyped_storage(), "on_gpu", False)
+
+
+def tensors_in(values):
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+class Devices(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        inputs = tensors_in((args, kwargs))
+        if name not in ("copy_", "_to_copy"):
+            indexed = name in ("index", "index_put", "index_put_") and there(args[0])  # by indices from anywhere
+            judged = args[:1] + args[2:] if indexed else inputs
+            places = {there(x) for x in tensors_in(judged) if there(x) or x.dim()}
+            assert len(places) < 2, f"{name}: tensors on two devices, of shapes {[tuple(x.shape) for x in inputs]}"
+        before = {x.untyped_storage()._cdata for x in inputs}
+        out = function(*args, **kwargs)
+        device = kwargs.get("device") if name != "_to_copy" or kwargs.get("device") == GPU else None  # of `fetched`
+        for made in tensors_in(out):
+            if made.untyped_storage()._cdata not in before:
+                made.untyped_storage().on_gpu = device == GPU if device is not None else any(map(there, inputs))
+        return out
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """Python's view of a machine with a GPU; operations are checked inside of `with Devices()`."""
+    to, cpu, numpy, tensor = torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.numpy, torch.tensor
+    backward, grad, load, parameters = torch.autograd.backward, torch.autograd.grad, common.load_model, []
+
+    def moved(self, *args, **kwargs):
+        if args and isinstance(args[0], torch.Tensor):
+            args = (args[0].device, args[0].dtype)
+        if any(isinstance(x, torch.device | str) and torch.device(x) == CPU for x in [*args, *kwargs.values()]):
+            self = self.cpu()
+        return to(self, *args, **kwargs)
+
+    def fetched(self):
+        copy = self.clone() if there(self) else cpu(self)
+        copy.untyped_storage().on_gpu = False
+        return copy
+
+    def exported(self, *args, **kwargs):
+        assert not there(self), "numpy() of a tensor on the GPU"
+        return numpy(self, *args, **kwargs)
+
+    def loaded(*args, **kwargs):
+        model = load(*args, **kwargs)
+        parameters.extend(model.parameters())
+        return model
+
+    def backwards(*args, **kwargs):
+        with _disable_current_modes():
+            backward(*args, **kwargs)
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.untyped_storage().on_gpu = there(p)
+
+    def gradients(outputs, inputs, **kwargs):
+        with _disable_current_modes():
+            found = grad(outputs, inputs, **kwargs)
+        for x, gradient in zip(inputs, found):
+            gradient.untyped_storage().on_gpu = there(x)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "backward", backwards)
+    monkeypatch.setattr(torch.autograd, "grad", gradients)
+    monkeypatch.setattr(common, "load_model", loaded)
+    monkeypatch.setattr(common, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    monkeypatch.setattr(torch.Tensor, "cpu", fetched)
+    monkeypatch.setattr(torch.Tensor, "numpy", exported)
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: GPU if there(self) else CPU))
+    monkeypatch.setattr(torch, "tensor", lambda *a, device=None, **k: tensor(*a, **k).to(device or CPU))
+    monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda self: GPU))
+
+
+def test_what_fails_on_a_gpu_fails_here(two_devices):
+    with Devices():
+        here, gone = torch.ones(3), torch.ones(3).to(GPU)
+        assert here.device == CPU and gone.device == GPU and (gone * 2)[1:].device == GPU and gone.cpu().device == CPU
+        assert (
+            torch.zeros(2, device=GPU).device == torch.zeros_like(gone).device == gone.to(torch.float64).device == GPU
+        )
+        assert (gone * here.sum() + gone[torch.tensor([0, 1, 1])]).device == GPU  # a scalar, indices
+        for mixed in (
+            lambda: here + gone,
+            lambda: torch.cat([here, gone]),
+            lambda: here[gone > 0],
+            lambda: gone.numpy(),
+        ):
+            with pytest.raises(AssertionError):
+                mixed()
+        assert here.to(gone).device == GPU and gone.to(here).device == CPU
+
+
+@pytest.mark.parametrize("module", [grpo, vepo, vgpo, prpo, pepo, saei])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates):
+    flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 12 --eval_rows 3 --show_every 1 --kl_coef 0.01"
+    size = "--n1 2 --n2 2 --save_images 4 --measure_every 1" if module is saei else "--group_size 4"
+    argv = f"x --output {tmp_path / 'run'} {flags} {size} --updates_per_step {updates} --tokens_per_row 130"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    runs = []
+
+    def failing_once(group, *rest, gradient=saei.entropy_gradient):  # one prompt keeps its clean picture
+        H, found, kept = gradient(group, *rest)
+        return H, [x * float("nan") if group.prompt.place == 1 else x for x in found], kept
+
+    monkeypatch.setattr(saei, "entropy_gradient", failing_once)
+    monkeypatch.setattr(common.Run, "rehearse", lambda run, do=common.Run.rehearse: (runs.append(run), do(run)))
+    with Devices():
+        module.main()
+    assert all(there(p) for p in runs[0].model.parameters()) and not there(runs[0].groups[0].rewards)
+    assert there(runs[0].groups[0].responses)
+
+
+def test_evaluation_and_the_page_of_tokens_on_a_gpu(two_devices, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", f"x --rows 3 --samples 2 --temperature 1 --output {tmp_path / 'eval'}".split())
+    with Devices():
+        evaluation.main()
+    move = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **k: move(self, GPU))
+    with Devices():
+        page = show.token_page(show.TokenArgs(prompts=1, max_response_tokens=30))
+    assert "A wrong response" in page
