@@ -55,7 +55,10 @@ class Devices(TorchDispatchMode):
 @pytest.fixture
 def two_devices(monkeypatch):
     """Python's view of a machine with a GPU; operations are checked inside of `with Devices()`."""
-    to, cpu, numpy, tensor = torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.numpy, torch.tensor
+    to, cpu, numpy, place = torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.device
+    tensor = torch.tensor
+    with torch.device("meta"):  # what makes tensors is listed by torch when this is used first, and must not be ours
+        pass
     backward, grad, load, parameters = torch.autograd.backward, torch.autograd.grad, common.load_model, []
 
     def moved(self, *args, **kwargs):
@@ -73,6 +76,9 @@ def two_devices(monkeypatch):
     def exported(self, *args, **kwargs):
         assert not there(self), "numpy() of a tensor on the GPU"
         return numpy(self, *args, **kwargs)
+
+    def made(*args, device=None, **kwargs):
+        return tensor(*args, **kwargs) if device is None else tensor(*args, **kwargs).to(device)
 
     def loaded(*args, **kwargs):
         model = load(*args, **kwargs)
@@ -100,8 +106,8 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", moved)
     monkeypatch.setattr(torch.Tensor, "cpu", fetched)
     monkeypatch.setattr(torch.Tensor, "numpy", exported)
-    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: GPU if there(self) else CPU))
-    monkeypatch.setattr(torch, "tensor", lambda *a, device=None, **k: tensor(*a, **k).to(device or CPU))
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: GPU if there(self) else place.__get__(self)))
+    monkeypatch.setattr(torch, "tensor", made)
     monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda self: GPU))
 
 
@@ -129,8 +135,8 @@ def test_what_fails_on_a_gpu_fails_here(two_devices):
 def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates):
     flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 12 --eval_rows 3 --show_every 1 --kl_coef 0.01"
     size = "--n1 2 --n2 2 --save_images 4 --measure_every 1" if module is saei else "--group_size 4"
-    argv = f"x --output {tmp_path / 'run'} {flags} {size} --updates_per_step {updates} --tokens_per_row {260 // updates**2}"
-    monkeypatch.setattr(sys, "argv", argv.split())
+    parts = f"--updates_per_step {updates} --tokens_per_row {260 // updates**2}"  # some pictures share a batch, or none
+    monkeypatch.setattr(sys, "argv", f"x --output {tmp_path / 'run'} {flags} {size} {parts}".split())
     runs = []
 
     def failing_once(group, *rest, gradient=saei.entropy_gradient):  # one prompt keeps its clean picture
