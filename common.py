@@ -305,7 +305,7 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32, bf16=Fals
             with torch.device("meta"):
                 return transformers.AutoModelForImageTextToText.from_config(config, **options)
         return transformers.AutoModelForImageTextToText.from_pretrained(name, revision=revision, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(unreachable("--model", name, error)) from None
 
 
@@ -1941,9 +1941,8 @@ class Run:
             raise UserError(f"--resume: there is no checkpoint in {self.output}; start without it, or set --output.")
         try:
             state = json.loads((last / "trainer_state.json").read_text())
-            if not (last / "optimizer.safetensors").exists():
-                raise FileNotFoundError("no optimizer.safetensors")
-        except (OSError, ValueError) as error:
+            safe_open(last / "optimizer.safetensors", "pt")  # is it there, and whole
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"--resume: {last} is not a whole checkpoint of this script ({error}): point {last} to another step-N."
             ) from None

@@ -38,6 +38,29 @@ def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "comparison.png").exists()
 
 
+def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
+    for argv, text, sentence in (
+        (["x", "--report"], '{"arm": "GR', "is broken"),
+        (["x", "--jobs", "0"], "", "--jobs 0 must be between 1"),
+    ):
+        compare.RESULTS.write_text(text)
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as error:
+            compare.main()
+        assert error.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_run_that_fails_says_where_to_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
+    monkeypatch.setattr(compare, "TOY", tmp_path / "toy")
+    monkeypatch.setattr(compare, "SEEDS", range(3))
+    monkeypatch.setattr(compare, "ARMS", {"GRPO": ("nothing.py", "GRPO")})
+    with pytest.raises(compare.UserError, match="GRPO, seed . ended with exit code 2: .*GRPO-..log says why"):
+        compare.run(1)
+    assert compare.records() == []
+
+
 def test_goal():
     assert compare.steps_to(0.7, [(0, 0.4), (2, 0.6)]) is None
     assert compare.steps_to(0.7, [(0, 0.6), (2, 0.8)]) == pytest.approx(1.0)

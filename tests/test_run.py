@@ -427,8 +427,12 @@ def test_checkpoints_that_are_mixed_or_not_whole(monkeypatch, tmp_path):
     train(monkeypatch, tmp_path / "run", "--steps", 1, "--freeze_vision")
     with pytest.raises(UserError, match="optimiser state .* of other weights .*--freeze_vision"):
         train(monkeypatch, tmp_path / "run", "--steps", 2, "--resume")
+    for name, sentence in (("model", "cannot be opened"), ("optimizer", "is not a whole checkpoint")):
+        os.truncate(tmp_path / f"run/last/{name}.safetensors", 50_000)
+        with pytest.raises(UserError, match=f"{sentence} .*not fully covered"):
+            train(monkeypatch, tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
     (tmp_path / "run/last/optimizer.safetensors").unlink()
-    with pytest.raises(UserError, match="is not a whole checkpoint .*no optimizer.safetensors"):
+    with pytest.raises(UserError, match="is not a whole checkpoint .*optimizer.safetensors"):
         train(monkeypatch, tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
     (tmp_path / "run/last/trainer_state.json").write_text("{")
     with pytest.raises(UserError, match="is not a whole checkpoint"):

@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 import show  # noqa: E402
-from common import UserError  # noqa: E402
+from common import UserError, within, write_text  # noqa: E402
 
 ARMS = {  # name: (script and flags, the arm that it is compared with)
     "GRPO": ("grpo.py", "GRPO"),
@@ -66,7 +66,10 @@ def metrics(record):
 
 
 def records():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    try:
+        return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    except ValueError as error:
+        raise UserError(f"{RESULTS} is broken ({error}): take the broken line out, its run is made again.") from None
 
 
 def one(arm, seed, core):
@@ -79,7 +82,7 @@ def one(arm, seed, core):
         pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if hasattr(os, "sched_setaffinity") else {}
         code = subprocess.run(command, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pin).returncode
     if code:
-        raise UserError(f"{arm}, seed {seed}, ended with exit code {code}: {log.name} says why; then start again.")
+        raise UserError(f"{arm}, seed {seed} ended with exit code {code}: {log.name} says why; then start again.")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(output)
     return {"arm": arm, "seed": seed, **compact(lines)}
@@ -104,8 +107,8 @@ def run(jobs):
     try:
         for future in as_completed([pool.submit(task, *what) for what in left]):
             record = future.result()
-            with open(RESULTS, "a") as file:
-                file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            lines = [json.dumps(line, separators=(",", ":")) + "\n" for line in [*records(), record]]
+            write_text(RESULTS, "".join(lines))
             print(f"{record['arm']:16s} seed {record['seed']}  {record['evaluations'][-1][1]:.1%}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure the runs that have begun end, and no other begins
@@ -218,6 +221,7 @@ def main():
     parser.add_argument("--report", action="store_true", help="no run, only the table and the picture")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     options = parser.parse_args()
+    within(options, jobs=(1, 1000))
     if not options.report:
         run(options.jobs)
     report()
