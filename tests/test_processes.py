@@ -119,6 +119,7 @@ def checked(run, rehearse=common.Run.rehearse):
     def angles(_, args, kwargs):
         assert all(x.dtype == torch.float32 for x in kwargs["position_embeddings"])
     run.model.model.visual.blocks[0].attn.register_forward_pre_hook(angles, with_kwargs=True)
+    assert torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 7200
     rehearse(run)
 common.Run.rehearse = checked
 """
