@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -27,20 +26,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-import common
-from common import (
-    Checker,
-    Data,
-    UserError,
-    extract_answer,
-    flag,
-    letters,
-    load_rows,
-    normalise,
-    parse_args,
-    rollout,
-    within,
-)
+from common import load_model, load_processor, rollout
+from plumbing.answers import Checker, extract_answer, letters, normalise
+from plumbing.arguments import INSTRUCTION, TOY, UserError, flag, parse_args, within
+from plumbing.checkpoints import write_text
+from plumbing.data import Data, load_rows, some_of
+from plumbing.sharding import PATIENCE
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -82,7 +73,7 @@ class Args:
         except ValueError as error:
             raise UserError(f"--model {self.model} is not a whole checkpoint ({error}): take another step-N.") from None
         toy = self.model == "toy" or trained.get("model") == "toy"
-        self.instruction = self.instruction or trained.get("instruction", common.INSTRUCTION)
+        self.instruction = self.instruction or trained.get("instruction", INSTRUCTION)
         self.benchmarks = self.benchmarks or ("toy" if toy else "geometry3k")
         self.max_response_tokens = self.max_response_tokens or (64 if toy else 2048)
         if not toy and not trained:  # a checkpoint's processor has the limits of its training
@@ -317,14 +308,14 @@ class Evaluation:
 
     def __init__(self, args):
         self.args, self.output = args, Path(args.output)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[common.PATIENCE])
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE])
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.protocol = self.find_protocol()
-        source = str(common.TOY / "model") if args.model == "toy" else args.model
-        self.processor = common.load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
+        source = str(TOY / "model") if args.model == "toy" else args.model
+        self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.model = common.load_model(source, args.model_revision, dtype=dtype, bf16=bf16)
+        self.model = load_model(source, args.model_revision, dtype=dtype, bf16=bf16)
         self.model.to(self.accelerator.device).eval()
         self.check, self.retries, self.parts = Checker(args.check_seconds), 0, {}
         for name in args.benchmarks.split(","):
@@ -337,7 +328,7 @@ class Evaluation:
                 self.output.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
-            common.write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
+            write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
 
     def find_protocol(self):
@@ -384,11 +375,10 @@ class Evaluation:
         """Asks what has not been asked yet, and returns all rows of a benchmark, for any number of processes."""
         args, parts = self.args, self.parts[name]
         order = [(part, index) for part, data in enumerate(parts) for index in range(len(data.rows))]
-        if 0 < args.rows < len(order):
-            order = sorted(random.Random(args.seed).sample(order, args.rows))
+        order = some_of(order, args.rows, args.seed)
         done = {(row["part"], row["index"]) for row in self.read_parts(name)}
         self.accelerator.wait_for_everyone()  # everybody has read before anybody writes
-        left = [place for place in order if place not in done][self.rank :: self.world]
+        left = [asked for asked in order if asked not in done][self.rank :: self.world_size]
         askable = [set(data.indices) for data in parts]
         size = max(1, args.rollout_prompts // args.samples)
         with (
@@ -398,13 +388,13 @@ class Evaluation:
             file.write("\n" * (file.tell() > 0))  # after what may be half a line
             for start in range(0, len(left), size):
                 batch = left[start : start + size]
-                asked = [place for place in batch if place[1] in askable[place[0]]]
-                prompts = [dataclasses.replace(parts[part].prompt(index), place=part) for part, index in asked]
+                asked = [(part, index) for part, index in batch if index in askable[part]]
+                prompts = [dataclasses.replace(parts[part].prompt(index), serial=part) for part, index in asked]
                 groups = dict(zip(asked, self.ask(prompts) if prompts else []))
                 for part, index in batch:
                     row = self.row(parts[part].question(index), groups.get((part, index)))
-                    place = {"part": part, "split": parts[part].split, "index": index}
-                    file.write(json.dumps(place | row, ensure_ascii=False) + "\n")
+                    source = {"part": part, "split": parts[part].split, "index": index}
+                    file.write(json.dumps(source | row, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update(len(batch))
         self.accelerator.wait_for_everyone()
@@ -434,10 +424,10 @@ class Evaluation:
         return rows
 
     def finish(self, name, rows):
-        """All rows of a benchmark in one file, in the place of one for each process."""
+        """All rows of a benchmark in one file, instead of one for each process."""
         if self.rank == 0:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            common.write_text(self.output / f"{name}.jsonl", lines)
+            write_text(self.output / f"{name}.jsonl", lines)
             for path in self.output.glob(f"{name}.*.part"):
                 path.unlink()
         self.accelerator.wait_for_everyone()
@@ -564,7 +554,7 @@ def main():
     retries = sum(gather_object([evaluation.retries]))
     if evaluation.rank == 0:
         whole = {"protocol": evaluation.protocol, "scores": results, "memory_retries": retries}
-        common.write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
+        write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
         print(table(results))
         size = evaluation.processor.image_processor.size

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 
 import torch
 
-import common
-from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
+from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
+from plumbing.arguments import SharedArgs, parse_args
+from run import Run
 
 
 @dataclass
-class Args(common.Args):
+class Args(SharedArgs):
     """GRPO adds nothing to the shared arguments."""
 
 
@@ -35,14 +36,14 @@ def main():
     run = Run(args)
     for step in run.steps():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw():
+            while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
                 run.reward(groups)
-                run.keep(groups)
+                run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.rows(advantages)  # one packed row per group
+        rows = run.pack_rows(advantages)  # one packed row per group
 
         with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
             for row in rows:
@@ -53,21 +54,21 @@ def main():
 
         with run.phase("update"):
             for minibatch in run.minibatches(rows):
-                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
                 for row in minibatch:
                     logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
                         info["kl"] = aggregate(kl.detach(), mask)
                     run.backward(loss, info, row, mask)
                 run.update()

@@ -33,13 +33,15 @@ from typing import Literal
 import torch
 from torch.nn.functional import normalize
 
-import common
-from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import flag, own_states, quantiles, within
+from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
+from plumbing.arguments import SharedArgs, parse_args
+from run import Run
+from common import min_max, quantiles, response_and_image_states
+from plumbing.arguments import flag, within
 
 
 @dataclass
-class Args(common.Args):
+class Args(SharedArgs):
     alpha: float = flag(0.05, "how far perception and exploration together move a token's similarity")
     weight_temperature: float = flag(1.8, "tau of the softmax over a response; higher: weights nearer to 1")
     embedding_layer: bool = flag(True, "average the similarity over the embeddings too, not over the layers alone")
@@ -81,14 +83,8 @@ def token_weights(similarity, entropy, mask, alpha=0.05, temperature=1.8, eps=1e
     tensor([[1.0563, 0.9449, 1.0290, 0.9697]])
     """
     length = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
-
-    def min_max(values):
-        low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
-        high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
-        return torch.where(mask, (values - low) / (high - low).clamp(min=eps), 0.0)
-
     similarity, entropy = similarity.float(), entropy.float()
-    both = min_max(similarity) + min_max(entropy)  # (B, T)
+    both = min_max(similarity, mask, eps) + min_max(entropy, mask, eps)  # (B, T)
     gate = 1 + alpha * torch.tanh(both - both.sum(1, keepdim=True) / length)  # (B, T)
     z = torch.where(mask, similarity * gate / temperature, -torch.inf)
     exp = torch.where(mask, (z - z.amax(1, keepdim=True)).exp(), 0.0)
@@ -100,7 +96,7 @@ def weighted_forward(model, row, args):
     layers = []
 
     def watch(hidden):  # (L, D), layer by layer: no two are kept
-        own, image = own_states(hidden, row)  # (B, T, D), (N, D)
+        own, image = response_and_image_states(hidden, row)  # (B, T, D), (N, D)
         layers.append(visual_similarity([own], [image[None]]))
 
     logps, entropy, _ = forward(model, row, args.temperature, watch if row.weights is None else None)
@@ -115,14 +111,14 @@ def main():
     run = Run(args)
     for step in run.steps():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw():
+            while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
                 run.reward(groups)
-                run.keep(groups)
+                run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.rows(advantages)  # one packed row per group
+        rows = run.pack_rows(advantages)  # one packed row per group
 
         with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
             for row in rows:
@@ -135,22 +131,22 @@ def main():
             for minibatch in run.minibatches(rows):
                 progress = min(1, run.updates / (args.steps * args.updates_per_step))
                 strength = args.strength * (progress if args.weight_schedule == "linear" else 1)  # lambda
-                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
                 for row in minibatch:
                     logps, entropy = weighted_forward(run.model, row, args)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None] * ((1 - strength) + strength * row.weights)  # (B, T)
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     info |= quantiles("weight", row.weights, row.mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
                         info["kl"] = aggregate(kl.detach(), mask)
                     run.backward(loss, info, row, mask)
                 run.update()

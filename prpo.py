@@ -29,13 +29,15 @@ from dataclasses import dataclass
 
 import torch
 
-import common
-from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import add_pixel_noise, blacken, compare_heads, flag, quantiles, seeded, token_noise, with_picture, within
+from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
+from plumbing.arguments import SharedArgs, parse_args
+from run import Run
+from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_picture
+from plumbing.arguments import flag, within
 
 
 @dataclass
-class Args(common.Args):
+class Args(SharedArgs):
     blacken: float = flag(0.6, "strong view: the share of patches that are blackened")
     weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]")
     strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO")
@@ -47,6 +49,20 @@ class Args(common.Args):
     def __post_init__(self):
         super().__post_init__()
         within(self, blacken=(0, 1), threshold=(0, 1), strength=(0, math.inf), weak_std=(0, math.inf))
+
+
+def blacken(pixel_values, generator, image_mean, image_std, probability=0.6):
+    """Each patch of the vision tower (14 pixels, or 16) black with this probability (PAPO, arXiv 2507.06448)."""
+    black = -torch.tensor(image_mean) / torch.tensor(image_std)
+    chosen = torch.rand(len(pixel_values), 1, generator=generator) < probability
+    return torch.where(chosen, black.repeat_interleave(pixel_values.shape[1] // 3), pixel_values)
+
+
+def add_pixel_noise(pixel_values, generator, image_mean, image_std, std=0.1):
+    """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both copies of a picture get the same noise."""
+    mean, scale = (torch.tensor(x).repeat_interleave(pixel_values.shape[1] // 3) for x in (image_mean, image_std))
+    pixels = pixel_values * scale + mean + std * still_noise(pixel_values, generator)
+    return (pixels.clamp(0, 1) - mean) / scale
 
 
 @torch.no_grad()
@@ -77,13 +93,8 @@ def robust_visual_dependency(kl_strong, kl_weak, mask, relative=False):
     tensor([[0., 1., 0.]])
     """
 
-    def min_max(values):
-        low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
-        high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
-        return torch.where(mask, (values - low) / (high - low).clamp(min=1e-8), 0.0)
-
-    instability = kl_weak / (kl_strong + kl_weak + 1e-8) if relative else min_max(kl_weak.log1p())
-    return torch.where(mask, min_max(kl_strong.log1p()) * (1 - instability), 0.0)
+    instability = kl_weak / (kl_strong + kl_weak + 1e-8) if relative else min_max(kl_weak.log1p(), mask)
+    return torch.where(mask, min_max(kl_strong.log1p(), mask) * (1 - instability), 0.0)
 
 
 @torch.no_grad()
@@ -110,20 +121,21 @@ def shuffled(values, mask, noise):
 def weighing_forward(row, run, args, step):
     """`forward` of a row by the policy that sampled, which sets `row.weights` (B, T). Returns logps, entropy (B, T)."""
     seen = row.prompt.pixel_values is not None
-    if seen or run.world > 1:  # several processes gather sharded weights together: all make every pass
+    if seen or run.world_size > 1:  # several processes gather sharded weights together: all make every pass
         views = perturbed_hidden(row, run, args, step)  # before a pass whose graph is kept
     logps, entropy, hidden = forward(run.model, row, args.temperature)  # (B, T), (B, T), (L, D)
     row.weights = row.mask.float()
-    if seen or run.world > 1:
+    if seen or run.world_size > 1:
         states = (hidden.detach(), *views)
-        strong, weak = compare_heads(divergences, run.model, row, *states, temperature=args.temperature)
+        strong, weak = compare_logits(divergences, run.model, row, *states, temperature=args.temperature)
     if seen:
         row.scores = robust_visual_dependency(strong, weak, row.mask, args.relative)
         if args.shuffle:
-            row.scores = shuffled(row.scores, row.mask, token_noise(row, args.seed, step))
+            row.scores = shuffled(row.scores, row.mask, token_uniforms(row, args.seed, step))
         row.weights = token_weights(row.scores, row.mask, args.strength, args.threshold, args.rescale)
-        run.note(quantiles("kl_strong", strong, row.mask) | quantiles("kl_weak", weak, row.mask), row.loss_mask)
-    run.note(quantiles("weight", row.weights, row.mask), row.loss_mask)
+        info = quantiles("kl_strong", strong, row.mask) | quantiles("kl_weak", weak, row.mask)
+        run.metrics.add_means(info, row.loss_mask)
+    run.metrics.add_means(quantiles("weight", row.weights, row.mask), row.loss_mask)
     return logps, entropy
 
 
@@ -131,7 +143,7 @@ def perturbed_hidden(row, run, args, step):
     """Hidden states (L, D) of the row under the strong and the weak view: one draw for each prompt and step."""
     pictures = run.processor.image_processor
     scale = {"image_mean": pictures.image_mean, "image_std": pictures.image_std}
-    generator = seeded(args.seed, step, row.prompt.index, row.prompt.place, "views")
+    generator = seeded(args.seed, step, row.prompt.index, row.prompt.serial, "views")
     strong = with_picture(row, lambda pixels: blacken(pixels, generator, **scale, probability=args.blacken))
     weak = with_picture(row, lambda pixels: add_pixel_noise(pixels, generator, **scale, std=args.weak_std))
     with run.phase("perturbed"), torch.no_grad():
@@ -143,14 +155,14 @@ def main():
     run = Run(args)
     for step in run.steps():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw():
+            while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
                 run.reward(groups)
-                run.keep(groups)
+                run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.rows(advantages)  # one packed row per group
+        rows = run.pack_rows(advantages)  # one packed row per group
 
         with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
             for row in rows:
@@ -161,7 +173,7 @@ def main():
 
         with run.phase("update"):
             for minibatch in run.minibatches(rows):
-                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
                 for row in minibatch:
                     if args.updates_per_step == 1:
                         logps, entropy = weighing_forward(row, run, args, step)  # (B, T)
@@ -171,14 +183,14 @@ def main():
                     token_advantages = row.advantages[:, None] * row.weights  # (B, T)
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
                         info["kl"] = aggregate(kl.detach(), mask)
                     run.backward(loss, info, row, mask)
                 run.update()

@@ -35,13 +35,15 @@ import torch
 from PIL import Image
 from torch.nn.functional import pad
 
-import common
-from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import Group, UserError, flag, patchify, rows_of, unpatchify, with_picture, within
+from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
+from plumbing.arguments import SharedArgs, parse_args
+from run import Run
+from common import Group, split_group, with_picture
+from plumbing.arguments import UserError, flag, within
 
 
 @dataclass
-class Args(common.Args):
+class Args(SharedArgs):
     n1: int = flag(6, "responses sampled from the picture")
     n2: int = flag(6, "responses sampled from the attacked picture")
     group_size: int | None = flag(None, "is n1 + n2")
@@ -86,9 +88,36 @@ def adversarial_step(image, gradient, step=2 / 255):
     return (image + step * gradient.sign()).clamp(0, 1)
 
 
+def patchify(picture, image_processor):
+    """A picture (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
+
+    What the processor does with a picture of the right size: it normalises, cuts patches, puts the four of an image
+    token side by side, and repeats a still picture in time.
+    """
+    p, m, time = image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
+    mean, std = (
+        torch.tensor(x)[:, None, None].to(picture) for x in (image_processor.image_mean, image_processor.image_std)
+    )
+    _, H, W = picture.shape
+    cut = ((picture - mean) / std).view(3, H // p // m, m, p, W // p // m, m, p).permute(1, 4, 2, 5, 0, 3, 6)
+    return cut.unsqueeze(5).expand(*[-1] * 5, time, -1, -1).reshape(-1, 3 * time * p * p)
+
+
+def unpatchify(pixel_values, grid, image_processor):
+    """The picture (3, H, W) in [0, 1] behind pixel_values and its image_grid_thw (3,), in whole 255ths."""
+    p, m, time = image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
+    mean, std = (
+        torch.tensor(x)[:, None, None].to(pixel_values) for x in (image_processor.image_mean, image_processor.image_std)
+    )
+    _, h, w = grid.tolist()
+    cut = pixel_values.view(h // m, w // m, m, m, 3, time, p, p)[:, :, :, :, :, 0]
+    picture = cut.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p) * std + mean
+    return (picture * 255).round() / 255
+
+
 def entropy_of(group, pictures, run, args):
     """Yields the entropy (B, T) of a group's responses under these pictures, row by row."""
-    for row in rows_of(group, args.tokens_per_row):
+    for row in split_group(group, args.tokens_per_row):
         row = with_picture(row, lambda _: torch.cat([patchify(x, run.processor.image_processor) for x in pictures]))
         yield forward(run.model, row, args.temperature)[1]
 
@@ -123,29 +152,29 @@ def attack(group, run, args):
         H, gradients, kept = entropy_gradient(group, pictures, run, args)
         first = first or (H, kept)
         finite = all(gradient.isfinite().all() for gradient in gradients)
-        run.add("attack_failed", not finite, 1)
+        run.metrics.add("attack_failed", not finite, 1)
         if not finite:
             return prompt
         moved = [adversarial_step(picture, gradient, args.step) for picture, gradient in zip(pictures, gradients)]
         pictures = [x.minimum(origin + epsilon).maximum(origin - epsilon) for x, origin in zip(moved, clean)]
-    if prompt.place % args.measure_every == 0:
+    if prompt.serial % args.measure_every == 0:
         with torch.no_grad():
             entropy = torch.cat(list(entropy_of(group, pictures, run, args)))
-        run.add("attack_entropy_before", first[0], 1)
-        run.add("attack_entropy_after", aggregate(entropy, first[1], "sequence", len(entropy)), 1)
-    run.add("attack_pixel_change", max((x - origin).abs().max() for x, origin in zip(pictures, clean)), 1)
-    if prompt.place < args.save_images:
-        save_images(run.output / "images", prompt.place, clean, pictures)
+        run.metrics.add("attack_entropy_before", first[0], 1)
+        run.metrics.add("attack_entropy_after", aggregate(entropy, first[1], "sequence", len(entropy)), 1)
+    run.metrics.add("attack_pixel_change", max((x - origin).abs().max() for x, origin in zip(pictures, clean)), 1)
+    if prompt.serial < args.save_images:
+        save_images(run.output / "images", prompt.serial, clean, pictures)
     return dataclasses.replace(prompt, pixel_values=torch.cat([patchify(picture, processor) for picture in pictures]))
 
 
-def save_images(folder, place, clean, attacked):
+def save_images(folder, serial, clean, attacked):
     """PNG files of a prompt's pictures: as they were, attacked, and 0.5 + 10 times the difference, side by side."""
     folder.mkdir(exist_ok=True)
     for i, (before, after) in enumerate(zip(clean, attacked)):
         shown = torch.cat([before, after, (0.5 + 10 * (after - before)).clamp(0, 1)], 2)  # (3, H, 3 W)
         image = Image.fromarray((255 * shown).round().byte().permute(1, 2, 0).cpu().numpy())
-        beside = folder / f"prompt-{place}-{i}.unfinished"
+        beside = folder / f"prompt-{serial}-{i}.unfinished"
         image.save(beside, format="PNG")
         beside.replace(beside.with_suffix(".png"))
 
@@ -166,15 +195,15 @@ def join(clean, attacked):
 
 def attacked_view(row, pictures):
     """The row under the attacked pictures of its prompt; itself where it has none."""
-    return with_picture(row, lambda clean: pictures.get(row.prompt.place, clean))
+    return with_picture(row, lambda clean: pictures.get(row.prompt.serial, clean))
 
 
 def note_sampled(groups, run, args):
     """Logs accuracy and length of the two halves."""
     for group in groups:
         for name, half in (("clean", slice(args.n1)), ("attacked", slice(args.n1, None))):
-            run.add(f"accuracy_{name}", group.accuracy[half].sum(), len(group.accuracy[half]))
-            run.add(f"response_tokens_{name}", group.mask[half].sum(), len(group.mask[half]))
+            run.metrics.add(f"accuracy_{name}", group.accuracy[half].sum(), len(group.accuracy[half]))
+            run.metrics.add(f"response_tokens_{name}", group.mask[half].sum(), len(group.mask[half]))
 
 
 def note_trained(row, logps, old_logps, token_advantages, entropy, run, args):
@@ -182,30 +211,30 @@ def note_trained(row, logps, old_logps, token_advantages, entropy, run, args):
     for name, half in (("clean", row.scores == 0), ("attacked", row.scores > 0)):
         mask = row.loss_mask & half
         _, info = policy_loss(logps.detach(), old_logps, token_advantages, mask, args.clip_low, args.clip_high)
-        run.note({f"clip_fraction_{name}": info["clip_fraction"]}, mask)
-        run.note({f"entropy_{name}": aggregate(entropy.detach(), mask)}, mask)
+        run.metrics.add_means({f"clip_fraction_{name}": info["clip_fraction"]}, mask)
+        run.metrics.add_means({f"entropy_{name}": aggregate(entropy.detach(), mask)}, mask)
 
 
 def main():
     args = parse_args(Args)
     run = Run(args)
     for step in run.steps():
-        pictures = {}  # attacked, by the place of their prompt
+        pictures = {}  # attacked, by the number of their prompt
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw():
+            while prompts := run.draw_prompts():
                 clean = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1))
                 with run.phase("attack"):
                     prompts = [attack(group, run, args) for group in clean]
                 attacked = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1, None))
                 groups = [join(*halves) for halves in zip(clean, attacked)]
-                pictures |= {prompt.place: prompt.pixel_values for prompt in prompts}
+                pictures |= {prompt.serial: prompt.pixel_values for prompt in prompts}
                 run.reward(groups)
                 note_sampled(groups, run, args)
-                run.keep(groups)
+                run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.rows(advantages)  # one packed row per group
+        rows = run.pack_rows(advantages)  # one packed row per group
 
         with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
             for row in rows:
@@ -219,22 +248,22 @@ def main():
 
         with run.phase("update"):
             for minibatch in run.minibatches(rows):
-                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
                 for row in minibatch:
                     logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     note_trained(row, logps, old_logps, token_advantages, entropy, run, args)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
                         info["kl"] = aggregate(kl.detach(), mask)
                     run.backward(loss, info, row, mask)
                 run.update()

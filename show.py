@@ -11,29 +11,35 @@ import dataclasses
 import html
 import io
 import json
-import math
 import os
-import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import torch
 from PIL import Image
-from torch.nn.functional import pad
+from transformers import HfArgumentParser
 
-import common
 import pepo
 import prpo
 import saei
 import vepo
 import vgpo
-from common import UserError, flag
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from common import (
+    Reward,
+    compare_logits,
+    forward,
+    group_advantages,
+    load_model,
+    load_processor,
+    rollout,
+    seeded,
+    with_picture,
+)
+from plumbing.arguments import TOY, SharedArgs, UserError, flag, parse_args, within
+from plumbing.checkpoints import write_text
+from plumbing.curves import draw_curves, read_runs
+from plumbing.data import Data
 
 
 @dataclasses.dataclass
@@ -48,7 +54,7 @@ class CurveArgs:
 
 
 @dataclasses.dataclass
-class TokenArgs(common.Args):
+class TokenArgs(SharedArgs):
     """What the page of tokens takes, besides what training does."""
 
     prompts: int = flag(3, "prompts that are shown, those with a right and a wrong response")
@@ -56,131 +62,15 @@ class TokenArgs(common.Args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Curves
-# ---------------------------------------------------------------------------------------------------------------------
-
-PANELS = {  # metric: (title, share of 1)
-    "eval_accuracy": ("accuracy on test data", True),
-    "reward": ("reward of sampled responses", False),
-    "entropy": ("entropy, nats per token", False),
-    "response_tokens": ("response length, tokens", False),
-}
-STYLES = ["-", "--", "-.", ":"]
-
-
-def read_runs(folders):
-    """{method: [metrics of a seed]}; the method is the folder's name without -0, -1 ... at its end."""
-    runs = defaultdict(list)
-    for folder in map(Path, folders):
-        if not (folder / "metrics.jsonl").exists():
-            raise UserError(f"{folder} holds no metrics.jsonl: give folders that a training script wrote.")
-        try:
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except ValueError as error:
-            raise UserError(
-                f"{folder}/metrics.jsonl is broken ({error}): mend its last line, or leave it out."
-            ) from None
-        if lines:
-            runs[re.sub(r"-\d+$", "", folder.resolve().name)].append(lines)
-    if not runs:
-        raise UserError("nothing was logged in these folders yet: wait for the first step.")
-    return dict(runs)
-
-
-def series(lines, name):
-    """{step: (seconds of training so far, value)} of one run."""
-    seconds, found = 0.0, {}
-    for line in lines:
-        seconds += line.get("seconds", 0.0)
-        if line.get(name) is not None:
-            found[line["step"]] = (seconds, line[name])
-    return found
-
-
-def pooled(seeds, name, window=1):
-    """(steps, mean seconds, mean, half width of the 95 % interval) at the steps that all seeds have.
-
-    Each seed's values are first averaged over the last `window` steps. The interval is Student's t over seeds; 0 for
-    one seed.
-    """
-    found = [series(lines, name) for lines in seeds]
-    steps = sorted(set.intersection(*(set(one) for one in found)))
-    seconds, values = (torch.tensor([[one[s][i] for s in steps] for one in found], dtype=torch.float64) for i in (0, 1))
-    values = running_mean(values, window)
-    half = torch.zeros(len(steps), dtype=torch.float64)
-    if len(found) > 1:
-        half = student(len(found) - 1) * values.std(0) / math.sqrt(len(found))
-    return steps, seconds.mean(0), values.mean(0), half
-
-
-def running_mean(values, window):
-    """The mean of each value (..., n) and those before it, `window` of them in all, or as many as there are.
-
-    >>> running_mean(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
-    tensor([1., 2., 4., 5.])
-    """
-    total = pad(values.cumsum(-1), (window, 0))
-    return (total[..., window:] - total[..., :-window]) / torch.arange(1, values.shape[-1] + 1).clamp(max=window)
-
-
-def student(degrees, cells=100_000):
-    """The 97.5 % quantile of Student's t: its density over t = sqrt(degrees) tan(angle), summed up to 0.95 of a half.
-
-    >>> [round(student(n), 3) for n in (1, 2, 4, 9)]
-    [12.706, 4.303, 2.776, 2.262]
-    """
-    width = math.pi / 2 / cells
-    density = ((torch.arange(cells, dtype=torch.float64) + 0.5) * width).cos() ** (degrees - 1)
-    share = density.cumsum(0) / density.sum()
-    cell = torch.searchsorted(share, 0.95).item()
-    angle = width * (cell + 1 - ((share[cell] - 0.95) / (share[cell] - share[cell - 1])).item())
-    return math.sqrt(degrees) * math.tan(angle)
-
-
-def curves(runs, output, window=10):
-    """Draws {method: [metrics of a seed]}, all panels, against steps and against seconds; returns a table's lines."""
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
-    colours = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
-    for column, (name, (title, percent)) in enumerate(PANELS.items()):
-        steps_averaged = 1 if name == "eval_accuracy" else window
-        title += (", %" if percent else "") + (f" (mean of {window} steps)" if steps_averaged > 1 else "")
-        for place, (method, seeds) in enumerate(runs.items()):
-            steps, seconds, mean, half = pooled(seeds, name, steps_averaged)
-            scale = 100 if percent else 1
-            for row, x in enumerate((steps, seconds)):
-                style = {"color": colours[place % len(colours)], "linestyle": STYLES[place // 5 % 4]}
-                label = f"{method} ({len(seeds)})" if len(seeds) > 1 else method
-                axes[row, column].plot(x, scale * mean, label=label, linewidth=1.3, **style)
-                axes[row, column].fill_between(x, scale * (mean - half), scale * (mean + half), alpha=0.15, **style)
-        for row, label in enumerate(("step", "seconds of training")):
-            axes[row, column].set(xlabel=label, title=title if row == 0 else "")
-            axes[row, column].title.set_fontsize(10)
-            axes[row, column].grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
-    for kind in ("png", "svg"):
-        beside = Path(f"{output}.{kind}.unfinished")
-        figure.savefig(beside, dpi=110, format=kind)
-        beside.replace(f"{output}.{kind}")
-    plt.close(figure)
-    return summary(runs)
-
-
-def summary(runs):
-    lines = [f"{'method':16s}{'seeds':>6s}{'steps':>7s}{'seconds':>9s}{'first':>9s}{'last, 95 % interval':>22s}"]
-    for method, seeds in runs.items():
-        steps, seconds, mean, half = pooled(seeds, "eval_accuracy")
-        _, total, _, _ = pooled(seeds, "reward")
-        first, last = (f"{mean[0]:.1%}", f"{mean[-1]:.1%}") if steps else ("-", "-")
-        if len(seeds) > 1 and steps:
-            last += f" ± {half[-1]:.1%}"
-        done = max(line["step"] for line in seeds[0])
-        lines.append(f"{method:16s}{len(seeds):6d}{done:7d}{total[-1] if len(total) else 0:9.0f}{first:>9s}{last:>22s}")
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_of(model, processor):
+    """What a method's functions ask of a run, for a model that is not being trained."""
+    metrics = SimpleNamespace(add=lambda *_: None, add_means=lambda *_: None)
+    phase = lambda _: contextlib.nullcontext()  # noqa: E731
+    return SimpleNamespace(model=model, processor=processor, world_size=1, phase=phase, metrics=metrics)
 
 
 def views(group, run):
@@ -188,21 +78,21 @@ def views(group, run):
     prompt, pictures, args = group.prompt, run.processor.image_processor, SimpleNamespace(seed=0)
     if prompt.pixel_values is None:
         return {}
-    noisy = lambda pixels: common.add_noise(pixels, common.seeded(args.seed, "show"))  # noqa: E731
+    noisy = lambda pixels: vepo.add_noise(pixels, seeded(args.seed, "show"))  # noqa: E731
     scale = {"image_mean": pictures.image_mean, "image_std": pictures.image_std}
-    black = lambda pixels: common.blacken(pixels, common.seeded(args.seed, "show"), **scale)  # noqa: E731
-    weak = lambda pixels: common.add_pixel_noise(pixels, common.seeded(args.seed, "show"), **scale)  # noqa: E731
+    black = lambda pixels: prpo.blacken(pixels, seeded(args.seed, "show"), **scale)  # noqa: E731
+    weak = lambda pixels: prpo.add_pixel_noise(pixels, seeded(args.seed, "show"), **scale)  # noqa: E731
     seen = {
         "the picture": prompt,
-        "VEPO: noise": common.with_picture(group, noisy).prompt,
-        "PRPO: patches blackened": common.with_picture(group, black).prompt,
-        "PRPO: weak noise": common.with_picture(group, weak).prompt,
+        "VEPO: noise": with_picture(group, noisy).prompt,
+        "PRPO: patches blackened": with_picture(group, black).prompt,
+        "PRPO: weak noise": with_picture(group, weak).prompt,
         "SaEI: attacked, 2/255": saei.attack(group, run, saei.Args()),
     }
     sizes = prompt.image_grid_thw.prod(1).tolist()
     return {
         name: [
-            common.unpatchify(part.cpu(), grid, pictures).clamp(0, 1)
+            saei.unpatchify(part.cpu(), grid, pictures).clamp(0, 1)
             for part, grid in zip(prompt.pixel_values.split(sizes), prompt.image_grid_thw)
         ]
         for name, prompt in seen.items()
@@ -220,14 +110,14 @@ def judged(group, run):
     def row():
         return dataclasses.replace(group, loss_mask=group.mask)
 
-    _, entropy, hidden = common.forward(run.model, group)
+    _, entropy, hidden = forward(run.model, group)
     signals["entropy"] = entropy
     methods["GRPO"] = (None, advantages)
     if group.prompt.pixel_values is not None:
         noised = vepo.noised_hidden(group, run, vepo.Args(), 0)
-        signals["JSD"] = common.compare_heads(vepo.divergences, run.model, group, hidden, noised)[0]
+        signals["JSD"] = compare_logits(vepo.divergences, run.model, group, hidden, noised)[0]
         strong, weak = prpo.perturbed_hidden(group, run, prpo.Args(), 0)
-        signals["KL strong"], signals["KL weak"] = common.compare_heads(
+        signals["KL strong"], signals["KL weak"] = compare_logits(
             prpo.divergences, run.model, group, hidden, strong, weak
         )
     vepo.choosing_forward(kept := row(), run, vepo.Args(), 0)
@@ -287,16 +177,16 @@ for (const event of ["pointerover", "click"]) document.addEventListener(event, e
 """
 
 
-def spans(tokens, values, places, signed, what):
+def spans(tokens, values, names, signed, what):
     """Tokens as spans, coloured by their value's share of the largest one in the response."""
     largest = values.abs().max().clamp(min=1e-12)
     low = 0.0 if signed else values.min()
     found = []
-    for token, value, place in zip(tokens, values, places):
+    for token, value, name in zip(tokens, values, names):
         share = (value.abs() / largest if signed else (value - low) / (values.max() - low).clamp(min=1e-12)).item()
         kind = ("p" if value >= 0 else "n") if signed else "s"
         text = html.escape(token).replace("\n", "↵\n")
-        shown = f'data-t="{place}" data-w="{what} {value.item():.3g}"'
+        shown = f'data-t="{name}" data-w="{what} {value.item():.3g}"'
         found.append(f'<span class="{kind}" style="--v:{share:.2f}" {shown}>{text}</span>')
     return "".join(found)
 
@@ -320,18 +210,18 @@ def section(number, group, run):
     for kind, response in (("right", right), ("wrong", wrong)):
         valid = group.mask[response]
         tokens = [run.processor.tokenizer.decode([token]) for token in group.responses[response][valid].tolist()]
-        places = [f"{number}-{kind}-{t}" for t in range(len(tokens))]
-        for t, place in enumerate(places):
+        ids = [f"{number}-{kind}-{t}" for t in range(len(tokens))]
+        for t, id in enumerate(ids):
             values = [f"{name} {value[response][valid][t].item():.3g}" for name, value in signals.items()]
-            about[place] = f"{tokens[t].strip() or 'space'}:  " + ",  ".join(values)
+            about[id] = f"{tokens[t].strip() or 'space'}:  " + ",  ".join(values)
         answer = f"advantage {group.advantages[response]:+.2f}, the answer is {html.escape(group.prompt.answer)}"
         parts.append(f"<h3>A {kind} response <small>({answer})</small></h3>")
         for name, (scores, advantages) in methods.items():
             lines = [f"<b>{name}</b>"]
             if scores is not None:
-                shown = spans(tokens, scores[response][valid], places, False, f"{name} score")
+                shown = spans(tokens, scores[response][valid], ids, False, f"{name} score")
                 lines.append(f'<i>score</i><div class="tokens">{shown}</div>')
-            shown = spans(tokens, advantages[response][valid], places, True, f"{name} advantage")
+            shown = spans(tokens, advantages[response][valid], ids, True, f"{name} advantage")
             lines.append(f'<i>advantage</i><div class="tokens">{shown}</div>')
             parts.append(f'<div class="method">{"".join(lines)}</div>')
     return "\n".join(parts), about
@@ -339,34 +229,27 @@ def section(number, group, run):
 
 def token_page(args):
     """One self-contained HTML page for --prompts prompts whose group has a right and a wrong response."""
-    source = str(common.TOY / "model") if args.model == "toy" else args.model
-    processor = common.load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
-    model = common.load_model(source, args.model_revision)
+    source = str(TOY / "model") if args.model == "toy" else args.model
+    processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
+    model = load_model(source, args.model_revision)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     split = args.eval_split if args.data != "toy" else "test"
-    data = common.Data(args.data, split, args, processor, model.model.get_rope_index)
-    nothing = SimpleNamespace(
-        model=model,
-        processor=processor,
-        world=1,
-        phase=lambda _: contextlib.nullcontext(),
-        add=lambda *_: None,
-        note=lambda *_: None,
-    )
-    reward, sections, about = common.Reward(args), [], {}
-    for place, index in enumerate(data.indices[:200]):
-        prompt = dataclasses.replace(data.prompt(index), place=place)
-        (group,) = common.rollout(model, processor.tokenizer, [prompt], args, "show")
-        group.advantages = common.group_advantages(reward([group]))[0].to(group.mask.device)
+    data = Data(args.data, split, args, processor, model.model.get_rope_index)
+    run = run_of(model, processor)
+    reward, sections, about = Reward(args), [], {}
+    for serial, index in enumerate(data.indices[:200]):
+        prompt = dataclasses.replace(data.prompt(index), serial=serial)
+        (group,) = rollout(model, processor.tokenizer, [prompt], args, "show")
+        group.advantages = group_advantages(reward([group]))[0].to(group.mask.device)
         if 0 < group.accuracy.sum() < len(group.accuracy):
-            text, said = section(len(sections), group, nothing)
+            text, said = section(len(sections), group, run)
             sections.append(text)
             about |= said
         if len(sections) == args.prompts:
             break
     reward.check.close()
     if not sections:
-        raise UserError(f"none of {place + 1} prompts had a right and a wrong response: raise --group_size.")
+        raise UserError(f"none of {serial + 1} prompts had a right and a wrong response: raise --group_size.")
     signals = json.dumps(about).replace("<", "\\u003c")  # no text of a response ends the script
     intro = (
         "The same responses, as each method sees them. Violet: the method's score, from the lowest to the highest of "
@@ -394,16 +277,16 @@ def main():
     if command not in commands:
         raise UserError("say what to show: python show.py curves runs/*, or python show.py tokens --model toy.")
     if command == "curves":
-        args = common.HfArgumentParser(CurveArgs).parse_args_into_dataclasses(["--runs", *sys.argv[2:]])[0]
-        common.within(args, window=(1, 10**9))
+        args = HfArgumentParser(CurveArgs).parse_args_into_dataclasses(["--runs", *sys.argv[2:]])[0]
+        within(args, window=(1, 10**9))
         writable("--output", args.output)
-        print("\n".join(curves(read_runs(args.runs), args.output, args.window)))
+        print("\n".join(draw_curves(read_runs(args.runs), args.output, args.window)))
         print(f"{args.output}.png, {args.output}.svg")
     else:
-        args = common.parse_args(TokenArgs, sys.argv[2:])
-        common.within(args, prompts=(1, 1000))
+        args = parse_args(TokenArgs, sys.argv[2:])
+        within(args, prompts=(1, 1000))
         writable("--page", args.page)
-        common.write_text(Path(args.page), token_page(args))
+        write_text(Path(args.page), token_page(args))
         print(args.page)
 
 

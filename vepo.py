@@ -33,14 +33,16 @@ from typing import Literal
 
 import torch
 
-import common
-from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import add_noise, compare_heads, diffuse, flag, loss_denominator, quantiles, seeded, token_noise
-from common import with_picture, within
+from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
+from plumbing.arguments import SharedArgs, parse_args
+from run import Run
+from common import compare_logits, loss_denominator, min_max, quantiles, seeded, still_noise, token_uniforms
+from common import with_picture
+from plumbing.arguments import flag, within
 
 
 @dataclass
-class Args(common.Args):
+class Args(SharedArgs):
     keep_ratio: float = flag(0.2, "k: the share of a response's tokens that the policy loss is made of; 1: GRPO")
     alpha: float = flag(0.7, "weight of the divergence against the change in entropy")
     select: Literal["vepo", "entropy", "jsd", "random"] = flag("vepo", "choose tokens by VEPO's score, or by these")
@@ -52,6 +54,21 @@ class Args(common.Args):
     def __post_init__(self):
         super().__post_init__()
         within(self, keep_ratio=(0, 1), alpha=(0, 1), noise_step=(0, 999), noise_std=(0, math.inf))
+
+
+def add_noise(pixel_values, generator, std=2.0):
+    """Gaussian noise on the processor's normalised pixels, each entry for itself, nothing clipped (VEPO's code)."""
+    return pixel_values + std * torch.randn(pixel_values.shape, generator=generator)
+
+
+def diffuse(pixel_values, generator, step=500):
+    """Forward diffusion: sqrt(abar) x + sqrt(1 - abar) noise after `step` of 1,000 steps (arXiv 2311.16922).
+
+    step 500: 0.863 x + 0.505 noise, on normalised pixels; both copies of a picture get the same noise.
+    """
+    betas = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
+    kept = (1 - betas).cumprod(0)[step].item()
+    return kept**0.5 * pixel_values + (1 - kept) ** 0.5 * still_noise(pixel_values, generator)
 
 
 @torch.no_grad()
@@ -78,13 +95,10 @@ def token_scores(jsd, entropy, noised_entropy, mask, alpha=0.7):
     tensor([[0.0000, 0.3844, 0.0000]])
     """
 
-    def min_max(values):
-        low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
-        high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
-        return torch.where(mask, (values - low) / (high - low).clamp(min=1e-8), 0.0)
-
-    vision = 1 - (1 - min_max(jsd)) ** alpha * (1 - min_max((noised_entropy - entropy).abs())) ** (1 - alpha)
-    return vision * min_max(entropy)
+    vision = 1 - (1 - min_max(jsd, mask)) ** alpha * (1 - min_max((noised_entropy - entropy).abs(), mask)) ** (
+        1 - alpha
+    )
+    return vision * min_max(entropy, mask)
 
 
 def kept_tokens(mask, ratio=0.2):
@@ -122,19 +136,19 @@ def choosing_forward(row, run, args, step):
     noised = noised_hidden(row, run, args, step) if vision else None  # before a pass whose graph is kept
     logps, entropy, hidden = forward(run.model, row, args.temperature)  # (B, T), (B, T), (L, D)
     mask, uncertainty = row.mask, entropy.detach()
-    row.scores = token_noise(row, args.seed, step) if args.select == "random" else uncertainty
+    row.scores = token_uniforms(row, args.seed, step) if args.select == "random" else uncertainty
     if noised is not None:
         states = (hidden.detach(), noised)
-        jsd, _, noised_entropy = compare_heads(divergences, run.model, row, *states, temperature=args.temperature)
+        jsd, _, noised_entropy = compare_logits(divergences, run.model, row, *states, temperature=args.temperature)
         if row.prompt.pixel_values is not None:
             vepo = token_scores(jsd, uncertainty, noised_entropy, mask, args.alpha)
             row.scores = vepo if args.select == "vepo" else jsd
             gap = (noised_entropy - uncertainty).abs()
-            run.note(quantiles("jsd", jsd, mask) | quantiles("entropy_gap", gap, mask), row.loss_mask)
+            run.metrics.add_means(quantiles("jsd", jsd, mask) | quantiles("entropy_gap", gap, mask), row.loss_mask)
     row.weights = select_top(row.scores, mask, args.keep_ratio)
     agreed = row.weights & select_top(uncertainty, mask, args.keep_ratio)
     shares = {"kept_tokens": row.weights.sum() / mask.sum(), "kept_top_entropy": agreed.sum() / row.weights.sum()}
-    run.note(shares, row.loss_mask)
+    run.metrics.add_means(shares, row.loss_mask)
     return logps, entropy
 
 
@@ -143,9 +157,9 @@ def noised_hidden(row, run, args, step):
 
     None where there is no picture, on one process; several gather sharded weights together and all make the pass.
     """
-    if row.prompt.pixel_values is None and run.world == 1:
+    if row.prompt.pixel_values is None and run.world_size == 1:
         return None
-    generator = seeded(args.seed, step, row.prompt.index, row.prompt.place, "noise")
+    generator = seeded(args.seed, step, row.prompt.index, row.prompt.serial, "noise")
     if args.noise == "normalised":
         noised = with_picture(row, lambda pixels: add_noise(pixels, generator, args.noise_std))
     else:
@@ -159,14 +173,14 @@ def main():
     run = Run(args)
     for step in run.steps():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw():
+            while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
                 run.reward(groups)
-                run.keep(groups)
+                run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.rows(advantages)  # one packed row per group
+        rows = run.pack_rows(advantages)  # one packed row per group
 
         with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
             for row in rows:
@@ -177,8 +191,8 @@ def main():
 
         with run.phase("update"):
             for minibatch in run.minibatches(rows):
-                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
-                kept = mean | {"denominator": run.total(sum(loss_parts(row, args) for row in minibatch))}
+                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                kept = averaging | {"denominator": run.all_reduce(sum(loss_parts(row, args) for row in minibatch))}
                 for row in minibatch:
                     if args.updates_per_step == 1:
                         logps, entropy = choosing_forward(row, run, args, step)  # (B, T)
@@ -193,10 +207,10 @@ def main():
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
                         info["kl"] = aggregate(kl.detach(), mask)
                     run.backward(loss, info, row, mask)
                 run.update()

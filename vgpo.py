@@ -17,8 +17,7 @@ Formulas follow the released code (wzb-bupt/VGPO); the clamps stand in the code 
   4. A prompt without a picture has psi = alpha = 1: plain GRPO.
 Phi is a sum, so it grows with length: the log has its correlation with length, and how often alpha is at its floor.
 
-The scores come out of a forward pass that is made anyway. Only where a group is cut into several rows does its rollout
-factor, which compares whole responses, cost a scoring pass.
+No extra pass, but a scoring pass where a group is cut into several rows, since alpha compares whole responses.
 
     python vgpo.py                                                                  # the toy, minutes on a laptop CPU
     torchrun --nproc_per_node=8 vgpo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs
@@ -32,13 +31,15 @@ from typing import Literal
 import torch
 from torch.nn.functional import cosine_similarity
 
-import common
-from common import Run, aggregate, forward, group_advantages, kl_penalty, parse_args, policy_loss, rollout
-from common import flag, own_states, quantiles, within
+from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
+from plumbing.arguments import SharedArgs, parse_args
+from run import Run
+from common import quantiles, response_and_image_states
+from plumbing.arguments import flag, within
 
 
 @dataclass
-class Args(common.Args):
+class Args(SharedArgs):
     intra: bool = flag(True, "token factors, inside a response")
     inter: bool = flag(True, "rollout factors, inside a group")
     strength: float = flag(0.3, "beta: what the last token gains when it is gated")
@@ -91,8 +92,8 @@ def compensate(focus, mask, strength=0.3, start=0.5, top=0.2):
     return torch.where(mask, focus * (1 + late_gate(focus, mask, start, top) * ramp), 0.0)
 
 
-def min_max(values, mask, eps=1e-8):
-    """Values (B, T) to [0, 1] over the valid entries of each row, 0 elsewhere."""
+def rescaled(values, mask, eps=1e-8):
+    """Values (B, T) to [0, 1] over the valid entries of each row, 0 elsewhere; eps is added as in the released code."""
     low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
     return torch.where(mask, (values - low) / (high - low + eps), 0.0)
@@ -105,7 +106,7 @@ def token_factors(compensated, mask):
     >>> token_factors(torch.tensor([[0.8, 0.4, 0.6]]), torch.ones(1, 3, dtype=torch.bool))
     tensor([[1.5000, 0.5000, 1.0000]])
     """
-    scaled = min_max(compensated, mask)  # (B, T)
+    scaled = rescaled(compensated, mask)  # (B, T)
     mean = scaled.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return torch.where(mask, (1 + scaled - mean).clamp(0.1, 2.0), 0.0)
 
@@ -117,13 +118,13 @@ def rollout_factors(accumulated):
     >>> rollout_factors(torch.tensor([[3.0, 1.0, 2.0, 1.0]]))
     tensor([[1.6250, 0.9000, 1.1250, 0.9000]])
     """
-    scaled = min_max(accumulated, torch.ones_like(accumulated, dtype=torch.bool))  # (P, G)
+    scaled = rescaled(accumulated, torch.ones_like(accumulated, dtype=torch.bool))  # (P, G)
     return (1 + scaled - scaled.mean(1, keepdim=True)).clamp(0.9, 2.0)
 
 
 def row_focus(hidden, row, args):
     """Visual focus (B, T) of a row's tokens, from the hidden states (L, D) of its forward pass."""
-    own, image = own_states(hidden.detach(), row)  # (B, T, D), (N, D)
+    own, image = response_and_image_states(hidden.detach(), row)  # (B, T, D), (N, D)
     return visual_focus(own, image[None], floor=args.floor)
 
 
@@ -131,16 +132,16 @@ def set_weights(rows, run, args):
     """Sets `row.weights` (B, T) to alpha psi, in the rows that make up one group, and logs alpha."""
     focus, mask = torch.cat([row.scores for row in rows]), torch.cat([row.mask for row in rows])  # (G, T)
     compensated = compensate(focus, mask, args.strength, args.start, args.top)
-    accumulated = (compensated if args.accumulate == "raw" else min_max(compensated, mask)).sum(1)  # (G,)
+    accumulated = (compensated if args.accumulate == "raw" else rescaled(compensated, mask)).sum(1)  # (G,)
     alpha = rollout_factors(accumulated[None])[0] if args.inter else torch.ones_like(accumulated)  # (G,)
     psi = token_factors(compensated, mask) if args.intra else mask.float()  # (G, T)
     for row, weights in zip(rows, (alpha[:, None] * psi).split([len(row.mask) for row in rows])):
         row.weights = weights
-    run.add("gated_tokens", (compensated > focus).sum(), mask.sum())
-    run.add("rollout_factor", alpha.sum(), len(alpha))
-    run.add("rollout_factor_clamped", ((alpha <= 0.9) | (alpha >= 2.0)).sum(), len(alpha))
+    run.metrics.add("gated_tokens", (compensated > focus).sum(), mask.sum())
+    run.metrics.add("rollout_factor", alpha.sum(), len(alpha))
+    run.metrics.add("rollout_factor_clamped", ((alpha <= 0.9) | (alpha >= 2.0)).sum(), len(alpha))
     correlation = torch.corrcoef(torch.stack([alpha, mask.sum(1)]))[0, 1]
-    run.add("rollout_factor_length_correlation", correlation.nan_to_num(), correlation.isfinite())
+    run.metrics.add("rollout_factor_length_correlation", correlation.nan_to_num(), correlation.isfinite())
 
 
 def main():
@@ -148,18 +149,18 @@ def main():
     run = Run(args)
     for step in run.steps():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw():
+            while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
                 run.reward(groups)
-                run.keep(groups)
+                run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.rows(advantages)  # one packed row per group
+        rows = run.pack_rows(advantages)  # one packed row per group
 
         with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
             for row in rows:
-                if args.updates_per_step > 1 or (args.inter and run.cut):  # alpha needs all rows of its group
+                if args.updates_per_step > 1 or (args.inter and run.groups_are_cut):  # alpha needs a whole group
                     row.old_logps, _, hidden = forward(run.model, row, args.temperature)  # (B, T)
                     row.scores = row_focus(hidden, row, args)  # (B, T)
                 if args.kl_coef:
@@ -170,7 +171,7 @@ def main():
 
         with run.phase("update"):
             for minibatch in run.minibatches(rows):
-                mean = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
+                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
                 for row in minibatch:
                     logps, entropy, hidden = forward(run.model, row, args.temperature)  # (B, T)
                     if row.weights is None:
@@ -180,15 +181,15 @@ def main():
                     token_advantages = row.advantages[:, None] * row.weights  # (B, T)
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **mean
+                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     info |= quantiles("weight", row.weights, row.mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **mean)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **mean)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
                         info["kl"] = aggregate(kl.detach(), mask)
                     run.backward(loss, info, row, mask)
                 run.update()

@@ -22,7 +22,9 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
+from common import Reward, forward, group_advantages, load_processor, picture_inputs, policy_loss, rollout  # noqa: E402
+from plumbing.arguments import INSTRUCTION, TOY, SharedArgs  # noqa: E402
+from plumbing.data import Data  # noqa: E402
 
 P, G, PIXELS = 2, 8, 448
 METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1, "saei": 2.0}  # what a step may cost, in GRPO's
@@ -30,7 +32,7 @@ METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1, "saei": 2.0}  # w
 
 def make_model():
     torch.manual_seed(0)
-    config = transformers.Qwen2_5_VLConfig.from_pretrained(common.TOY / "model")
+    config = transformers.Qwen2_5_VLConfig.from_pretrained(TOY / "model")
     text, vision = config.text_config, config.vision_config
     text.vocab_size, text.hidden_size, text.intermediate_size = 8192, 512, 1536
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 6, 8, 4
@@ -63,7 +65,7 @@ def make_data(args, processor, model):
 
     with tempfile.TemporaryDirectory() as folder:
         datasets.Dataset.from_list(make_rows(P)).to_parquet(f"{folder}/rows.parquet")
-        data = common.Data(f"{folder}/rows.parquet", "train", args, processor, model.model.get_rope_index)
+        data = Data(f"{folder}/rows.parquet", "train", args, processor, model.model.get_rope_index)
         return [data.prompt(i) for i in range(P)]
 
 
@@ -100,15 +102,15 @@ def padded_update(model, groups):
         )
         logps = out.logits[:, :-1].log_softmax(-1)
         chosen = logps.gather(-1, group.responses[..., None])[..., 0]
-        loss, _ = common.policy_loss(chosen, chosen.detach(), torch.linspace(-1, 1, G), mask)
+        loss, _ = policy_loss(chosen, chosen.detach(), torch.linspace(-1, 1, G), mask)
         loss.backward()
     model.zero_grad()
 
 
 def packed_update(model, groups):
     for group in groups:
-        logps, _, _ = common.forward(model, group)
-        loss, _ = common.policy_loss(logps, logps.detach(), torch.linspace(-1, 1, G), group.mask)
+        logps, _, _ = forward(model, group)
+        loss, _ = policy_loss(logps, logps.detach(), torch.linspace(-1, 1, G), group.mask)
         loss.backward()
     model.zero_grad()
 
@@ -121,7 +123,7 @@ def plain_sampling(model, prompts, tokens):
             input_ids=torch.stack([p.input_ids for p in copies]),
             attention_mask=torch.stack([torch.ones_like(p.input_ids) for p in copies]),
             mm_token_type_ids=torch.stack([p.image_mask.int() for p in copies]),
-            **common.pictures(copies, "cpu"),
+            **picture_inputs(copies, "cpu"),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=True,
@@ -130,12 +132,12 @@ def plain_sampling(model, prompts, tokens):
 
 
 def our_step(model, tokenizer, prompts, args, reward, optimizer, step):
-    groups = common.rollout(model, tokenizer, prompts, args, step)
-    advantages = common.group_advantages(reward(groups))
+    groups = rollout(model, tokenizer, prompts, args, step)
+    advantages = group_advantages(reward(groups))
     denominator = sum(int(group.mask.sum()) for group in groups)
     for group, group_advantage in zip(groups, advantages):
-        logps, _, _ = common.forward(model, group)
-        loss, _ = common.policy_loss(logps, logps.detach(), group_advantage, group.mask, denominator=denominator)
+        logps, _, _ = forward(model, group)
+        loss, _ = policy_loss(logps, logps.detach(), group_advantage, group.mask, denominator=denominator)
         loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -192,7 +194,7 @@ def trl_step_seconds(processor, tokens, steps):
 
     rows = [
         {
-            "prompt": [{"role": "user", "content": f"{row['problem'][7:]}\n{common.INSTRUCTION}"}],
+            "prompt": [{"role": "user", "content": f"{row['problem'][7:]}\n{INSTRUCTION}"}],
             "image": row["images"][0],
             "answer": row["answer"],
         }
@@ -238,13 +240,13 @@ def head_memory(kind, tokens):
     """
     code = f"""
 import re, sys, torch
-sys.path.insert(0, {str(common.TOY.parent)!r})
-import common
+sys.path.insert(0, {str(TOY.parent)!r})
+from common import token_logps
 torch.manual_seed(0)
 hidden, weight = torch.randn({tokens}, 64, requires_grad=True), torch.randn(151_936, 64, requires_grad=True)
 targets = torch.randint(151_936, ({tokens},))
 if {kind!r} == "chunks":
-    logps, entropy = common.token_logps(hidden, weight, targets)
+    logps, entropy = token_logps(hidden, weight, targets)
 else:
     logits = (hidden @ weight.T).log_softmax(-1)
     logps, entropy = logits.gather(1, targets[:, None]), -(logits.exp() * logits).sum(-1)
@@ -263,12 +265,12 @@ def main():
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     tokens = options.response_tokens
-    args = common.Args(group_size=G, max_response_tokens=tokens, max_pixels=10**6)
-    processor = common.load_processor(common.TOY / "model", max_pixels=10**6)
+    args = SharedArgs(group_size=G, max_response_tokens=tokens, max_pixels=10**6)
+    processor = load_processor(TOY / "model", max_pixels=10**6)
     model = make_model()
     prompts = make_data(args, processor, model)
     model.generation_config.eos_token_id = [8191]  # the random model hardly ever ends: equal lengths for all
-    groups = common.rollout(model, processor.tokenizer, prompts, args, 0)
+    groups = rollout(model, processor.tokenizer, prompts, args, 0)
     Lp, Lr = len(prompts[0].input_ids), int(groups[0].mask[0].sum())
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     image = int(prompts[0].image_mask.sum())
@@ -287,7 +289,7 @@ def main():
         compare(
             "sampling: plain generate / prompt computed once",
             lambda: plain_sampling(model, prompts, tokens),
-            lambda: common.rollout(model, processor.tokenizer, prompts, args, 0),
+            lambda: rollout(model, processor.tokenizer, prompts, args, 0),
             options.repeats,
         )
     method_steps(model, processor, tokens, options.repeats)
@@ -299,7 +301,7 @@ def main():
         print(f"{name:46s} {plain / chunks:6.2f} x   ({plain:.1f} GB of plain logits against {chunks:.1f} GB)")
     if options.no_trl:
         return
-    reward, optimizer = common.Reward(args), torch.optim.AdamW(model.parameters(), 1e-6)
+    reward, optimizer = Reward(args), torch.optim.AdamW(model.parameters(), 1e-6)
     ours = [
         seconds(lambda step=step: our_step(model, processor.tokenizer, prompts, args, reward, optimizer, step))
         for step in range(options.repeats + 1)

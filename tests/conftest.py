@@ -1,16 +1,29 @@
+"""What several test files use: random models of the real classes, prompts, and runs of the scripts in this process."""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import run  # noqa: E402
+from common import Group, load_model, load_processor  # noqa: E402
+from plumbing.arguments import SharedArgs  # noqa: E402
+from plumbing.data import Data, Prompt  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 transformers.utils.logging.disable_progress_bar()
 TOKENS = dict(image_token_id=11, video_token_id=12, vision_start_token_id=9, vision_end_token_id=10)
 END = [13, 0]  # token ids of the random models below
@@ -73,11 +86,11 @@ def tiny_prompt(model, grids, words=(20, 21, 22), index=0, seed=0):
         kinds += [0, *[1] * n, 0, 0]
     ids, kinds = torch.tensor(ids), torch.tensor(kinds)
     if not grids:
-        return common.Prompt(index, "", "", ids, torch.arange(len(ids)).expand(3, -1), None, None, kinds == 1)
+        return Prompt(index, "", "", ids, torch.arange(len(ids)).expand(3, -1), None, None, kinds == 1)
     thw = torch.tensor([[1, h, w] for h, w in grids])
     pixels = torch.randn(int(thw.prod(1).sum()), 1176, generator=generator)
     positions = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=thw)[0][:, 0]
-    return common.Prompt(index, "", "", ids, positions, pixels, thw, kinds == 1)
+    return Prompt(index, "", "", ids, positions, pixels, thw, kinds == 1)
 
 
 def tiny_group(prompt, lengths, seed=0):
@@ -86,7 +99,23 @@ def tiny_group(prompt, lengths, seed=0):
     T = max(lengths)
     responses = torch.randint(20, 96, (len(lengths), T), generator=generator)
     mask = torch.arange(T) < torch.tensor(lengths)[:, None]
-    return common.Group(prompt, responses, mask, torch.zeros(len(lengths), dtype=torch.bool), [""] * len(lengths))
+    return Group(prompt, responses, mask, torch.zeros(len(lengths), dtype=torch.bool), [""] * len(lengths))
+
+
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]  # CLIP's, as Qwen-VL's
+SCALE = {"image_mean": MEAN, "image_std": STD}
+MEAN_ROW, STD_ROW = (torch.tensor(x).repeat_interleave(392) for x in (MEAN, STD))
+
+
+def normalised_pixels(count=2000, seed=0):
+    """Normalised pixel_values (count, 1176) of random pictures in [0, 1], the same at both times."""
+    still = torch.rand(count, 3, 1, 196, generator=torch.Generator().manual_seed(seed))
+    return (still.expand(-1, -1, 2, -1).flatten(1) - MEAN_ROW) / STD_ROW
+
+
+def times_agree(values):
+    values = values.view(len(values), 3, 2, -1)
+    return torch.equal(values[:, :, 0], values[:, :, 1])
 
 
 def padded_inputs(model, group):
@@ -119,17 +148,114 @@ def plain_states(model, group):
     return [s[:, shared:] for s in states], [s[:1, :shared][:, group.prompt.image_mask] for s in states]
 
 
+MEASURED, measure = {}, Data.measure
+
+
+def measured_once(data):
+    """`Data.measure`, which reads 2,500 rows of the toy, once for each process."""
+    args = data.args
+    key = (type(data), data.name, len(data.rows), args.instruction, args.max_prompt_tokens)
+    if data.name != "toy" or key not in MEASURED:
+        measure(data)
+        MEASURED[key] = {name: getattr(data, name) for name in ("rows", "indices", "dropped", "longest", "width")}
+    vars(data).update(MEASURED[key])
+
+
+def main_of(script, output, flags):
+    """`python script.py --output output flags` in this process, which gets its signals back; no curves are drawn."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    accelerate.state.AcceleratorState._reset_state(True)  # of the run before, which may have had another precision
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", "--output", str(output), *map(str, flags)])
+        patch.setattr(Data, "measure", measured_once)
+        patch.setattr(run, "draw_curves", lambda *_: None)
+        try:
+            importlib.import_module(script).main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+QUICK = ["--prompts_per_step", 4, "--eval_rows", 0, "--show_every", 0, "--weight_decay", 0]
+GROUP = {"saei": ["--n1", 2, "--n2", 2]}  # the others: --group_size 4
+
+
+def train(script, output, *flags):
+    """A short run of a script in this process; returns the lines of its metrics.jsonl."""
+    with contextlib.redirect_stdout(sys.stderr):
+        main_of(script, output, [*QUICK, *GROUP.get(script, ["--group_size", 4]), *flags])
+    return read_metrics(output)
+
+
+def read_metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(lines):
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def weights(folder):
+    """Weights and optimiser state of a checkpoint."""
+    state = load_file(folder / "optimizer.safetensors")
+    return load_file(folder / "model.safetensors") | {f"optimizer.{name}": value for name, value in state.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """`train`, whose runs are shared between the tests that ask for the same one: (weights and optimiser, metrics)."""
+    runs = {}
+
+    def shared(script, *flags):
+        key = (script, *map(str, flags))
+        if key not in runs:
+            output = tmp_path_factory.mktemp(script) / "run"
+            runs[key] = (train(script, output, *flags), output)
+        lines, output = runs[key]
+        return weights(output / "last"), lines
+
+    return shared
+
+
+LONGEST_FIRST = ["test_sharding", "test_methods", "test_checkpoints", "test_memory", "test_devices", "test_run"]
+
+
+def pytest_collection_modifyitems(items):
+    """With two test processes each takes a file at a time: the long ones first."""
+    order = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(Path(item.fspath).stem, len(order)))
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run takes SIGINT and SIGTERM; give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Libraries that ask a network again and again ask at once."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def toy():
     """The embedded model and processor."""
     folder = str(ROOT / "toy" / "model")
-    return common.load_model(folder), common.load_processor(folder)
+    return load_model(folder), load_processor(folder)
 
 
 @pytest.fixture
 def args(tmp_path):
     """Arguments of a short run on the toy."""
-    return common.Args(
+    return SharedArgs(
         output=str(tmp_path / "run"), steps=2, prompts_per_step=2, group_size=4, eval_rows=0, show_every=0
     )
 

@@ -9,21 +9,22 @@ differences over the responses, with its 95 % confidence interval (1.96 standard
 """
 
 import argparse
-import contextlib
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
 import pepo  # noqa: E402
 import prpo  # noqa: E402
 import saei  # noqa: E402
 import vepo  # noqa: E402
 import vgpo  # noqa: E402
+from common import compare_logits, forward, load_model, load_processor, rollout  # noqa: E402
+from plumbing.arguments import TOY, SharedArgs  # noqa: E402
+from plumbing.data import Data  # noqa: E402
+from show import run_of  # noqa: E402
 
 
 def kinds(tokens):
@@ -40,14 +41,14 @@ def kinds(tokens):
 @torch.no_grad()
 def scores(run, row):
     """{name: (1, T)} of all methods' scores of a row of one response."""
-    _, entropy, hidden = common.forward(run.model, row)
+    _, entropy, hidden = forward(run.model, row)
     signals = {"entropy": entropy}
     noised = vepo.noised_hidden(row, run, vepo.Args(), 0)
-    jsd, _, noised_entropy = common.compare_heads(vepo.divergences, run.model, row, hidden, noised)
+    jsd, _, noised_entropy = compare_logits(vepo.divergences, run.model, row, hidden, noised)
     signals["VEPO, JSD"] = jsd
     signals["VEPO, score"] = vepo.token_scores(jsd, entropy, noised_entropy, row.mask)
     views = prpo.perturbed_hidden(row, run, prpo.Args(), 0)
-    strong, weak = common.compare_heads(prpo.divergences, run.model, row, hidden, *views)
+    strong, weak = compare_logits(prpo.divergences, run.model, row, hidden, *views)
     signals |= {"PRPO, KL under the strong view": strong, "PRPO, KL under the weak view": weak}
     signals["PRPO, RVD"] = prpo.robust_visual_dependency(strong, weak, row.mask)
     signals["VGPO, visual focus"] = vgpo.row_focus(hidden, row, vgpo.Args())
@@ -64,24 +65,24 @@ def missed(entropy, jsd, mask, ratio=0.2):
 def attacked(run, prompts, step):
     """SaEI: H of 6 responses to each prompt before and after an attack of this step, two tensors (P,)."""
     args, changes = saei.Args(step=step, measure_every=1), {"attack_entropy_before": [], "attack_entropy_after": []}
-    run.add = lambda name, value, weight: changes.get(name, []).append(float(value))
-    for group in common.rollout(run.model, run.processor.tokenizer, prompts, args, 0, slice(args.n1)):
+    run.metrics.add = lambda name, value, weight: changes.get(name, []).append(float(value))
+    for group in rollout(run.model, run.processor.tokenizer, prompts, args, 0, slice(args.n1)):
         saei.attack(group, run, args)
     return map(torch.tensor, changes.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(common.TOY / "model"), help="folder of a toy model")
+    parser.add_argument("--model", default=str(TOY / "model"), help="folder of a toy model")
     parser.add_argument("--rows", type=int, default=504, help="of the test set")
     options = parser.parse_args()
-    args = common.Args()
-    model, processor = common.load_model(options.model), common.load_processor(options.model)
-    data = common.Data("toy", "test", args, processor, model.model.get_rope_index)
+    args = SharedArgs()
+    model, processor = load_model(options.model), load_processor(options.model)
+    data = Data("toy", "test", args, processor, model.model.get_rope_index)
     prompts = [prompt for prompt in map(data.prompt, range(options.rows)) if prompt.image_grid_thw is not None]
-    run = SimpleNamespace(model=model, processor=processor, world=1, phase=lambda _: contextlib.nullcontext())
+    run = run_of(model, processor)
     found, shares = {}, []
-    for group in common.rollout(model, processor.tokenizer, prompts, args, 0, slice(1)):
+    for group in rollout(model, processor.tokenizer, prompts, args, 0, slice(1)):
         tokens = [processor.tokenizer.decode([token]) for token in group.responses[0][group.mask[0]].tolist()]
         image, template = map(torch.tensor, kinds(tokens))
         if image.any() and template.any():

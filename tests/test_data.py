@@ -1,6 +1,5 @@
 """Rows of any usual schema -> prompts, and the order in which training sees them."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,13 +8,14 @@ from conftest import ROOT
 from datasets import Dataset
 from PIL import Image
 
-import common
-from common import Args, Data, Stream, UserError, prompt_text, to_rgb
+from common import load_processor
+from plumbing.arguments import INSTRUCTION, SharedArgs, UserError
+from plumbing.data import Data, Stream, prompt_text, to_rgb
 
 
 def data_of(toy, name, split="train", **more):
     model, processor = toy
-    return Data(str(name), split, Args(**more), processor, model.model.get_rope_index)
+    return Data(str(name), split, SharedArgs(**more), processor, model.model.get_rope_index)
 
 
 def test_prompt_of_the_toy_is_qwens_chat_template(toy):
@@ -28,7 +28,7 @@ def test_prompt_of_the_toy_is_qwens_chat_template(toy):
     question = data.rows[row]["problem"].replace("<image>", "")
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        f"{images}{question}\n{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+        f"{images}{question}\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompt.image_mask.sum() == sum(pads) and len(prompt.pixel_values) == 4 * sum(pads)
 
@@ -112,7 +112,7 @@ def test_pixel_limits(toy, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([{"image": "a.png", "question": "What?", "answer": "1"}]))
     folder = str(ROOT / "toy" / "model")
     for least, most, tokens in [(None, 28 * 28 * 40, 36), (28 * 28 * 144, 28 * 28 * 400, 144), (None, 28 * 28 * 4, 4)]:
-        processor = common.load_processor(folder, min_pixels=least, max_pixels=most)
+        processor = load_processor(folder, min_pixels=least, max_pixels=most)
         data = data_of((toy[0], processor), tmp_path / "d.json")
         assert data.prompt(0).image_mask.sum() == tokens
         assert data.prompt_tokens(0) == len(data.prompt(0).input_ids)
@@ -138,8 +138,8 @@ def test_the_order_is_that_of_one_process(toy, world):
     for _ in range(4):
         want = one.draw(8)
         got = [p for stream in many for p in stream.draw(8)]
-        assert [p.place for p in want] == sorted(p.place for p in got)
-        assert {p.place: p.index for p in want} == {p.place: p.index for p in got}
+        assert [p.serial for p in want] == sorted(p.serial for p in got)
+        assert {p.serial: p.index for p in want} == {p.serial: p.index for p in got}
         seen += [p.index for p in want]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == sorted(data.indices) and seen[:10] != seen[10:20]
     later = Stream(data, 5, position=16)
@@ -190,7 +190,7 @@ def test_empty_data(toy, tmp_path):
             data_of(toy, tmp_path / name)
 
 
-def test_unknown_data_and_no_network(toy, tmp_path):
+def test_unknown_data_and_no_network(toy, tmp_path, no_waiting):
     with pytest.raises(UserError, match="--data nobody/nothing cannot be opened .*local folder"):
         data_of(toy, "nobody/nothing")
     (tmp_path / "notes.txt").write_text("hello")
@@ -202,8 +202,3 @@ def test_unknown_data_and_no_network(toy, tmp_path):
 def test_prompt_text_of_plain_text(toy):
     text = prompt_text(toy[1], "One?", "Say it.")
     assert text.endswith("<|im_start|>user\nOne?\nSay it.<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_every_argument_has_help_and_a_flag():
-    for f in dataclasses.fields(Args):
-        assert f.metadata["help"], f.name

@@ -10,6 +10,7 @@ import sys
 import accelerate
 import pytest
 import torch
+from conftest import main_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -18,10 +19,12 @@ import eval as evaluation
 import grpo
 import pepo
 import prpo
+import run
 import saei
 import show
 import vepo
 import vgpo
+from common import load_model
 
 GPU, CPU = torch.device("cpu", 0), torch.device("cpu")
 
@@ -59,7 +62,7 @@ def two_devices(monkeypatch):
     tensor = torch.tensor
     with torch.device("meta"):  # what makes tensors is listed by torch when this is used first, and must not be ours
         pass
-    backward, grad, load, parameters = torch.autograd.backward, torch.autograd.grad, common.load_model, []
+    backward, grad, load, parameters = torch.autograd.backward, torch.autograd.grad, load_model, []
 
     def moved(self, *args, **kwargs):
         if args and isinstance(args[0], torch.Tensor):
@@ -101,7 +104,8 @@ def two_devices(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "backward", backwards)
     monkeypatch.setattr(torch.autograd, "grad", gradients)
-    monkeypatch.setattr(common, "load_model", loaded)
+    for module in (run, evaluation, show):
+        monkeypatch.setattr(module, "load_model", loaded)
     monkeypatch.setattr(common, "checkpoint", lambda function, *args, use_reentrant: function(*args))
     monkeypatch.setattr(torch.Tensor, "to", moved)
     monkeypatch.setattr(torch.Tensor, "cpu", fetched)
@@ -136,17 +140,16 @@ def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates):
     flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 12 --eval_rows 3 --show_every 1 --kl_coef 0.01"
     size = "--n1 2 --n2 2 --save_images 4 --measure_every 1" if module is saei else "--group_size 4"
     parts = f"--updates_per_step {updates} --tokens_per_row {260 // updates**2}"  # some pictures share a batch, or none
-    monkeypatch.setattr(sys, "argv", f"x --output {tmp_path / 'run'} {flags} {size} {parts}".split())
     runs = []
 
     def failing_once(group, *rest, gradient=saei.entropy_gradient):  # one prompt keeps its clean picture
         H, found, kept = gradient(group, *rest)
-        return H, [x * float("nan") if group.prompt.place == 1 else x for x in found], kept
+        return H, [x * float("nan") if group.prompt.serial == 1 else x for x in found], kept
 
     monkeypatch.setattr(saei, "entropy_gradient", failing_once)
-    monkeypatch.setattr(common.Run, "rehearse", lambda run, do=common.Run.rehearse: (runs.append(run), do(run)))
+    monkeypatch.setattr(run.Run, "rehearse_update", lambda r, do=run.Run.rehearse_update: (runs.append(r), do(r)))
     with Devices():
-        module.main()
+        main_of(module.__name__, tmp_path / "run", f"{flags} {size} {parts}".split())
     assert all(there(p) for p in runs[0].model.parameters()) and not there(runs[0].groups[0].rewards)
     assert there(runs[0].groups[0].responses)
 

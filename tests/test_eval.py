@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -12,12 +9,14 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
-import common
 import eval as evaluation
+from common import load_model
 from eval import BENCHMARKS, Args, Question, Questions, choose, compare, judge, place_images, scores, sign_test
+from plumbing.answers import Checker
+from plumbing.arguments import TOY, SharedArgs, UserError
+from plumbing.data import Data
 
 PICTURE = Image.new("RGB", (56, 56), "red")
 FIXTURES = {  # benchmark: rows with the hub's column names and types, the right answer of each in \boxed{}
@@ -183,7 +182,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def check():
-    checker = common.Checker()
+    checker = Checker()
     yield checker
     checker.close()
 
@@ -229,7 +228,7 @@ def test_images_stand_where_the_text_names_them():
 def test_prompt_of_training_and_evaluation_is_the_same(toy, tmp_path):
     model, processor = toy
     path = write(tmp_path / "rows.parquet", [FIXTURES["geometry3k"][0][0]])
-    training = common.Data(str(path), "train", common.Args(), processor, model.model.get_rope_index)
+    training = Data(str(path), "train", SharedArgs(), processor, model.model.get_rope_index)
     asked = questions("geometry3k", path, toy)
     a, b = training.prompt(0), asked.prompt(0)
     assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.pixel_values, b.pixel_values)
@@ -290,7 +289,7 @@ def test_verdicts_of_the_other_kinds(check, answer, gold, kind, digits, verdict)
 
 
 def test_ten_thousand_answers_take_less_than_a_minute():
-    check = common.Checker()
+    check = Checker()
     cases = [("\\frac{%d}{4}", "%d/4"), ("%d cm", "%d"), ("\\sqrt{%d}", "%d"), ("(B)", "B"), ("x = %d.0", "%d")]
     start = time.time()
     for i in range(10_000):
@@ -343,42 +342,6 @@ def test_sign_test_by_hand():
     assert sign_test(1, 4) == pytest.approx(2 * (1 + 5) / 32)
 
 
-def launch(processes, output, *flags, **more):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"] if processes == 2 else []
-    command = [sys.executable, *launcher, str(ROOT / "eval.py"), "--output", str(output), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **more)
-
-
-def written(folder):
-    results = json.loads((folder / "results.json").read_text())
-    return results["scores"], (folder / "toy.jsonl").read_text()
-
-
-def test_two_processes_equal_one_and_a_stopped_evaluation_goes_on(tmp_path):
-    flags = ["--rows", 45, "--samples", 2, "--temperature", 1, "--rollout_prompts", 16]
-    one = launch(1, tmp_path / "one", *flags)
-    assert one.returncode == 0, one.stderr[-2000:]
-    assert "toy" in one.stdout and "pass" in one.stdout
-    two = launch(2, tmp_path / "two", *flags)
-    assert two.returncode == 0, two.stderr[-2000:]
-    assert written(tmp_path / "one") == written(tmp_path / "two")
-    assert not list((tmp_path / "two").glob("*.part"))
-
-    stopped = tmp_path / "stopped"  # as two killed processes leave it: some rows, and half a line
-    shutil.copytree(tmp_path / "one", stopped)
-    lines = (stopped / "toy.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "toy.jsonl").unlink()
-    (stopped / "results.json").unlink()
-    (stopped / "toy.0.part").write_text("".join(lines[:9]) + lines[9][:40])
-    (stopped / "toy.1.part").write_text("".join(lines[20:23]))
-    assert "holds an evaluation" in launch(1, stopped, *flags).stderr
-    other = launch(1, stopped, *flags, "--resume", "--seed", 1)
-    assert other.returncode == 2 and "begun with another seed" in other.stderr and "Traceback" not in other.stderr
-    assert launch(1, stopped, *flags, "--resume").returncode == 0
-    assert written(stopped) == written(tmp_path / "one")
-
-
 def test_compare(tmp_path, capsys):
     protocol = {"model": "a", "temperature": 0.0, "seed": 0}
     for name, right in (("a", [1, 0, 0, 0, 1, 0, 0, 1]), ("b", [1, 1, 1, 1, 1, 0, 1, 0])):
@@ -392,18 +355,18 @@ def test_compare(tmp_path, capsys):
     assert line[-1] == f"{sign_test(4, 1):.3g}"
     rows = (tmp_path / "b" / "toy.jsonl").read_text()
     (tmp_path / "b" / "toy.jsonl").write_text(json.dumps({"correct": [True], "index": 7}) + "\n")
-    with pytest.raises(common.UserError):
+    with pytest.raises(UserError):
         compare(tmp_path / "a", tmp_path / "b")
     assert "hold other rows of toy" in capsys.readouterr().err
     (tmp_path / "b" / "toy.jsonl").write_text(rows[:-9])
-    with pytest.raises(common.UserError):
+    with pytest.raises(UserError):
         compare(tmp_path / "a", tmp_path / "b")
     assert "toy.jsonl cannot be read" in capsys.readouterr().err
     (tmp_path / "b" / "results.json").write_text(json.dumps({"protocol": protocol | {"seed": 1}, "scores": {}}))
-    with pytest.raises(common.UserError):
+    with pytest.raises(UserError):
         compare(tmp_path / "a", tmp_path / "b")
     assert "differ in seed" in capsys.readouterr().err
-    with pytest.raises(common.UserError):
+    with pytest.raises(UserError):
         compare(tmp_path / "a", tmp_path / "nowhere")
     assert "has no results.json" in capsys.readouterr().err
 
@@ -419,14 +382,14 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_counted(monkeypatch, caps
     fake.ask = lambda prompts: evaluation.Evaluation.ask(fake, prompts)
     assert fake.ask(range(10)) == [f"group {p}" for p in range(10)] and fake.retries == 3
     monkeypatch.setattr(evaluation, "rollout", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError))
-    with pytest.raises(common.UserError):
+    with pytest.raises(UserError):
         fake.ask([1])
     assert "one prompt is too much" in capsys.readouterr().err
 
 
 def test_bf16_rounds_weights_and_no_position(tmp_path):
     made = evaluation.Evaluation(Args(dtype="bfloat16", output=str(tmp_path / "bf16"), max_prompt_tokens=512))
-    exact = common.load_model(common.TOY / "model")
+    exact = load_model(TOY / "model")
     assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
     positions = torch.arange(4000)[None]
     for model in (made.model, exact):
@@ -444,7 +407,7 @@ def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
     assert (args.instruction, args.benchmarks, args.min_pixels, args.output) == ("Hm.", "toy", None, "runs/eval/vepo")
     assert Args(model=str(folder), instruction="Ha.").instruction == "Ha."
     (folder / "trainer_state.json").write_text('{"model"')
-    with pytest.raises(common.UserError, match="is not a whole checkpoint"):
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
         Args(model=str(folder))
     hub = Args(model="Qwen/Qwen2.5-VL-7B-Instruct")
     assert (hub.benchmarks, hub.min_pixels, hub.max_response_tokens) == ("geometry3k", 262_144, 2048)
@@ -476,7 +439,7 @@ def test_mistakes_get_a_sentence(monkeypatch, capsys, tmp_path, flags, sentence)
 
 def test_a_file_of_another_schema_gets_a_sentence(toy, tmp_path, capsys):
     path = write(tmp_path / "rows.parquet", [FIXTURES["mmk12"][0][0]])
-    with pytest.raises(common.UserError):
+    with pytest.raises(UserError):
         questions("mathvista", path, toy)
     assert "has no column 'question_type'; it has image, question, answer, subject" in capsys.readouterr().err
 

@@ -7,8 +7,8 @@ import torch
 from conftest import SHAPES, padded_inputs, tiny_group, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import common
-from common import forward, own_states, rows_of, token_logps, unpack
+from common import forward, pack, response_and_image_states, split_group, token_logps, unpack
+from plumbing import kernels
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
@@ -39,7 +39,7 @@ def test_packed_row_equals_padded_batch(family, images, temperature):
     assert (logps[~mask] == 0).all() and (entropy[~mask] == 0).all()
 
     shared = len(prompt.input_ids)
-    own, image = own_states(hidden, group)
+    own, image = response_and_image_states(hidden, group)
     assert torch.allclose(own[mask], want_hidden[:, shared:][mask], atol=2e-5)
     assert torch.allclose(image, want_hidden[0, :shared][prompt.image_mask], atol=2e-5)
     assert (own[~mask] == 0).all()
@@ -63,8 +63,8 @@ def test_flex_attention_equals_the_boolean_mask(family, images, monkeypatch):
     group = tiny_group(tiny_prompt(model, SHAPES[images]), [130, 1, 140, 150])
     with torch.no_grad():
         want = forward(model, group)
-        monkeypatch.setattr(common, "FLEX_ATTENTION", True)
-        mask = common.pack(group, model.device)["attention_mask"]
+        monkeypatch.setattr(kernels, "FLEX_ATTENTION", True)
+        mask = pack(group, model.device)["attention_mask"]
         with torch.compiler.set_stance("force_eager"):
             got = forward(model, group)
     assert mask.sparsity() > 10  # blocks that are skipped, in percent
@@ -103,13 +103,13 @@ def test_a_group_cut_into_rows_is_the_same_group():
     prompt = tiny_prompt(model, [(4, 4)])
     group = tiny_group(prompt, [5, 2, 1, 6, 3])
     shared = len(prompt.input_ids)
-    rows = rows_of(group, shared + 8)
+    rows = split_group(group, shared + 8)
     assert [row.mask.sum(1).tolist() for row in rows] == [[5, 2, 1], [6], [3]]
     assert all(shared + row.mask.sum() <= shared + 8 for row in rows)
     whole = forward(model, group)[0]
     assert torch.allclose(torch.cat([forward(model, row)[0] for row in rows]), whole, atol=1e-5)
-    assert [len(row.mask) for row in rows_of(group, 1)] == [1] * 5  # nothing fits: one response each
-    assert [len(row.mask) for row in rows_of(group, 10**6)] == [5]
+    assert [len(row.mask) for row in split_group(group, 1)] == [1] * 5  # nothing fits: one response each
+    assert [len(row.mask) for row in split_group(group, 10**6)] == [5]
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -170,16 +170,3 @@ def test_unpack():
     assert unpack(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 2, 0], [3, 0, 0]]
     wide = unpack(torch.arange(6.0).view(3, 2), mask)
     assert wide.shape == (2, 3, 2) and wide[1, 0].tolist() == [4, 5] and not wide[~mask].any()
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_flash_attention_is_for_bf16_on_a_gpu(monkeypatch, gpu, bf16):
-    given = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name)  # everything is installed
-    loader = common.transformers.AutoModelForImageTextToText
-    monkeypatch.setattr(loader, "from_pretrained", lambda name, **options: given.update(options))
-    common.load_model(common.TOY / "model", bf16=bf16)
-    vision = given["attn_implementation"]["vision_config"]
-    assert vision == ("flash_attention_2" if gpu and bf16 else "sdpa")

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import MEAN_ROW, SCALE, STD_ROW, normalised_pixels, times_agree
 
-from prpo import divergences, robust_visual_dependency, shuffled, token_weights
+from common import seeded
+from prpo import add_pixel_noise, blacken, divergences, robust_visual_dependency, shuffled, token_weights
 
 ALL = torch.ones(1, 4, dtype=torch.bool)
 
@@ -17,6 +19,26 @@ def lengths(*numbers, width=None):
 def signals(seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(4, 9, generator=generator) * 2 for _ in range(2)] + [lengths(9, 4, 1, 0)]
+
+
+def test_noise_on_normalised_pixels():
+    clean = normalised_pixels()
+    before, noised = clean.clone(), add_pixel_noise(clean, seeded(1), **SCALE)
+    unit, was = noised * STD_ROW + MEAN_ROW, clean * STD_ROW + MEAN_ROW
+    assert unit.min() > -1e-6 and unit.max() < 1 + 1e-6 and times_agree(noised) and torch.equal(clean, before)
+    inside = (was - 0.5).abs() < 0.1  # far from the ends nothing is clipped
+    assert (unit - was)[inside].std().item() == pytest.approx(0.1, abs=0.001)
+    assert torch.allclose(add_pixel_noise(clean, seeded(1), **SCALE, std=0.0), clean, atol=1e-6)
+
+
+def test_blackened_patches():
+    clean = normalised_pixels()
+    before, dark = clean.clone(), blacken(clean, seeded(1), **SCALE)
+    black = ((dark * STD_ROW + MEAN_ROW).abs() < 1e-6).all(1)
+    assert black.float().mean().item() == pytest.approx(0.6, abs=0.03) and torch.equal(clean, before)
+    assert torch.equal(dark[~black], clean[~black])  # a patch is black or untouched
+    assert torch.equal(blacken(clean, seeded(1), **SCALE, probability=0.0), clean)
+    assert (blacken(clean, seeded(1), **SCALE, probability=1.0) * STD_ROW + MEAN_ROW).abs().max() < 1e-6
 
 
 def test_divergences_by_hand():

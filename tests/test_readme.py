@@ -1,4 +1,4 @@
-"""What the README promises: its example in TRL runs, its flags exist, its error texts are those of the code."""
+"""What the pages promise: its example in TRL runs, its flags exist, its error texts are those of the code."""
 
 import dataclasses
 import importlib
@@ -10,12 +10,15 @@ import torch
 import transformers
 from conftest import ROOT
 
-import common
 import eval
 import show
 import vepo
+from common import load_processor
+from plumbing.arguments import INSTRUCTION, TOY
+from plumbing.data import load_rows
 
-README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "GUIDE.md").read_text()
+PAGES = "".join((ROOT / f"{name}.md").read_text() for name in ("README", "GUIDE", "RESULTS", "CONTRIBUTING"))
 METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
 
 
@@ -31,13 +34,14 @@ def test_its_flags_exist():
         "rdzv_endpoint",
         "no",
     }  # of torchrun, pip --no-build-isolation
-    assert set(re.findall(r"--([a-z_0-9]+)", README)) <= known
+    assert set(re.findall(r"--([a-z_0-9]+)", PAGES)) <= known
 
 
 def test_its_error_texts_are_those_of_the_code():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ["common", "eval", *METHODS])
+    files = [*ROOT.glob("plumbing/*.py"), *(ROOT / f"{name}.py" for name in ["common", "run", "eval", *METHODS])]
+    source = "".join(path.read_text() for path in files)
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # a string over several lines
-    rows = README.partition("| error text |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = GUIDE.partition("| error text |")[2].partition("\n\n")[0].splitlines()[2:]
     texts = [text for row in rows for text in re.findall("`(.*?)`", row.split(" | ")[0])]
     assert len(texts) > 12
     for text in texts:
@@ -47,7 +51,7 @@ def test_its_error_texts_are_those_of_the_code():
 
 def test_vepo_in_trl(tmp_path):
     trl = pytest.importorskip("trl")
-    (block,) = re.findall(r"```python\n(import torch, trl.*?)```", README, re.DOTALL)
+    (block,) = re.findall(r"```python\n(import torch, trl.*?)```", GUIDE, re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
     names = {}
     exec(block, names)  # the README's own lines
@@ -58,12 +62,12 @@ def test_vepo_in_trl(tmp_path):
         return masks[-1][0]
 
     names["select_top"] = spy
-    processor = common.load_processor(common.TOY / "model")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(common.TOY / "model", dtype=torch.float32)
-    data = common.load_rows("toy", "train", "main").select([0, 1])
+    processor = load_processor(TOY / "model")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(TOY / "model", dtype=torch.float32)
+    data = load_rows("toy", "train", "main").select([0, 1])
     rows = [
         {
-            "prompt": [{"role": "user", "content": row["problem"].replace("<image>", "") + "\n" + common.INSTRUCTION}],
+            "prompt": [{"role": "user", "content": row["problem"].replace("<image>", "") + "\n" + INSTRUCTION}],
             "image": row["images"][0],
         }
         for row in data

@@ -7,7 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import common
-from common import forward, generate, seeded, token_chooser
+from common import Group, forward, generate, rollout, seeded, token_chooser
+from plumbing import kernels
+from plumbing.arguments import SharedArgs
+from plumbing.data import Data
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 ENDS = [*END, *range(40, 56)]  # so many that responses, and then whole groups, end at different lengths
@@ -73,7 +76,7 @@ def as_a_graph(function, *inputs):
 def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs, monkeypatch):
     """Through several windows of the cache and a batch that gets smaller, and as a CUDA graph would go through them."""
     monkeypatch.setattr(common, "WINDOW", 5)
-    monkeypatch.setattr(common, "recorded", as_a_graph)
+    monkeypatch.setattr(kernels, "recorded", as_a_graph)
     model, G, max_tokens = tiny_model(family).eval(), 5, 16
     prompts = [  # different lengths, sizes and numbers of images, one without
         tiny_prompt(model, [(4, 6)]),
@@ -120,11 +123,10 @@ def test_prompts_are_computed_in_parts_and_only_their_last_place_has_logits(fit,
 
 
 def test_a_rollout_does_not_depend_on_its_batch(toy):
-    from common import Args, Data, rollout
 
     model, processor = toy
     model.train()
-    args = Args(max_response_tokens=24)
+    args = SharedArgs(max_response_tokens=24)
     data = Data("toy", "test", args, processor, model.model.get_rope_index)
     prompts = [data.prompt(i) for i in (3, 6, 5, 0)]  # one picture, none, two, one
     together = rollout(model, processor.tokenizer, prompts, args, 7)
@@ -138,11 +140,12 @@ def test_a_rollout_does_not_depend_on_its_batch(toy):
 
 
 def test_mask_ends_with_the_first_end_of_turn(toy):
-    from common import Args, Data, rollout
 
     model, processor = toy
-    data = Data("toy", "test", Args(), processor, model.model.get_rope_index)
-    for group in rollout(model, processor.tokenizer, [data.prompt(0), data.prompt(1)], Args(max_response_tokens=20), 1):
+    data = Data("toy", "test", SharedArgs(), processor, model.model.get_rope_index)
+    for group in rollout(
+        model, processor.tokenizer, [data.prompt(0), data.prompt(1)], SharedArgs(max_response_tokens=20), 1
+    ):
         for response, mask, truncated in zip(group.responses, group.mask, group.truncated):
             ends = (response == processor.tokenizer.eos_token_id)[mask]
             assert ends.sum() == (0 if truncated else 1) and (truncated or ends[-1])
@@ -184,7 +187,6 @@ def test_sampler_and_forward_agree_on_the_distribution():
     model = tiny_model("qwen2_5_vl").eval()
     prompt = tiny_prompt(model, [(4, 6)])
     choose = token_chooser(model, 0.0, 1.0, 0)
-    from common import Group
 
     responses, mask = generate(model, [prompt], 2, 12, choose, torch.zeros(2, 12), END, 0)
     group = Group(prompt, responses, mask, torch.zeros(2, dtype=torch.bool), [""] * 2)

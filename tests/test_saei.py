@@ -1,24 +1,20 @@
 """SaEI: pictures from patches and back, the middle third, the attack and what it may not touch."""
 
 import dataclasses
-import json
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_group, tiny_model, tiny_prompt
+from conftest import same, tiny_group, tiny_model, tiny_prompt, train
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import Qwen2VLImageProcessorPil
 
-import grpo
 import saei
-from common import Data, patchify, rollout, rows_of, unpatchify
-from saei import Args, adversarial_step, attack, entropy_gradient, entropy_of, join, middle_third
+from common import aggregate, forward, rollout, split_group
+from plumbing.data import Data
+from saei import Args, adversarial_step, attack, entropy_gradient, entropy_of, join, middle_third, patchify, unpatchify
 
 PROCESSORS = {  # as the three families configure it
     "qwen2_vl and qwen2_5_vl": Qwen2VLImageProcessorPil(),
@@ -87,7 +83,7 @@ def fake_run(model, image_processor):
         model=model,
         processor=SimpleNamespace(image_processor=image_processor),
         phase=lambda _: nullcontext(),
-        add=lambda name, value, weight: log.setdefault(name, []).append(float(value)),
+        metrics=SimpleNamespace(add=lambda name, value, weight: log.setdefault(name, []).append(float(value))),
         log=log,
     )
 
@@ -105,7 +101,6 @@ def random_pictures(model, grids):
 
 def H_of(group, prompt, kept, run, args):
     """The objective the plain way: mean over responses of the mean entropy of the kept tokens."""
-    from common import forward
 
     entropy = forward(run.model, dataclasses.replace(group, prompt=prompt), args.temperature)[1]
     return sum(row[chosen].mean() for row, chosen in zip(entropy, kept)).item() / len(kept)
@@ -129,7 +124,6 @@ def test_gradient_by_finite_differences(grids, scope):
     def at(pictures):
         pixel_values = torch.cat([patchify(x, processor) for x in pictures])
         prompt = dataclasses.replace(group.prompt, pixel_values=pixel_values)
-        from common import aggregate, forward
 
         entropy = forward(model, dataclasses.replace(group, prompt=prompt), args.temperature)[1]
         return aggregate(entropy, kept, "sequence", 4).item()
@@ -182,7 +176,7 @@ def test_attack_does_not_depend_on_how_the_group_is_cut():
     model = tiny_model("qwen2_5_vl")
     group, run = random_pictures(model, [(4, 6)])
     budget = len(group.prompt.input_ids) + 8
-    assert len(rows_of(group, budget)) == 3
+    assert len(split_group(group, budget)) == 3
     for scope in ("response", "group"):
         whole, cut = (
             entropy_gradient(group, *_pictures(group, run), run, Args(rank_scope=scope, tokens_per_row=n))
@@ -245,29 +239,18 @@ def test_a_part_of_a_group_is_sampled_as_in_the_whole(toy, part):
     assert [group.texts for group in some] == [group.texts[part] for group in whole]
 
 
-SHORT = ["--prompts_per_step", 4, "--eval_rows", 0, "--show_every", 0, "--steps", 2]
-
-
-def train(monkeypatch, output, module, *flags):
-    monkeypatch.setattr(sys, "argv", [module.__name__, "--output", str(output), *map(str, [*SHORT, *flags])])
-    module.main()
-    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return load_file(output / "last" / "model.safetensors"), metrics
-
-
 @pytest.mark.parametrize("flags", [[], ["--updates_per_step", 2, "--tokens_per_row", 130, "--kl_coef", 0.01]])
-def test_step_zero_is_grpo_with_all_responses_to_the_bit(monkeypatch, tmp_path, flags):
-    base, _ = train(monkeypatch, tmp_path / "grpo", grpo, "--group_size", 7, *flags)
-    off, lines = train(monkeypatch, tmp_path / "off", saei, "--n1", 4, "--n2", 3, "--step", 0, *flags)
-    on, _ = train(monkeypatch, tmp_path / "on", saei, "--n1", 4, "--n2", 3, "--step", 0.3, *flags)
-    assert all(torch.equal(base[key], off[key]) for key in base)
-    assert not all(torch.equal(base[key], on[key]) for key in base)
+def test_step_zero_is_grpo_with_all_responses_to_the_bit(trained, flags):
+    base, _ = trained("grpo", "--steps", 2, "--group_size", 7, *flags)
+    off, lines = trained("saei", "--steps", 2, "--n1", 4, "--n2", 3, "--step", 0, *flags)
+    on, _ = trained("saei", "--steps", 2, "--n1", 4, "--n2", 3, "--step", 0.3, *flags)
+    assert same(base, off) and not same(base, on)
     assert "attack_pixel_change" not in lines[0]
 
 
-def test_log_images_and_old_log_probs(monkeypatch, tmp_path):
-    flags = ["--n1", 3, "--n2", 2, "--measure_every", 1, "--save_images", 3]
-    _, clean = train(monkeypatch, tmp_path / "clean", saei, *flags)
+def test_log_images_and_old_log_probs(tmp_path):
+    flags = ["--steps", 2, "--n1", 3, "--n2", 2, "--measure_every", 1, "--save_images", 3]
+    clean = train("saei", tmp_path / "clean", *flags)
     for line in clean:
         assert line["attack_pixel_change"] == pytest.approx(2 / 255, abs=1e-5) and line["attack_failed"] == 0
         assert line["attack_entropy_after"] > line["attack_entropy_before"] and line["seconds_attack"] > 0
@@ -282,15 +265,13 @@ def test_log_images_and_old_log_probs(monkeypatch, tmp_path):
     before, after, difference = np.split(shown, 3, axis=1)
     assert np.abs(after - before).max() == 2
     assert set(np.unique(difference - 127.5)) <= {-20.5, -19.5, 0.5, 20.5, 19.5, -9.5, 10.5, -0.5, -10.5, 9.5}
-    _, attacked = train(monkeypatch, tmp_path / "attacked", saei, *flags, "--old_logps_image", "attacked")
+    attacked = train("saei", tmp_path / "attacked", *flags, "--old_logps_image", "attacked")
     assert attacked[0]["approx_kl"] > 0  # the second half's ratio does not begin at 1
 
 
-def test_bfloat16_attacks_with_a_float32_leaf(monkeypatch, tmp_path):
-    accelerate.state.AcceleratorState._reset_state(True)  # one process has one compute type; this one had another
-    _, lines = train(monkeypatch, tmp_path / "run", saei, "--n1", 3, "--n2", 2, "--dtype", "bfloat16")
+def test_bfloat16_attacks_with_a_float32_leaf(tmp_path):
+    lines = train("saei", tmp_path / "run", "--steps", 2, "--n1", 3, "--n2", 2, "--dtype", "bfloat16")
     assert lines[-1]["attack_pixel_change"] == pytest.approx(2 / 255, abs=1e-5)
-    accelerate.state.AcceleratorState._reset_state(True)
 
 
 def test_a_group_size_of_ones_own_is_refused(capsys):

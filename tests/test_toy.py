@@ -8,10 +8,11 @@ import torch
 from conftest import ROOT
 from datasets import load_dataset
 
-from common import Checker, extract_answer, format_reward
-
 sys.path.insert(0, str(ROOT / "toy"))
 import make  # noqa: E402
+
+from common import format_reward, load_model, load_processor
+from plumbing.answers import Checker, extract_answer
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +95,8 @@ def test_make_builds_a_model_that_loads(tmp_path, monkeypatch):
     flags = ["--see_steps", "1", "--answer_steps", "1", "--doubt_steps", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["make.py", *flags])
     make.main()
-    import common
 
-    model, processor = common.load_model(tmp_path / "model"), common.load_processor(tmp_path / "model")
+    model, processor = load_model(tmp_path / "model"), load_processor(tmp_path / "model")
     assert len(processor.tokenizer) <= model.config.text_config.vocab_size
     assert (tmp_path / "train.parquet").read_bytes() == (ROOT / "toy" / "train.parquet").read_bytes()
     assert torch.isfinite(next(model.parameters())).all()

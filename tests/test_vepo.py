@@ -1,20 +1,38 @@
 """VEPO's divergences, scores and selection: hand-computed numbers, the invariants of its page, its divisor."""
 
-import json
 import math
-import sys
 
 import pytest
 import torch
+from conftest import normalised_pixels, times_agree, train
 
 import vepo
-from vepo import divergences, kept_tokens, select_top, token_scores
+from common import seeded
+from vepo import add_noise, diffuse, divergences, kept_tokens, select_top, token_scores
 
 ALL = torch.ones(1, 4, dtype=torch.bool)
 
 
 def lengths(*numbers, width=None):
     return torch.arange(width or max(numbers)) < torch.tensor(numbers)[:, None]
+
+
+def test_noise_on_normalised_normalised_pixels():
+    clean = normalised_pixels()
+    before = clean.clone()
+    noise = add_noise(clean, seeded(1)) - clean
+    assert noise.std().item() == pytest.approx(2.0, abs=0.01) and noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert torch.equal(clean, before) and add_noise(clean, seeded(1), std=0.5).sub(clean).std() < 0.51
+    assert torch.equal(add_noise(clean, seeded(1), std=0.0), clean)
+
+
+def test_diffusion():
+    clean = torch.zeros(2000, 1176)
+    noise = diffuse(clean, seeded(1))
+    assert noise.std().item() == pytest.approx(0.505, abs=0.002) and times_agree(noise)
+    ones = diffuse(clean + 1, seeded(1)) - noise
+    assert torch.allclose(ones, torch.full_like(ones, 0.863), atol=1e-3)
+    assert (diffuse(clean + 1, seeded(1), step=0) - 1).abs().max() < 0.05 and not clean.any()
 
 
 def test_divergences_by_hand():
@@ -106,11 +124,8 @@ def test_selection_against_sorting():
         assert sorted(best) == chosen.nonzero()[:, 0].tolist()
 
 
-def metrics(monkeypatch, output, *flags):
-    base = ["--prompts_per_step", 2, "--group_size", 4, "--eval_rows", 0, "--show_every", 0, "--steps", 1]
-    monkeypatch.setattr(sys, "argv", ["vepo.py", "--output", str(output), *map(str, [*base, *flags])])
-    vepo.main()
-    return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+def metrics(trained, *flags):
+    return trained("vepo", "--prompts_per_step", 2, "--steps", 1, *flags)[1][-1]
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -123,7 +138,7 @@ def test_the_divisor_is_the_number_of_kept_tokens_of_the_whole_minibatch(monkeyp
         return plain(logps, old_logps, advantages, mask, *rest, **options)
 
     monkeypatch.setattr(vepo, "policy_loss", spy)
-    metrics(monkeypatch, tmp_path / "run", "--updates_per_step", updates)
+    train("vepo", tmp_path / "run", "--prompts_per_step", 2, "--steps", 1, "--updates_per_step", updates)
     assert len(calls) == 2
     if updates == 1:
         assert {divisor for _, divisor in calls} == {sum(mask.sum().item() for mask, _ in calls)}
@@ -131,22 +146,22 @@ def test_the_divisor_is_the_number_of_kept_tokens_of_the_whole_minibatch(monkeyp
         assert all(divisor == mask.sum() for mask, divisor in calls)
 
 
-def test_selections_for_comparison(monkeypatch, tmp_path):
+def test_selections_for_comparison(trained):
     lines = {}
     for select in ("vepo", "entropy", "jsd", "random"):
-        lines[select] = metrics(monkeypatch, tmp_path / select, "--select", select)
+        lines[select] = metrics(trained, "--select", select)
     assert len({line["kept_tokens"] for line in lines.values()}) == 1
     assert lines["entropy"]["kept_top_entropy"] == 1 > lines["vepo"]["kept_top_entropy"]
     assert lines["random"]["kept_top_entropy"] < lines["vepo"]["kept_top_entropy"]
     assert all(("seconds_noised" in lines[select]) == (select in ("vepo", "jsd")) for select in lines)  # no pass unused
-    diffusion = metrics(monkeypatch, tmp_path / "diffusion", "--noise", "diffusion")
-    weaker = metrics(monkeypatch, tmp_path / "weaker", "--noise", "diffusion", "--noise_step", 1)
+    diffusion = metrics(trained, "--noise", "diffusion")
+    weaker = metrics(trained, "--noise", "diffusion", "--noise_step", 1)
     assert weaker["jsd_p95"] < diffusion["jsd_p95"] and diffusion["jsd_p95"] != lines["vepo"]["jsd_p95"]
 
 
-def test_the_entropy_bonus_is_over_all_tokens(monkeypatch, tmp_path):
+def test_the_entropy_bonus_is_over_all_tokens(trained):
     """At one prompt's first update the loss differs by the bonus: -coef times the mean entropy of all tokens."""
     flags = ["--prompts_per_step", 1]
-    without = metrics(monkeypatch, tmp_path / "without", *flags, "--entropy_coef", 0)
-    bonus = metrics(monkeypatch, tmp_path / "bonus", *flags, "--entropy_coef", 0.5)
+    without = metrics(trained, *flags, "--entropy_coef", 0)
+    bonus = metrics(trained, *flags, "--entropy_coef", 0.5)
     assert bonus["loss"] - without["loss"] == pytest.approx(-0.5 * bonus["entropy"], abs=1e-5)

@@ -22,12 +22,13 @@ from pathlib import Path
 from queue import Queue
 
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
-import show  # noqa: E402
-from common import UserError, within, write_text  # noqa: E402
+from plumbing.arguments import UserError, within  # noqa: E402
+from plumbing.checkpoints import write_text  # noqa: E402
+from plumbing.curves import draw_curves, pooled, student  # noqa: E402
 
 ARMS = {  # name: (script and flags, the arm that it is compared with)
     "GRPO": ("grpo.py", "GRPO"),
@@ -139,7 +140,7 @@ def over_the_run(points):
 def interval(values):
     """Mean and half width of its 95 % interval by Student's t."""
     values = torch.tensor(values, dtype=torch.float64)
-    half = show.student(len(values) - 1) * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    half = student(len(values) - 1) * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return values.mean().item(), half
 
 
@@ -188,32 +189,32 @@ def report():
             print(f"{arm} against {base}: {end} at the end, {whole} over the run")
     runs = {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}
     draw(runs, gains)
-    show.curves(runs, TOY / "curves")
+    draw_curves(runs, TOY / "curves")
 
 
 def draw(runs, gains):
     """toy/comparison.png: accuracy of {arm: [metrics of a seed]}, and what {arm: (at the end, over the run)} gains."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 6.4), height_ratios=[1.25, 1], layout="constrained")
-    for place, (arm, seeds) in enumerate(runs.items()):
-        colour, line = ("black", "-:"[arm == "GRPO, 12"]) if arm not in gains else (f"C{place % 10}", "-")
-        steps, _, mean, half = show.pooled(seeds, "eval_accuracy")
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[1.25, 1])
+    for i, (arm, seeds) in enumerate(runs.items()):
+        colour, line = ("black", "-:"[arm == "GRPO, 12"]) if arm not in gains else (f"C{i % 10}", "-")
+        steps, _, mean, half = pooled(seeds, "eval_accuracy")
         top.plot(steps, 100 * mean, line, color=colour, label=arm, linewidth=1.3)
         if arm == "GRPO":
             top.fill_between(steps, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.12, linewidth=0)
         if arm in gains:
             for (points, error), shift, fill in zip(gains[arm], (-0.15, 0.15), ("none", "full")):
-                bottom.errorbar(points, place + shift, xerr=error, fmt="o", color=colour, capsize=3, fillstyle=fill)
+                bottom.errorbar(points, i + shift, xerr=error, fmt="o", color=colour, capsize=3, fillstyle=fill)
     top.set_title("test accuracy, %: mean of the seeds, and GRPO's 95 % band", fontsize=10)
     top.set_xlabel("step")
     top.legend(fontsize=8, ncols=2)
     bottom.axvline(0, color="black", linewidth=1)
-    bottom.set_yticks([place for place, arm in enumerate(runs) if arm in gains], [arm for arm in runs if arm in gains])
+    bottom.set_yticks([i for i, arm in enumerate(runs) if arm in gains], [arm for arm in runs if arm in gains])
     bottom.invert_yaxis()
     bottom.set_title("points against its GRPO, 95 %; full: over the run, hollow: at the end", fontsize=10)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     figure.savefig(TOY / "comparison.png", dpi=150)
-    plt.close(figure)
 
 
 def main():

@@ -35,7 +35,9 @@ from transformers import (
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
-import common  # noqa: E402  (the warm-up sees exactly the prompts that training and evaluation build)
+from common import image_only  # noqa: E402
+from plumbing.arguments import INSTRUCTION  # noqa: E402
+from plumbing.data import prompt_text  # noqa: E402  (the warm-up sees exactly the prompts that training builds)
 
 CELL = 28  # pixels; patch 14, merged 2 x 2: one cell is one image token
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 255), "yellow": (241, 196, 15)}
@@ -208,7 +210,7 @@ def make_processor(texts, vocabulary=448):
         model_max_length=4096,
     )
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * CELL**2, "longest_edge": 32 * CELL**2})
-    return common.image_only(Qwen2_5_VLProcessor)(pictures, tokenizer, chat_template=CHAT_TEMPLATE)
+    return image_only(Qwen2_5_VLProcessor)(pictures, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def make_model(tokenizer):
@@ -300,7 +302,7 @@ def answer(model, processor, puzzles, steps, peak, name, reported=lambda counts:
 
     def loss_of():
         batch = [next(puzzles) for _ in range(32)]
-        prompts = [common.prompt_text(processor, made["problem"], common.INSTRUCTION) for made in batch]
+        prompts = [prompt_text(processor, made["problem"], INSTRUCTION) for made in batch]
         answers = [response(*made["solve"](*reported(made["counts"]))) + "<|im_end|>" for made in batch]
         images = [picture for made in batch for picture in made["images"]]
         texts = [prompt + text for prompt, text in zip(prompts, answers)]
@@ -337,7 +339,7 @@ def main():
     write_parquet(args.output / "train.parquet", train_rows)
     write_parquet(args.output / "test.parquet", test_rows)
 
-    head = "You are a helpful assistant. " + common.INSTRUCTION + " "
+    head = "You are a helpful assistant. " + INSTRUCTION + " "
     texts = [
         head + made["problem"].replace("<image>", "") + response(*made["solve"](*made["counts"])) for made in train_rows
     ]

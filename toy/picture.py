@@ -7,10 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make  # noqa: E402
@@ -20,7 +17,8 @@ def main():
     made = list(make.rows("picture", 140))
     full = [[p for p in made[i::7] if min(p["counts"]) > 0] for i in (0, 1, 2, 3, 4)]  # the families of one picture
     shown = [full[1][0], full[3][0], full[4][0], full[0][0], full[2][0], full[3][1]]
-    figure, row = plt.subplots(1, len(shown), figsize=(13, 2.4), layout="constrained")
+    figure = Figure(figsize=(13, 2.4), layout="constrained")
+    row = figure.subplots(1, len(shown))
     for axes, puzzle in zip(row, shown):
         axes.imshow(puzzle["images"][0])
         axes.axis("off")

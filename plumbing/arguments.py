@@ -1,0 +1,213 @@
+"""Flags of the command line, what they default to, and the one sentence that a mistake gets.
+
+All shared flags live here, one dataclass a group of --help. Not here: a method's own flags (its file), and what a flag
+does (where it is used).
+"""
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+TOY = Path(__file__).resolve().parent.parent / "toy"  # the embedded model and data
+INSTRUCTION = "Think step by step inside <think> </think>, then give the final answer inside \\boxed{}."
+
+
+class UserError(SystemExit):
+    """A mistake of the user's: one sentence that says what to do, exit code 2, no traceback."""
+
+    def __init__(self, sentence):
+        super().__init__(2)
+        self.args = (sentence,)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+
+def cannot_open(option, name, error):
+    """The sentence for a model or data that is not there, from the first line of the library's error."""
+    first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return (
+        f"{option} {name} cannot be opened ({first}): give a hub id that exists and can be reached from here, "
+        f"or the path of a local folder."
+    )
+
+
+def flag(default, help, **options):
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class ModelArgs:
+    """model"""
+
+    model: str = flag("toy", "hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; toy is the embedded tiny one")
+    model_revision: str = flag("main", "branch, tag or commit of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
+    freeze_vision: bool = flag(False, "do not train the vision tower")
+    gradient_checkpointing: bool | None = flag(
+        None, "recompute activations in the backward pass (toy: off, else: on)", nargs="?", const=True
+    )
+
+
+@dataclass
+class DataArgs:
+    """data"""
+
+    data: str | None = flag(None, "hub id, id:config, or parquet, json or jsonl file or folder (toy, else geometry3k)")
+    eval_data: str | None = flag(None, "the same for evaluation (default: --data)")
+    data_split: str = flag("train", "split of a hub data set to train on")
+    eval_split: str = flag("test", "split of a hub data set to evaluate on")
+    data_revision: str = flag("main", "branch, tag or commit of a hub data set")
+    image_column: str | None = flag(None, "column of the image or images (default: images or image)")
+    problem_column: str | None = flag(None, "column of the question (default: problem, question or query)")
+    answer_column: str | None = flag(None, "column of the answer (default: answer, solution or ground_truth)")
+    instruction: str = flag(INSTRUCTION, "sentence that follows every question")
+    max_prompt_tokens: int = flag(2048, "longer prompts are dropped, and counted")
+    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: 262144; toy: never)")
+    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: 1000000; toy: never)")
+
+
+@dataclass
+class RolloutArgs:
+    """rollout"""
+
+    prompts_per_step: int | None = flag(None, "prompts sampled in a step, all processes together (toy: 16, else: 512)")
+    group_size: int = flag(8, "responses sampled for each prompt")
+    max_response_tokens: int | None = flag(None, "a response is cut after so many tokens (toy: 64, else: 2048)")
+    temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss")
+    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability")
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all")
+    rollout_prompts: int = flag(32, "prompts that are sampled together, on each process")
+    reshard_while_sampling: bool = flag(
+        False, "gather weights layer by layer for every token: slow, for what fits no card"
+    )
+    cuda_graphs: bool = flag(False, "replay the kernels of a token as one launch (one process on a GPU)")
+
+
+@dataclass
+class RewardArgs:
+    """reward"""
+
+    reward: str | None = flag(None, "your own reward, my_file.py:function, instead of the weighted sum below")
+    accuracy_weight: float = flag(0.9, "weight of a right answer")
+    format_weight: float = flag(0.1, "weight of <think> </think> followed by \\boxed{}")
+    check_seconds: float = flag(3.0, "an answer that takes the maths checker longer than this is wrong")
+
+
+@dataclass
+class LossArgs:
+    """loss"""
+
+    clip_low: float = flag(0.2, "the ratio is clipped from below at 1 - clip_low")
+    clip_high: float = flag(0.2, "and from above at 1 + clip_high (DAPO: 0.28)")
+    aggregation: Literal["token", "sequence"] = flag("token", "mean over all tokens, or over responses")
+    kl_coef: float = flag(0.0, "weight of the KL term; the reference model is loaded only when it is not 0")
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus")
+    filter_groups: bool = flag(False, "replace groups that are all right or all wrong by new prompts (DAPO)")
+    filter_tries: int = flag(10, "draws of --prompts_per_step prompts in a step before going on with what there is")
+    drop_truncated: bool = flag(False, "leave responses that hit --max_response_tokens out of the loss")
+
+
+@dataclass
+class UpdateArgs:
+    """update"""
+
+    steps: int | None = flag(None, "steps of the whole run (toy: 150, else: 60)")
+    updates_per_step: int | None = flag(None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)")
+    learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6)")
+    schedule: Literal["constant", "linear", "cosine"] = flag("constant", "of the learning rate, over the whole run")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0")
+    weight_decay: float = flag(0.01, "AdamW's")
+    beta2: float = flag(0.999, "AdamW's")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    tokens_per_row: int = flag(16384, "of a forward pass: longer groups are cut into rows, and prompts come in parts")
+
+
+@dataclass
+class RunArgs:
+    """run"""
+
+    output: str | None = flag(None, "folder of everything the run writes (default: runs/<script>)")
+    seed: int = flag(0, "of the order of the data and of every sampled token")
+    eval_every: int = flag(20, "steps between evaluations; there is also one before the first and after the last step")
+    eval_rows: int = flag(-1, "rows of --eval_data to evaluate on; -1: all, 0: never evaluate")
+    eval_temperature: float | None = flag(None, "temperature of evaluation; 0: greedy (toy: 1, else: 0)")
+    save_every: int = flag(20, "steps between checkpoints; there is also one after the last step")
+    resume: bool = flag(False, "go on from <output>/last")
+    dry_run: int = flag(
+        0, "print the memory that this run needs on so many GPUs, and stop; --model may be a config.json"
+    )
+    gpu_memory: float | None = flag(None, "GB of a GPU, for --dry_run (default: of the card found, else 80)")
+    show_every: int = flag(10, "steps between sampled responses on the console; 0: never")
+    report_to: str | None = flag(None, "trackers of accelerate besides metrics.jsonl, e.g. tensorboard,wandb")
+
+
+@dataclass
+class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateArgs, RunArgs):
+    """What every training script takes. A method's `Args` inherits these and adds its own."""
+
+    def __post_init__(self):
+        toy = self.model == "toy"
+        defaults = {  # flag: (for the toy, for any other model)
+            "data": ("toy", "hiyouga/geometry3k"),
+            "gradient_checkpointing": (False, True),
+            "min_pixels": (None, 262_144),
+            "max_pixels": (None, 1_000_000),
+            "prompts_per_step": (16, 512),
+            "max_response_tokens": (64, 2048),
+            "steps": (150, 60),
+            "updates_per_step": (1, 4),
+            "learning_rate": (1e-4, 1e-6),
+            "eval_temperature": (1.0, 0.0),
+            "output": (f"runs/{Path(sys.argv[0]).stem}",) * 2,
+        }
+        for name, (for_toy, for_others) in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, for_toy if toy else for_others)
+        self.eval_data = self.eval_data or self.data
+        if self.group_size < 2:
+            raise UserError(
+                f"--group_size {self.group_size} leaves no group to compare a response with: set it to 2 or more."
+            )
+        positive = ["temperature", "top_p", "max_response_tokens", "rollout_prompts", "tokens_per_row", "steps"]
+        positive += ["prompts_per_step", "updates_per_step", "learning_rate", "max_prompt_tokens", "filter_tries"]
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
+        within(self, top_p=(0, 1), top_k=(0, 10**9), eval_temperature=(0, 100))
+        if self.prompts_per_step % self.updates_per_step:
+            raise UserError(
+                f"--prompts_per_step {self.prompts_per_step} cannot be split into --updates_per_step "
+                f"{self.updates_per_step} equal parts: make it a multiple."
+            )
+
+
+def within(args, **limits):
+    """Raises UserError for an argument outside of its (lowest, highest)."""
+    for name, (lowest, highest) in limits.items():
+        if not lowest <= getattr(args, name) <= highest:
+            raise UserError(f"--{name} {getattr(args, name)} must be between {lowest} and {highest}.")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that depend on the model, which stand in the help's own words."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parse_args(cls, argv=None):
+    """`cls` filled from the command line; `--help` shows one group for each dataclass that `cls` inherits from."""
+    groups, seen = [], set()
+    for base in cls.__mro__[:-1]:  # a method may give a shared flag another default: its own class comes first
+        own = [f for f in dataclasses.fields(cls) if f.name in base.__dict__.get("__annotations__", {})]
+        own = [f for f in own if not (f.name in seen or seen.add(f.name))]
+        title = base.__doc__ if base in SharedArgs.__bases__ else Path(sys.argv[0]).stem
+        spec = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in own]
+        if spec:
+            groups.append(dataclasses.make_dataclass(base.__name__, spec, namespace={"_argument_group_name": title}))
+    parser = HfArgumentParser(groups, allow_abbrev=False, formatter_class=Help)
+    return cls(**vars(parser.parse_args(argv)))

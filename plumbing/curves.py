@@ -1,0 +1,135 @@
+"""What a run draws at its end, and show.py draws again: curves of all metrics, pooled over seeds, and a table.
+
+Not here: pages and pictures of tokens (show.py).
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch.nn.functional import pad
+
+from plumbing.arguments import UserError
+
+PANELS = {  # metric: (title, share of 1)
+    "eval_accuracy": ("accuracy on test data", True),
+    "reward": ("reward of sampled responses", False),
+    "entropy": ("entropy, nats per token", False),
+    "response_tokens": ("response length, tokens", False),
+}
+STYLES = ["-", "--", "-.", ":"]
+
+
+def read_runs(folders):
+    """{method: [metrics of a seed]}; the method is the folder's name without -0, -1 ... at its end."""
+    runs = defaultdict(list)
+    for folder in map(Path, folders):
+        if not (folder / "metrics.jsonl").exists():
+            raise UserError(f"{folder} holds no metrics.jsonl: give folders that a training script wrote.")
+        try:
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except ValueError as error:
+            raise UserError(
+                f"{folder}/metrics.jsonl is broken ({error}): mend its last line, or leave it out."
+            ) from None
+        if lines:
+            runs[re.sub(r"-\d+$", "", folder.resolve().name)].append(lines)
+    if not runs:
+        raise UserError("nothing was logged in these folders yet: wait for the first step.")
+    return dict(runs)
+
+
+def series(lines, name):
+    """{step: (seconds of training so far, value)} of one run."""
+    seconds, found = 0.0, {}
+    for line in lines:
+        seconds += line.get("seconds", 0.0)
+        if line.get(name) is not None:
+            found[line["step"]] = (seconds, line[name])
+    return found
+
+
+def pooled(seeds, name, window=1):
+    """(steps, mean seconds, mean, half width of the 95 % interval) at the steps that all seeds have.
+
+    Each seed's values are first averaged over the last `window` steps. The interval is Student's t over seeds; 0 for
+    one seed.
+    """
+    found = [series(lines, name) for lines in seeds]
+    steps = sorted(set.intersection(*(set(one) for one in found)))
+    seconds, values = (torch.tensor([[one[s][i] for s in steps] for one in found], dtype=torch.float64) for i in (0, 1))
+    values = running_mean(values, window)
+    half = torch.zeros(len(steps), dtype=torch.float64)
+    if len(found) > 1:
+        half = student(len(found) - 1) * values.std(0) / math.sqrt(len(found))
+    return steps, seconds.mean(0), values.mean(0), half
+
+
+def running_mean(values, window):
+    """The mean of each value (..., n) and those before it, `window` of them in all, or as many as there are.
+
+    >>> running_mean(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
+    tensor([1., 2., 4., 5.])
+    """
+    total = pad(values.cumsum(-1), (window, 0))
+    return (total[..., window:] - total[..., :-window]) / torch.arange(1, values.shape[-1] + 1).clamp(max=window)
+
+
+def student(degrees, cells=100_000):
+    """The 97.5 % quantile of Student's t: its density over t = sqrt(degrees) tan(angle), summed up to 0.95 of a half.
+
+    >>> [round(student(n), 3) for n in (1, 2, 4, 9)]
+    [12.706, 4.303, 2.776, 2.262]
+    """
+    width = math.pi / 2 / cells
+    density = ((torch.arange(cells, dtype=torch.float64) + 0.5) * width).cos() ** (degrees - 1)
+    share = density.cumsum(0) / density.sum()
+    cell = torch.searchsorted(share, 0.95).item()
+    angle = width * (cell + 1 - ((share[cell] - 0.95) / (share[cell] - share[cell - 1])).item())
+    return math.sqrt(degrees) * math.tan(angle)
+
+
+def draw_curves(runs, output, window=10):
+    """Draws {method: [metrics of a seed]}, all panels, against steps and against seconds; returns a table's lines."""
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    axes = figure.subplots(2, 4)
+    colours = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
+    for column, (name, (title, percent)) in enumerate(PANELS.items()):
+        steps_averaged = 1 if name == "eval_accuracy" else window
+        title += (", %" if percent else "") + (f" (mean of {window} steps)" if steps_averaged > 1 else "")
+        for i, (method, seeds) in enumerate(runs.items()):
+            steps, seconds, mean, half = pooled(seeds, name, steps_averaged)
+            scale = 100 if percent else 1
+            for row, x in enumerate((steps, seconds)):
+                style = {"color": colours[i % len(colours)], "linestyle": STYLES[i // 5 % 4]}
+                label = f"{method} ({len(seeds)})" if len(seeds) > 1 else method
+                axes[row, column].plot(x, scale * mean, label=label, linewidth=1.3, **style)
+                axes[row, column].fill_between(x, scale * (mean - half), scale * (mean + half), alpha=0.15, **style)
+        for row, label in enumerate(("step", "seconds of training")):
+            axes[row, column].set(xlabel=label, title=title if row == 0 else "")
+            axes[row, column].title.set_fontsize(10)
+            axes[row, column].grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    for kind in ("png", "svg"):
+        beside = Path(f"{output}.{kind}.unfinished")
+        figure.savefig(beside, dpi=110, format=kind)
+        beside.replace(f"{output}.{kind}")
+    return summary(runs)
+
+
+def summary(runs):
+    lines = [f"{'method':16s}{'seeds':>6s}{'steps':>7s}{'seconds':>9s}{'first':>9s}{'last, 95 % interval':>22s}"]
+    for method, seeds in runs.items():
+        steps, seconds, mean, half = pooled(seeds, "eval_accuracy")
+        _, total, _, _ = pooled(seeds, "reward")
+        first, last = (f"{mean[0]:.1%}", f"{mean[-1]:.1%}") if steps else ("-", "-")
+        if len(seeds) > 1 and steps:
+            last += f" ± {half[-1]:.1%}"
+        done = max(line["step"] for line in seeds[0])
+        lines.append(f"{method:16s}{len(seeds):6d}{done:7d}{total[-1] if len(total) else 0:9.0f}{first:>9s}{last:>22s}")
+    return lines

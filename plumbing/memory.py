@@ -1,0 +1,129 @@
+"""--dry_run: the memory of a run, from the shapes of the model alone, and the first flag to turn where it does not fit.
+
+Arithmetic; tests/test_memory.py holds it to memory that was measured. Not here: what saves the memory (common.py).
+"""
+
+import torch
+import transformers
+
+from plumbing.arguments import TOY, UserError, cannot_open
+
+HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
+
+
+def plan(args, gpus):
+    """Bytes on each of `gpus` GPUs that stay for the whole run, and at the two peaks of a step.
+
+    Returns {"kept" | "sampling" | "update": {part: bytes}}, for prompts and responses of the full length. Activations
+    are what autograd keeps of a layer, per token: 6 D around norms and residuals, 5 of all heads around attention, 4 of
+    the MLP's width; with gradient checkpointing that of one layer, and D for every layer; in sampling, of one layer for
+    the prompts that are computed at a time. While the backward pass frees activations it makes gradients: the update
+    holds the larger of the two.
+    """
+    source = str(TOY / "model") if args.model == "toy" else args.model
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, revision=args.model_revision)
+    except (OSError, ValueError) as error:
+        raise UserError(cannot_open("--model", args.model, error)) from None
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    text, vision = config.text_config, config.vision_config
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = parameters - args.freeze_vision * sum(p.numel() for p in model.model.visual.parameters())
+    number = 4 if args.dtype == "float32" else 2  # bytes of one, in compute
+    G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
+    row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
+    patches = args.max_pixels // vision.patch_size**2 if args.max_pixels else prompt * vision.spatial_merge_size**2
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    batch = min(args.rollout_prompts, args.prompts_per_step // gpus)
+    embeddings = text.vocab_size * text.hidden_size
+
+    def activations(tokens, depth, D, heads, mlp):
+        layer = 6 * D + 5 * heads + 4 * mlp
+        return tokens * number * (depth * D + layer if args.gradient_checkpointing else depth * layer)
+
+    D = model.model.visual.blocks[0].norm1.weight.numel()
+    seeing = D, D, getattr(vision, "intermediate_size", 4 * D)
+    reading = text.hidden_size, text.num_attention_heads * head, text.intermediate_size
+    together = min(batch, max(1, args.tokens_per_row // prompt))  # prompts that are computed at a time
+    first = max(activations(together * patches, 1, *seeing), activations(together * prompt, 1, *reading))
+    seen = activations(patches, vision.depth, *seeing)
+    mask = row**2 * (1 + number)  # of attention, as booleans and as numbers
+    read = activations(row, text.num_hidden_layers, *reading) + mask
+    logits = HEAD_CHUNK * text.vocab_size * 4 * 4 + embeddings * 4  # four copies of a chunk, and the head's gradient
+    one_layer = number * (embeddings + parameters // text.num_hidden_layers)
+    whole_weights = number * parameters if gpus > 1 or number == 2 else 0
+    return {
+        "kept": {
+            "weights": 4 * parameters / gpus,
+            "optimiser": 8 * trained / gpus,
+            "reference": 4 * parameters / gpus if args.kl_coef else 0,
+        },
+        "sampling": {
+            "gathered weights": one_layer if args.reshard_while_sampling and gpus > 1 else whole_weights,
+            "key-value cache": batch
+            * (prompt + G * T)
+            * text.num_hidden_layers
+            * 2
+            * text.num_key_value_heads
+            * head
+            * number,
+            "logits": batch * G * text.vocab_size * 24,
+            "prompts": first,
+        },
+        "update": {
+            "gathered weights": one_layer if gpus > 1 else whole_weights,
+            "activations": max(seen + read, 4 * trained / gpus - logits),
+            "head": logits,
+        },
+    }
+
+
+def dry_run(args):
+    """What a run needs, as text, with the first flag to turn where it does not fit."""
+    gpus, peaks = args.dry_run, plan(args, args.dry_run)
+    memory = gpu_memory(args)
+    lines = [f"{args.model} on {gpus} GPUs of {memory:.0f} GB, GB on each:"]
+    for peak in ("sampling", "update"):
+        parts = {**peaks["kept"], **peaks[peak]}
+        total = sum(parts.values()) / 1e9
+        shown = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items() if value)
+        lines.append(f"  {peak:9s}{total:7.1f}   {'fits' if total < memory else 'DOES NOT FIT'}   ({shown})")
+        kept = sum(peaks["kept"].values()) / 1e9
+        if total < memory:
+            continue
+        if kept >= memory:
+            turn = "none helps: weights and optimiser alone are too much; take more GPUs"
+        elif peak == "sampling" and gpus > 1 and kept + peaks[peak]["gathered weights"] / 1e9 >= memory:
+            turn = "--reshard_while_sampling"
+        elif peak == "sampling":
+            turn = "--rollout_prompts"
+        else:
+            turn = "--tokens_per_row" if args.gradient_checkpointing else "--gradient_checkpointing"
+        lines.append(f"  first flag to turn: {turn}")
+    sampled = args.prompts_per_step * args.group_size * args.max_response_tokens
+    rows = args.prompts_per_step * (args.max_prompt_tokens + args.group_size * args.max_response_tokens)
+    passes = 1 + (args.updates_per_step > 1) + bool(args.kl_coef)
+    lines.append(
+        f"  a step: at most {sampled:,} tokens sampled, {passes} forward and 1 backward pass over {rows:,} tokens, "
+        f"and what the method adds"
+    )
+    return "\n".join(lines)
+
+
+def gpu_memory(args):
+    """GB of a GPU: as given, or of the card found, or 80."""
+    found = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
+    return args.gpu_memory or found
+
+
+def refuse_what_cannot_fit(args, gpus):
+    """Raises UserError, before anything is loaded, where weights and optimiser alone are too much for a GPU."""
+    if not (torch.cuda.is_available() or args.gpu_memory):
+        return
+    need, memory = sum(plan(args, gpus)["kept"].values()) / 1e9, gpu_memory(args)
+    if need >= memory:
+        raise UserError(
+            f"weights and optimiser of {args.model} need {need:.1f} GB on each of {gpus} GPUs that have "
+            f"{memory:.1f} GB: take more GPUs; --dry_run 8 says what 8 need."
+        )

@@ -1,0 +1,54 @@
+"""The log: sums over tokens and responses, their means over all processes, and the lines of metrics.jsonl.
+
+Not here: what is measured (run.py and the methods), and what a checkpoint keeps of it (checkpoints.py).
+"""
+
+import json
+import math
+
+from accelerate.utils import gather_object
+
+
+class Metrics:
+    """What is measured in a step, on this process, until `sums` joins it with the others."""
+
+    def __init__(self, accelerator, path):
+        self.accelerator, self.path, self.own = accelerator, path, {}
+
+    def add(self, name, value, weight):
+        """Adds to a sum and its weight; the log holds their quotient over all processes (weight 0: the sum itself)."""
+        total, weights = self.own.get(name, (0.0, 0.0))
+        self.own[name] = (total + float(value), weights + float(weight))
+
+    def add_means(self, means, mask):
+        """Adds what are means over a row's tokens, with as much weight as it has tokens in `mask`."""
+        for name, value in means.items():
+            self.add(name, value * mask.sum(), mask.sum())
+
+    def sums(self, names=()):
+        """{name: (sum, weight)} over all processes since the last call, and 0 for `names` that nobody measured."""
+        sums = dict.fromkeys(names, (0.0, 0.0))
+        for part in gather_object([self.own]):  # one for each process
+            for name, (value, weight) in part.items():
+                value_so_far, weight_so_far = sums.get(name, (0.0, 0.0))
+                sums[name] = (value_so_far + value, weight_so_far + weight)
+        self.own = {}
+        return sums
+
+    def write(self, line):
+        """A line of metrics.jsonl, floats with six digits, null where one is not finite; the same to the trackers."""
+        floats = {name: value for name, value in line.items() if isinstance(value, float)}
+        line |= {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in floats.items()}
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+
+def means(sums):
+    """{name: mean} of {name: (sum, weight)}; of weight 0: the sum.
+
+    >>> means({"reward": (6.0, 4.0), "loss": (0.5, 0.0)})
+    {'reward': 1.5, 'loss': 0.5}
+    """
+    return {name: value / weight if weight else value for name, (value, weight) in sums.items()}

@@ -1,0 +1,146 @@
+"""Several processes: weights sharded by FSDP2, gathered for sampling, and what all processes do together.
+
+One rule stands behind the odd lines: gathering is collective, so whatever one process computes with sharded weights,
+all compute, in the same order. Not here: which process trains on which rows (run.py).
+"""
+
+import contextlib
+from datetime import timedelta
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from plumbing.arguments import UserError
+from plumbing.memory import refuse_what_cannot_fit
+
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of processes with one that still downloads or samples
+
+
+def start_processes(args):
+    """The Accelerator: devices, precision, trackers. Raises UserError for what this machine cannot run."""
+    gpu = torch.cuda.is_available()
+    trackers = args.report_to.split(",") if args.report_to else []
+    for tracker in trackers:
+        if tracker not in map(str, get_available_trackers()):
+            raise UserError(f"--report_to {tracker} is not installed: pip install {tracker}, or leave it out.")
+    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and gpu)
+    accelerator = Accelerator(
+        cpu=not gpu,
+        mixed_precision="bf16" if bf16 else "no",
+        kwargs_handlers=[PATIENCE],
+        log_with=trackers or None,
+        project_dir=args.output,
+    )
+    if gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, where a product is not in bf16
+    world_size = accelerator.num_processes
+    if args.cuda_graphs and not (gpu and world_size == 1):
+        raise UserError("--cuda_graphs is for one process on a GPU: leave it out.")
+    if args.prompts_per_step % world_size:
+        raise UserError(
+            f"--prompts_per_step {args.prompts_per_step} cannot be split over {world_size} processes: "
+            f"make it a multiple of {world_size}."
+        )
+    refuse_what_cannot_fit(args, world_size)
+    return accelerator
+
+
+def shard(model, source, device, bf16):
+    """FSDP2: each process keeps a part of every weight; decoder layers and vision blocks are gathered one at a time.
+
+    `model` has no weights yet; they come from `source`, which is None on all processes but the main one.
+    Gradients are summed over the processes, not averaged: the loss is divided by the tokens of all of them already.
+    Embeddings and head, which may be one tensor, go with the root.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    dtypes = (torch.bfloat16, torch.float32) if bf16 else (None, None)  # of compute, of the gradients' sum
+    policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)  # the vision tower's angles stay fp32
+    for unit in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    load_shards(model, source, device)
+    type(model).inside = lambda model, function, *args: function(model, *args)
+    register_fsdp_forward_method(model, "inside")  # what runs there finds the root's weights gathered
+    model.inside(lambda model: None)  # FSDP2 takes the first module to run for the root
+    model.reshard()
+
+
+@torch.no_grad()
+def load_shards(model, source, device):
+    """Weights, buffers and settings of the main process's whole model, tensor by tensor, into a sharded one."""
+    model.to_empty(device=device)
+    tensors = {} if source is None else dict(source.named_parameters(remove_duplicate=False))
+    for name, p in model.named_parameters():
+        full = torch.empty(p.shape, device=device) if source is None else tensors[name].to(device)
+        p.to_local().copy_(like(full, p).to_local())
+    buffers = {} if source is None else dict(source.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers.get(name, buffer))
+        torch.distributed.broadcast(buffer, 0)
+    settings = [getattr(source, "generation_config", None)]
+    torch.distributed.broadcast_object_list(settings, 0)
+    model.generation_config = settings[0]
+    if source is not None:  # transformers keeps here what the hub's checkpoints call each weight
+        model._weight_conversions = source._weight_conversions
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """Every process holds all weights: sampling needs no word from the others, whose responses end elsewhere."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)  # a method may differentiate here, by no parameter
+        unit.set_requires_gradient_sync(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit in units:
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+        unit.set_reshard_after_backward(True, recurse=False)
+        unit.set_requires_gradient_sync(True, recurse=False)
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+def inside(model, function):
+    """`function(model)`; where weights are sharded, embeddings and head, the root's own, are gathered for it."""
+    return model.inside(function) if is_sharded(model) else function(model)
+
+
+def full_tensor(tensor):
+    """The whole of a sharded tensor, on every process; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor, other):
+    """A whole tensor, sharded as `other` is, or as it is."""
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+def on_any_process(flag, sharded):
+    """Whether a boolean tensor is true on this process or, where weights are `sharded` while sampling, on any."""
+    if sharded:
+        torch.distributed.all_reduce(flag := flag.int(), torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def grey_picture(model):
+    """A sum over the vision tower's outputs for a grey picture, for rows without one, before the text model runs.
+
+    Sharded weights are gathered by all processes together and in one order: where one has a picture, all run the tower.
+    """
+    vision = model.config.vision_config
+    size = vision.spatial_merge_size
+    pixels = torch.zeros(size**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+    out = model.model.visual(pixels.to(model.device), grid_thw=torch.tensor([[1, size, size]], device=model.device))
+    return sum(part.sum() for part in [out.pooler_output, *getattr(out, "deepstack_features", [])])

@@ -1,0 +1,420 @@
+"""The run: what a script's `main` calls by name, in that order, and what happens between two steps.
+
+    for step in run.steps():            logs, evaluates and saves after each
+        with run.phase("rollout"):      draw_prompts, reward, add_groups, until the step is full
+        rewards, pack_rows              the step's groups as packed rows
+        with run.phase("update"):       minibatches, denominator, backward, update
+
+No method lives here, and no arithmetic of a token (common.py); how things are sharded, counted, written and drawn
+stands in plumbing/.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from common import Group, Reward, forward, load_model, load_processor, loss_denominator, rollout, split_group
+from plumbing.arguments import TOY, UserError
+from plumbing.checkpoints import find_checkpoint, restore_metrics, restore_optimizer, save_checkpoint, write_text
+from plumbing.curves import draw_curves, read_runs
+from plumbing.data import Data, Stream, some_of
+from plumbing.memory import dry_run
+from plumbing.metrics import Metrics, means
+from plumbing.sharding import full_tensor, shard, start_processes, unsharded
+
+ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
+ALWAYS_LOGGED += ["entropy", "loss", "clip_fraction", "approx_kl"]
+
+
+class Run:
+    """Model, data, optimiser, checkpoints and log of one training run, on one process or several."""
+
+    def __init__(self, args):
+        self.args, self.output = args, Path(args.output)
+        self.on_signals(lambda *_: sys.exit(130))  # nothing is lost while the model is loading
+        if args.dry_run:
+            print(dry_run(args))
+            raise SystemExit(0)
+        self.accelerator = start_processes(args)
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.metrics = Metrics(self.accelerator, self.output / "metrics.jsonl")
+        self.seconds = {}  # of the phases of a step
+        state = find_checkpoint(args)
+        self.load_models(self.output / "last" if state else None)
+        self.load_data()
+        self.make_optimizer()
+        self.rehearse_update()
+        self.start_or_restore(state)
+        self.on_signals(self.stop)
+        self.open_output(new=state is None)
+
+    def on_signals(self, handler):
+        """Ctrl-C, and the SIGTERM of a scheduler."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    def load_models(self, checkpoint):
+        """Processor, the model that is trained, from a checkpoint where there is one, and the reference model."""
+        args = self.args
+        transformers.utils.logging.disable_progress_bar()
+        source = str(TOY / "model") if args.model == "toy" else args.model
+        self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
+        self.tokenizer = self.processor.tokenizer
+        self.model = self.load(checkpoint or source, "main" if checkpoint else args.model_revision)
+        self.reference = self.load(source, args.model_revision, frozen=True) if args.kl_coef else None
+
+    def load(self, name, revision, frozen=False):
+        """The model that is trained, or a frozen one; on several processes sharded, and whole on the main one alone."""
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        model = load_model(name, revision, meta=self.world_size > 1, bf16=bf16).train(not frozen)
+        if frozen:
+            model.requires_grad_(False)
+        if self.args.freeze_vision:
+            model.model.visual.requires_grad_(False)
+        if self.args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if self.world_size > 1:
+            whole = load_model(name, revision, bf16=bf16) if self.is_main else None
+            shard(model, whole, self.accelerator.device, bf16)
+        return model.to(self.accelerator.device)
+
+    def load_data(self):
+        args, rope_index = self.args, self.model.model.get_rope_index
+        self.data = Data(args.data, args.data_split, args, self.processor, rope_index)
+        self.say(f"{args.data}: {len(self.data)} prompts, {self.data.dropped} dropped as too long")
+        if args.eval_rows:
+            split = args.eval_split if args.eval_data != "toy" else "test"
+            self.eval_data = Data(args.eval_data, split, args, self.processor, rope_index, "--eval_data")
+            self.say(f"{args.eval_data}: {len(self.eval_data)} rows to evaluate on, {self.eval_data.dropped} dropped")
+        self.reward = Reward(args)
+
+    def make_optimizer(self):
+        args = self.args
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay
+        )
+        shape = "constant_with_warmup" if args.schedule == "constant" else args.schedule
+        spans = args.warmup_steps * args.updates_per_step, args.steps * args.updates_per_step
+        self.schedule = transformers.get_scheduler(shape, self.optimizer, *spans).lr_lambdas[0]  # of the updates so far
+
+    def rehearse_update(self):
+        """A first update, for nothing, on the largest row that the settings allow: memory runs out now or never.
+
+        Its learning rate is 0 and its optimiser state is forgotten, so that the run does not remember it.
+        """
+        G, T = self.args.group_size, self.args.max_response_tokens
+        size = {"responses": torch.zeros(G, T, dtype=torch.long), "mask": torch.ones(G, T, dtype=torch.bool)}
+        group = Group(self.data.prompt(self.data.longest), **size, truncated=torch.ones(G), texts=[""] * G)
+        row = max(split_group(group, self.args.tokens_per_row), key=lambda row: row.mask.sum())
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        with self.phase("update"):
+            self.optimizer.step()  # the optimiser state is there when the forward pass begins, as in every later update
+            self.optimizer.zero_grad()
+            logps, entropy, _ = forward(self.model, row, self.args.temperature)
+            (0 * (logps + entropy).sum()).backward()
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+
+    def start_or_restore(self, state):
+        """Counters, history and the place in the data: of a new run, or as a checkpoint has them."""
+        self.updates, self.step, self.saved, self.stopping = 0, 0, None, False
+        self.history = {"first_eval": None, "last_eval": None, "seconds": 0.0}
+        if state:
+            restore_optimizer(self.output, self.optimizer, self.parameters)
+            self.updates, self.step, self.saved = state["updates"], state["step"], state["step"]
+            self.history = state["history"]
+            if self.is_main:
+                restore_metrics(self.output, self.step)
+            self.say(f"going on after step {self.step}")
+        position = state["position"] if state else 0
+        self.stream = Stream(self.data, self.args.seed, self.rank, self.world_size, position)
+
+    def open_output(self, new):
+        arguments = dataclasses.asdict(self.args)
+        if self.is_main:
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
+            write_text(self.output / "args.json", json.dumps(arguments, indent=2) + "\n")
+            if new:
+                write_text(self.output / "metrics.jsonl", "")  # of a run that died before its first checkpoint
+        if self.args.report_to:
+            self.accelerator.init_trackers(self.output.name, config=arguments)
+
+    # ---- what `main` calls, in this order ---------------------------------------------------------------------------
+
+    def steps(self):
+        """Yields the number of each step; logs, evaluates and saves after it; ends with the last step or on Ctrl-C."""
+        if self.step == 0 and self.args.eval_rows:
+            self.evaluate()
+        with tqdm(total=self.args.steps, initial=self.step, disable=not self.is_main, unit="step") as self.bar:
+            for step in range(self.step + 1, self.args.steps + 1):
+                self.begin = time.perf_counter()
+                self.seconds = {"rollout": 0.0, "score": 0.0, "update": 0.0}
+                self.groups, self.serials, self.tries = [], [], 0
+                self.norms, self.skipped = [], 0
+                yield step
+                self.step = step
+                self.log()
+                due = self.args.eval_every and step % self.args.eval_every == 0
+                if self.args.eval_rows and (due or step == self.args.steps) and not self.stopping:
+                    self.evaluate()
+                self.stopping = self.all_reduce(self.stopping) > 0
+                due = self.args.save_every and step % self.args.save_every == 0
+                if due or step == self.args.steps or self.stopping:
+                    self.save()
+                if self.stopping:
+                    break
+        self.close()
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Times a phase of the step, and computes in bf16 where the run does; "rollout" finds the weights gathered."""
+        start = time.perf_counter()
+        gather = name == "rollout" and not self.args.reshard_while_sampling
+        try:
+            with self.accelerator.autocast(), unsharded(self.model) if gather else contextlib.nullcontext():
+                yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                if name == "rollout":
+                    torch.cuda.empty_cache()  # the update finds memory in one piece
+        except torch.OutOfMemoryError as error:
+            flags = "--tokens_per_row, then --max_pixels"
+            if name == "rollout":
+                flags = "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
+            raise UserError(f"out of memory in the {name} phase: lower {flags} ({str(error)[:120]}).") from None
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def draw_prompts(self):
+        """This process's share of the next --prompts_per_step prompts; nothing once the step is full."""
+        tries = self.args.filter_tries if self.args.filter_groups else 1
+        if len(self.serials) >= self.args.prompts_per_step or self.tries >= tries:
+            return []
+        self.tries += 1
+        return self.stream.draw(self.args.prompts_per_step)
+
+    def add_groups(self, groups):
+        """Adds groups to the step; with --filter_groups (DAPO, 2503.14476, eq. 11) only those of mixed success."""
+
+        def mixed(group):
+            if self.args.reward:  # accuracy may mean nothing under a reward of one's own
+                return bool((group.rewards != group.rewards[0]).any())
+            return 0.01 < group.accuracy.mean() < 0.99
+
+        self.sampled = groups  # the last draw, kept or not: what the log shows as a sample
+        kept = [group for group in groups if not self.args.filter_groups or mixed(group)]
+        add = self.metrics.add
+        if self.args.filter_groups:
+            add("filtered_groups", len(groups) - len(kept), len(groups))
+        for group in groups:
+            of_responses = {"accuracy": group.accuracy, "format": group.format, "reward": group.rewards}
+            of_responses |= {"response_tokens": group.mask, "truncated": group.truncated}
+            for name, values in of_responses.items():
+                add(name, values.sum(), len(group.texts))
+            add("zero_advantage_groups", float((group.rewards == group.rewards[0]).all()), 1)
+        serials = sorted(gather_object([group.prompt.serial for group in kept]))
+        self.serials = [*self.serials, *serials][: self.args.prompts_per_step]
+        self.groups = [group for group in [*self.groups, *kept] if group.prompt.serial in self.serials]
+
+    def rewards(self):
+        """(P, G) rewards of the step's groups on this process."""
+        return torch.stack([g.rewards for g in self.groups]) if self.groups else torch.zeros(0, self.args.group_size)
+
+    def pack_rows(self, advantages):
+        """The step's groups as packed rows: one per group, more where a group is longer than --tokens_per_row."""
+        rows = []
+        for group, group_advantage in zip(self.groups, advantages):
+            group.advantages = group_advantage.to(group.mask.device)
+            group.loss_mask = group.mask & ~group.truncated[:, None] if self.args.drop_truncated else group.mask
+            rows += split_group(group, self.args.tokens_per_row)
+        self.groups_are_cut = self.all_reduce(len(rows) - len(self.groups)) > 0  # some, on some process
+        if len(self.serials) < self.args.prompts_per_step:
+            self.say(f"step {self.step + 1}: {len(self.serials)} prompts of mixed success in {self.tries} draws")
+        return self.with_fillers(rows)
+
+    def minibatches(self, rows):
+        """--updates_per_step lists of rows, each of an equal share of the step's prompts in the order of the data."""
+        size = math.ceil(len(self.serials) / self.args.updates_per_step)
+        for start in range(0, len(self.serials), max(size, 1)):
+            serials = self.serials[start : start + size]
+            yield self.with_fillers([row for row in rows if row.prompt.serial in serials])
+
+    def with_fillers(self, rows):
+        """As many rows on each process, since sharded weights are gathered by all together; a filler counts nothing."""
+        most = max(gather_object([len(rows)]))
+        filler = self.sampled[0][:1]
+        filler.prompt = dataclasses.replace(filler.prompt, serial=-1)
+        filler.advantages = torch.zeros(1, device=filler.mask.device)
+        filler.loss_mask = torch.zeros_like(filler.mask)
+        zeros = torch.zeros(filler.mask.shape, device=filler.mask.device)
+        filler.old_logps = filler.ref_logps = filler.scores = filler.weights = zeros
+        return rows + [filler] * (most - len(rows))
+
+    def denominator(self, rows):
+        """Tokens (or responses) that the loss of a mini-batch is divided by: over all its rows and all processes."""
+        return self.all_reduce(sum(loss_denominator(row.loss_mask, self.args.aggregation) for row in rows))
+
+    def backward(self, loss, info, row, mask):
+        """Gradients of one row; `info` goes to the log as the mean over the tokens in `mask`, weighted by their number.
+
+        A group of equal rewards has no gradient: on one process its backward pass is left out.
+        """
+        flat = not (row.advantages.any() or self.args.kl_coef or self.args.entropy_coef)
+        if self.world_size > 1 or not flat:
+            self.accelerator.backward(loss)
+        self.metrics.add("loss", loss.detach(), 0)
+        self.metrics.add_means(info, mask)
+
+    def update(self):
+        """One optimiser step on the gradients so far; one that is not finite is skipped, and counted."""
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.learning_rate * self.schedule(self.updates)
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm))
+        if norm.isfinite():
+            self.optimizer.step()
+            torch.clear_autocast_cache()  # bf16 copies of the weights as they were
+            self.norms.append(norm.item())
+        else:
+            self.skipped += 1
+            self.say(f"step {self.step + 1}: the gradient is not finite; this update is skipped")
+        self.optimizer.zero_grad()
+        self.updates += 1
+
+    def all_reduce(self, value):
+        """The sum of a number over all processes."""
+        if self.world_size == 1:
+            return value
+        value = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(value, "sum").item()
+
+    def say(self, text):
+        """A line on the console, by one process."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    # ---- between two steps ------------------------------------------------------------------------------------------
+
+    def log(self):
+        """Writes the step's line of metrics.jsonl, moves the bar, and now and then shows a response."""
+        seconds = time.perf_counter() - self.begin
+        self.history["seconds"] += seconds
+        sums = self.metrics.sums(ALWAYS_LOGGED)
+        line = {"step": self.step, **means(sums)}
+        line["loss"] /= max(len(self.norms) + self.skipped, 1)
+        line |= {
+            "grad_norm": sum(self.norms) / max(len(self.norms), 1),
+            "skipped_updates": self.skipped,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            **{f"seconds_{name}": value for name, value in self.seconds.items()},
+            "tokens_per_second": sums["response_tokens"][0] / seconds,
+        }
+        self.metrics.write(line)
+        self.bar.set_postfix(reward=f"{line['reward']:.2f}", refresh=False)
+        self.bar.update()
+        if self.args.show_every and self.step % self.args.show_every == 0:
+            group = self.sampled[self.step % len(self.sampled)]
+            self.say(
+                f"\nstep {self.step}  {group.prompt.problem}\n  {group.texts[0].strip()}\n"
+                f"  right answer {group.prompt.answer}, reward {group.rewards[0]:.2f}"
+            )
+
+    def evaluate(self):
+        """Accuracy on --eval_data, one response per row, by the prompt, sampler and checker of training."""
+        begin, args = time.perf_counter(), self.args
+        order = some_of(self.eval_data.indices, args.eval_rows, args.seed)
+        mine, T = order[self.rank :: self.world_size], args.max_response_tokens
+        batch = args.rollout_prompts * (self.data.width + args.group_size * T) // (self.eval_data.width + T)
+        batch = max(1, batch)  # as many prompts, of one response each, as take the memory of training's
+        wide = dataclasses.replace(args, rollout_prompts=batch)
+        right = tokens = truncated = 0
+        most = math.ceil(len(order) / self.world_size)  # as many rows everywhere; what fills up is not counted
+        filled = mine + order[:1] * (most - len(mine))
+        bar = tqdm(total=most, desc="evaluation", leave=False, disable=not self.is_main, unit="row")
+        with bar, self.phase("rollout"):
+            for start in range(0, most, batch):
+                prompts = list(self.stream.pool.map(self.eval_data.prompt, filled[start : start + batch]))
+                how = (wide, "evaluation", slice(1), args.eval_temperature)
+                groups = rollout(self.model, self.tokenizer, prompts, *how)
+                for group in groups[: len(mine) - start]:
+                    right += self.reward.check(group.texts[0], group.prompt.answer)
+                    tokens += group.mask.sum().item()
+                    truncated += group.truncated.sum().item()
+                bar.update(len(prompts))
+        rows = len(order)
+        accuracy = self.all_reduce(right) / rows
+        line = {
+            "step": self.step,
+            "eval_accuracy": accuracy,
+            "eval_stderr": math.sqrt(accuracy * (1 - accuracy) / rows),
+            "eval_rows": rows,
+            "eval_response_tokens": self.all_reduce(tokens) / rows,
+            "eval_truncated": self.all_reduce(truncated) / rows,
+            "eval_seconds": time.perf_counter() - begin,
+        }
+        self.history["first_eval"] = self.history["first_eval"] or line
+        self.history["last_eval"] = line
+        self.metrics.write(line)
+        self.say(f"step {self.step}: accuracy {accuracy:.1%} ± {line['eval_stderr']:.1%} on {rows} rows")
+
+    def close(self):
+        """The last lines on the console: what was gained, and where the files are."""
+        first, last = self.history["first_eval"], self.history["last_eval"]
+        self.accelerator.end_training()
+        self.reward.check.close()
+        self.stream.pool.shutdown()
+        if first and last and last["step"] > first["step"]:
+            self.say(
+                f"accuracy {first['eval_accuracy']:.1%} -> {last['eval_accuracy']:.1%} ± {last['eval_stderr']:.1%} on "
+                f"{last['eval_rows']} rows of {self.args.eval_data}, in {self.step} steps and "
+                f"{self.history['seconds']:.0f} s of training"
+            )
+        if self.reward.check.timeouts:
+            self.say(f"{self.reward.check.timeouts} answers took the maths checker too long and count as wrong")
+        if self.is_main:
+            draw_curves(read_runs([self.output]), self.output / "curves")
+        self.say(f"{self.output}/: metrics.jsonl, args.json, curves.png, and the model in last/")
+        if self.stopping:
+            self.say(f"stopped after step {self.step} of {self.args.steps}: the same command with --resume goes on")
+            raise SystemExit(130)
+
+    def stop(self, *_):
+        """Ctrl-C, or a scheduler's SIGTERM: finish the step, save, stop. A second one stops at once."""
+        if self.stopping:
+            raise SystemExit(130)
+        self.stopping = True
+        self.say("stopping after this step; once more stops at once, without saving")
+
+    def save(self):
+        """<output>/step-N, a Hugging Face folder with the training state beside the weights; `last` points to it."""
+        if self.saved == self.step:
+            return
+        self.saved = self.step
+        state = {
+            "step": self.step,
+            "position": self.stream.position,
+            "updates": self.updates,
+            "history": self.history,
+            **{name: getattr(self.args, name) for name in ("model", "data", "seed", "instruction")},
+        }
+        folder = self.output / f"step-{self.step}"
+        save_checkpoint(folder, self.model, self.processor, self.optimizer, self.parameters, state, self.is_main)

@@ -1,0 +1,136 @@
+"""plumbing/answers.py: the checker on the cases that decide real scores, and in the face of answers that hang."""
+
+import time
+
+import pytest
+
+from common import Reward
+from plumbing.answers import Checker, extract_answer
+from plumbing.arguments import SharedArgs, UserError
+
+
+@pytest.fixture(scope="module")
+def checker():
+    checker = Checker(seconds=3.0)
+    yield checker
+    checker.close()
+
+
+RIGHT = [
+    ("(A)", "A"),
+    (r"\text{(A)}", "A"),
+    (r"\text{A}", "A"),
+    ("A. 30", "A"),
+    ("A", "(A)"),
+    ("B.", "B"),
+    ("(C) a circle", "C"),
+    ("C, A", "A, C"),
+    ("AC", "A, C"),
+    ("A and C", "A, C"),
+    (r"30^\circ", "30"),
+    ("30°", "30"),
+    ("30", r"30^{\circ}"),
+    ("30 degrees", "30"),
+    ("12 cm", "12"),
+    (r"12\text{ cm}", "12"),
+    (r"12 \mathrm{cm}^2", "12"),
+    ("x=5", "5"),
+    ("x = 5", "5"),
+    ("3/2", "1.5"),
+    (r"\frac{3}{2}", "1.5"),
+    (r"\dfrac{3}{2}", "3/2"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"\sqrt{12}", r"2 \sqrt { 3 }"),
+    (r"50\%", "50"),
+    ("50%", "50"),
+    ("50", r"50\%"),
+    ("5.0", "5"),
+    ("1,000", "1000"),
+    ("$7$", "7"),
+    ("-3", "-3"),
+    ("yes", "Yes"),
+    ("No.", "no"),
+    (r"\text{yes}", "yes"),
+    (r"\frac{1}{2}", "0.5"),
+    ("2x+1", "1+2x"),
+    (r"6 \sqrt { 2 }", r"6\sqrt{2}"),
+    (r"\pi", r"\pi"),
+    ("10", r"so the answer is \boxed{10}"),
+    ("red", "Red"),
+]
+WRONG = [
+    ("0.333", r"\frac{1}{3}"),
+    ("0.333", "1/3"),
+    ("3.46", r"2\sqrt{3}"),
+    ("B", "A"),
+    ("A, B", "A"),
+    ("A", "A, C"),
+    ("A. 30", "B"),
+    ("31", "30"),
+    ("-3", "3"),
+    ("no", "yes"),
+    ("None", ""),
+    ("None", "0"),
+    ("12", "13 cm"),
+    ("apple", "A"),
+    ("", "5"),
+    ("5, 6", "5"),
+]
+
+
+@pytest.mark.parametrize("answer, gold", RIGHT)
+def test_right(checker, answer, gold):
+    assert checker(f"<think>so</think> \\boxed{{{answer}}}", gold)
+
+
+@pytest.mark.parametrize("answer, gold", WRONG)
+def test_wrong(checker, answer, gold):
+    assert not checker(f"<think>so</think> \\boxed{{{answer}}}", gold)
+
+
+def test_extraction():
+    assert extract_answer(r"\boxed{1} then \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
+    assert extract_answer(r"\boxed{\text{a {nested} one}}") == r"\text{a {nested} one}"
+    assert extract_answer(r"<answer>1</answer> <answer> 2 </answer>") == "2"
+    assert extract_answer(r"<answer>1</answer> \boxed{3}") == "3"
+    assert extract_answer(r"\boxed{3} and an unbalanced \boxed{4") == "3"
+    for nothing in ("", "5", r"\boxed{}", r"\boxed{ }", r"\boxed{5", "<answer></answer>", "None"):
+        assert extract_answer(nothing) is None
+
+
+def test_an_empty_or_missing_box_is_wrong(checker):
+    for response in ("5", r"\boxed{}", r"\boxed{5", "None"):
+        for gold in ("5", "None", "", "0"):
+            assert not checker(response, gold)
+
+
+@pytest.mark.parametrize("answer", ["9**9**9", "9^{9^{9}}", "9999999!", "10^{10^{10}}", "9**9**9**9"])
+def test_a_hanging_answer_costs_its_time_limit(answer):
+    checker = Checker(seconds=1.0)
+    checker.equal("1/2", "2/4")  # start-up is not counted
+    start = time.perf_counter()
+    assert not checker.equal(answer, r"\sqrt{2}")
+    assert time.perf_counter() - start < 2.0
+    assert checker.equal(r"\sqrt{8}", r"2\sqrt{2}")  # the worker was restarted
+    checker.close()
+
+
+def test_a_worker_that_dies_is_replaced():
+    checker = Checker()
+    assert checker.equal("1/2", "2/4")
+    checker.worker.kill()
+    checker.worker.wait()
+    assert checker.equal("1/3", "2/6")
+    checker.close()
+
+
+def test_speed_of_plain_answers(checker):
+    start = time.perf_counter()
+    for i in range(10_000):
+        checker.equal(str(i % 7), "3")
+    assert time.perf_counter() - start < 10
+
+
+def test_a_reward_file_that_is_not_there():
+    with pytest.raises(UserError, match="my_file.py:function"):
+        Reward(SharedArgs(reward="nowhere.py:f"))

@@ -1,0 +1,81 @@
+"""The command line: what it refuses, what --help shows, what a flag defaults to."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import grpo
+from plumbing.arguments import SharedArgs, flag, parse_args
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--group_size", "1"], "--group_size 1 leaves no group"),
+        (["--updates_per_step", "3"], "cannot be split into --updates_per_step 3"),
+        (["--dtype", "float8"], "invalid choice: 'float8'"),
+        (["--steps", "many"], "invalid int value"),
+        (["--learning_rate", "0"], "--learning_rate 0.0 must be above 0"),
+        (["--top_p", "1.5"], "--top_p 1.5 must be between 0 and 1"),
+        (["--eval_temperature", "-1"], "--eval_temperature -1.0 must be between 0 and 100"),
+        (["--rollout_prompts", "0"], "--rollout_prompts 0 must be above 0"),
+        (["--updates_per_step", "0"], "--updates_per_step 0 must be above 0"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_mistakes_in_the_arguments(monkeypatch, capsys, flags, sentence):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
+    with pytest.raises(SystemExit) as error:
+        parse_args(grpo.Args)
+    assert error.value.code == 2 and re.search(sentence, capsys.readouterr().err)
+
+
+def test_the_console_shows_one_sentence_and_exit_code_2(tmp_path):
+    command = [sys.executable, str(ROOT / "grpo.py"), "--group_size", "1", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: --group_size 1")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(grpo.Args, ["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for f in SharedArgs.__dataclass_fields__:
+        assert f"--{f}" in text
+    for group in ("model", "data", "rollout", "reward", "loss", "update", "run"):
+        assert f"\n{group}:" in text
+
+
+def test_defaults_for_a_real_model(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--model", "Qwen/Qwen2.5-VL-7B-Instruct"])
+    args = parse_args(grpo.Args)
+    assert args.data == args.eval_data == "hiyouga/geometry3k" and args.output == "runs/grpo"
+    assert (args.prompts_per_step, args.group_size, args.updates_per_step) == (512, 8, 4)
+    assert (args.learning_rate, args.max_prompt_tokens, args.max_response_tokens) == (1e-6, 2048, 2048)
+    assert (args.min_pixels, args.max_pixels, args.gradient_checkpointing) == (262_144, 1_000_000, True)
+
+
+def test_a_method_may_change_a_shared_default_and_add_a_flag(monkeypatch):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Method(SharedArgs):
+        """A method."""
+
+        entropy_coef: float = flag(0.25, "its own default")
+        alpha: float = flag(0.7, "its own flag")
+
+    monkeypatch.setattr(sys, "argv", ["x.py", "--alpha", "0.1", "--group_size", "12"])
+    args = parse_args(Method)
+    assert (args.entropy_coef, args.alpha, args.group_size, args.output) == (0.25, 0.1, 12, "runs/x")
+
+
+def test_every_argument_has_help_and_a_flag():
+    for f in dataclasses.fields(SharedArgs):
+        assert f.metadata["help"], f.name

@@ -1,0 +1,263 @@
+"""Two gloo processes against one: equal rollouts, losses and weights; resume across their number; what kills them.
+
+Most runs are jobs of two processes that stay (tests/pair.py); where a process must die, torchrun starts real ones.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, timeless, weights
+from pair import Pair, run_job
+from safetensors.torch import load_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+FLAGS = ["--prompts_per_step", "4", "--group_size", "4", "--show_every", "0", "--steps", "3", "--learning_rate", "1e-4"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    processes = Pair()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def start(pair):
+    """A run on one or two processes: the exit code of each, and what the first wrote on the console."""
+
+    def run(processes, output, *flags, script="grpo", patch=""):
+        job = {"script": script, "output": str(output), "flags": [*FLAGS, *map(str, flags)], "patch": patch}
+        done = pair.run(job) if processes == 2 else [run_job(job)]
+        return [code for code, _ in done], done[0][1]
+
+    return run
+
+
+@pytest.fixture
+def finished(start):
+    """A run that must end well: (weights and optimiser, metrics)."""
+
+    def run(processes, output, *flags, **more):
+        codes, console = start(processes, output, *flags, **more)
+        assert codes == [0] * processes, console[-3000:]
+        return weights(output / "last"), timeless(read_metrics(output))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run that two processes are compared with, made once for all tests that ask for the same."""
+    runs = {}
+
+    def run(*flags, script="grpo"):
+        key = (script, *map(str, flags))
+        if key not in runs:
+            output = tmp_path_factory.mktemp("alone") / "run"
+            code, console = run_job({"script": script, "output": str(output), "flags": [*FLAGS, *map(str, flags)]})
+            assert code == 0, console[-3000:]
+            runs[key] = weights(output / "last"), timeless(read_metrics(output))
+        return runs[key]
+
+    return run
+
+
+def assert_equal(one, two):
+    (tensors, lines), (others, other_lines) = one, two
+    assert tensors.keys() == others.keys()
+    for name, value in tensors.items():
+        assert torch.allclose(value, others[name], atol=1e-5), name
+    for a, b in zip(lines, other_lines, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+EVERYTHING = ["--updates_per_step", 2, "--kl_coef", 0.05, "--entropy_coef", 0.01, "--gradient_checkpointing"]
+EVERYTHING += ["--tokens_per_row", 130, "--temperature", 1.3, "--aggregation", "sequence", "--max_grad_norm", 0.1]
+
+
+@pytest.mark.parametrize("flags", [["--eval_rows", 7, "--eval_every", 2], [*EVERYTHING, "--eval_rows", 0]])
+def test_two_processes_equal_one(tmp_path, alone, finished, flags):
+    """With text-only rows beside pictures, responses of different lengths, groups cut into several rows."""
+    assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags))
+
+
+SAEI = ["--n1", 2, "--n2", 2, "--step", 0.2, "--measure_every", 2]
+METHOD_FLAGS = ["--eval_rows", 0, "--steps", 2, "--tokens_per_row", 130, "--temperature", 1.3]
+
+
+@pytest.mark.parametrize(
+    "method, updates", [("vepo", 1), ("vepo", 2), ("vgpo", 1), ("prpo", 2), ("pepo", 1), ("saei", 1)]
+)
+def test_each_method_on_two_processes(tmp_path, alone, finished, method, updates):
+    flags = [*METHOD_FLAGS, "--updates_per_step", updates]
+    if method == "saei":  # with 2 prompts a step the first process begins with a text-only prompt alone
+        flags += [*SAEI, "--old_logps_image", "attacked", "--prompts_per_step", 2]
+    assert_equal(alone(*flags, script=method), finished(2, tmp_path / "two", *flags, script=method))
+
+
+def test_sampling_from_sharded_weights(tmp_path, alone, finished):
+    """Token by token together, over text-only rows and uneven lengths: the same rollouts again."""
+    flags = ["--eval_rows", 7, "--steps", 1]
+    assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags, "--reshard_while_sampling"))
+
+
+def test_the_comparison_can_fail(tmp_path, alone, finished):
+    """The negative twin: each process divides its loss by its own tokens only, as many trainers do."""
+    local = """
+def denominator(self, rows):
+    return 2 * sum(common.loss_denominator(row.loss_mask) for row in rows)
+patch(run.Run, "denominator", denominator)
+"""
+    flags = ["--eval_rows", 0, "--max_response_tokens", 33, "--temperature", 1.5]
+    one, two = alone(*flags), finished(2, tmp_path / "two", *flags, patch=local)
+    with pytest.raises(AssertionError):
+        assert_equal(one, two)
+
+
+def test_a_process_whose_groups_are_all_filtered_out(tmp_path, finished):
+    patch = """
+def reward(self, groups):
+    for group in groups:
+        mixed = torch.tensor([1.0, 0.0, 0.0, 1.0])
+        group.rewards = group.accuracy = group.format = mixed * (group.prompt.serial % 2 == 0)
+patch(common.Reward, "__call__", reward)
+"""
+    flags = ["--filter_groups", "--eval_rows", 0]
+    one = finished(1, tmp_path / "one", *flags, patch=patch)
+    two = finished(2, tmp_path / "two", *flags, patch=patch)
+    assert_equal(one, two)
+    assert one[1][0]["filtered_groups"] == 0.5
+
+
+FP32_ANGLES = """
+def checked(run, rehearse=run.Run.rehearse_update):
+    def angles(_, args, kwargs):
+        assert all(x.dtype == torch.float32 for x in kwargs["position_embeddings"])
+    run.model.model.visual.blocks[0].attn.register_forward_pre_hook(angles, with_kwargs=True)
+    assert torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 7200
+    rehearse(run)
+patch(run.Run, "rehearse_update", checked)
+"""
+
+
+def test_bfloat16_on_two_processes_is_close_to_float32(tmp_path, alone, finished):
+    flags = ["--steps", 1, "--updates_per_step", 2, "--gradient_checkpointing", "--eval_rows", 0]
+    exact, (line,) = alone(*flags)
+    tensors, (rounded,) = finished(2, tmp_path / "bf16", *flags, "--dtype", "bfloat16", patch=FP32_ANGLES)
+    for name in ("entropy", "grad_norm", "approx_kl"):
+        assert rounded[name] == pytest.approx(line[name], rel=0.3), name
+        assert rounded[name] != line[name]
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    before = load_file(ROOT / "toy/model/model.safetensors")
+    agree = [((tensors[k] - before[k]) * (exact[k] - before[k]) > 0).float().mean() for k in before]  # in sign
+    assert min(agree) > 0.6 and sum(agree) / len(agree) > 0.8
+
+
+def test_freeze_vision_on_two(tmp_path, finished):
+    tensors, _ = finished(2, tmp_path / "two", "--freeze_vision", "--eval_rows", 0)
+    before = load_file(ROOT / "toy/model/model.safetensors")
+    for name, value in before.items():
+        assert torch.equal(value, tensors[name]) == ("visual" in name), name
+
+
+DIES = """
+log = run.Run.log
+def dies(self):
+    log(self)
+    if self.step == 2:
+        raise RuntimeError("power cut")
+patch(run.Run, "log", dies)
+"""
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_resume_on_another_number_of_processes(tmp_path, first, then, alone, start, finished):
+    codes, console = start(first, tmp_path / "cut", "--eval_rows", 0, "--save_every", 1, patch=DIES)
+    assert codes == [1] * first and "power cut" in console
+    assert (tmp_path / "cut/last").resolve().name == "step-1"
+    assert_equal(alone("--eval_rows", 0), finished(then, tmp_path / "cut", "--eval_rows", 0, "--resume"))
+
+
+def written(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return results["scores"], (folder / "toy.jsonl").read_text()
+
+
+def test_evaluation_on_two_processes_and_one_that_was_stopped(tmp_path, pair):
+    flags = ["--rows", 45, "--samples", 2, "--temperature", 1, "--rollout_prompts", 16]
+
+    def job(output, *more):
+        return {"script": "eval", "output": str(output), "flags": [*flags, *more]}
+
+    code, console = run_job(job(tmp_path / "one"))
+    assert code == 0, console[-2000:]
+    assert "toy" in console and "pass" in console
+    (code, console), other = pair.run(job(tmp_path / "two"))
+    assert code == other[0] == 0, console[-2000:]
+    assert written(tmp_path / "one") == written(tmp_path / "two")
+    assert not list((tmp_path / "two").glob("*.part"))
+
+    stopped = tmp_path / "stopped"  # as two killed processes leave it: some rows, and half a line
+    shutil.copytree(tmp_path / "one", stopped)
+    lines = (stopped / "toy.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "toy.jsonl").unlink()
+    (stopped / "results.json").unlink()
+    (stopped / "toy.0.part").write_text("".join(lines[:9]) + lines[9][:40])
+    (stopped / "toy.1.part").write_text("".join(lines[20:23]))
+    assert "holds an evaluation" in run_job(job(stopped))[1]
+    code, console = run_job(job(stopped, "--resume", "--seed", 1))
+    assert code == 2 and "begun with another seed" in console and "Traceback" not in console
+    assert run_job(job(stopped, "--resume"))[0] == 0
+    assert written(stopped) == written(tmp_path / "one")
+
+
+def test_one_process_dying_ends_the_other_with_the_reason(tmp_path):
+    script = tmp_path / "patched.py"
+    script.write_text("""
+import grpo, run
+log = run.Run.log
+def dies(self):
+    if self.rank == 1 and self.step == 2:
+        raise RuntimeError("the fan fell off")
+    log(self)
+run.Run.log = dies
+grpo.main()
+""")
+    begin, flags = time.time(), ["--output", str(tmp_path / "two"), *FLAGS, "--eval_rows", "0", "--save_every", "1"]
+    done = subprocess.run(
+        [*TORCHRUN, str(script), *flags], capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
+    assert done.returncode != 0 and "the fan fell off" in done.stderr and time.time() - begin < 60
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "two" / "last")
+
+
+def test_killed_while_saving(tmp_path):
+    command = [*TORCHRUN, str(ROOT / "grpo.py"), "--output", str(tmp_path / "two"), *FLAGS]
+    command += ["--steps", "50", "--save_every", "1", "--eval_rows", "0"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while not (
+        (tmp_path / "two/last").exists() and list((tmp_path / "two").glob("step-*.unfinished/model.safetensors"))
+    ):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.0005)
+    os.killpg(process.pid, 9)
+    process.wait()
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "two")], check=False)
+    last = (tmp_path / "two" / "last").resolve()
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
+    assert json.loads((last / "trainer_state.json").read_text())["step"] == int(last.name[5:])
+
+
+def test_more_processes_than_prompts(tmp_path, start):
+    codes, console = start(2, tmp_path / "two", "--prompts_per_step", 1)
+    assert codes == [2, 2] and "--prompts_per_step 1 cannot be split over 2 processes" in console
+    assert "Traceback" not in console
