@@ -1,6 +1,6 @@
 """The shared floor of every method, in the order of the data flow:
 
-    model loading -> rollout -> reward -> packed forward -> token scores -> advantages and policy loss
+    model loading -> rollout -> reward -> packed forward -> what methods share -> advantages and policy loss
 
 No method lives here, and nothing of a run: what a script's `main` calls by name is in run.py, what neither shows in
 plumbing/. Shapes, the same everywhere: P prompts in a step, G responses to each (a group), B responses in a row or
@@ -33,7 +33,7 @@ from plumbing import kernels
 from plumbing.answers import Checker, extract_answer, load_reward
 from plumbing.arguments import UserError, cannot_open
 from plumbing.data import Prompt
-from plumbing.memory import HEAD_CHUNK
+from plumbing.kernels import HEAD_CHUNK
 from plumbing.sharding import grey_picture, inside, is_sharded, on_any_process
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ class Group:
     loss_mask: torch.Tensor | None = None  # (G, T) tokens that the loss counts
     old_logps: torch.Tensor | None = None  # (G, T)
     ref_logps: torch.Tensor | None = None  # (G, T)
-    scores: torch.Tensor | None = None  # (G, T) what a method thinks of each token,
-    weights: torch.Tensor | None = None  # (G, T) and makes of it: factors of the advantage
+    scores: torch.Tensor | None = None  # (G, T) what a method says of each token
+    weights: torch.Tensor | None = None  # (G, T) what it makes of that: factors of the advantage, or which tokens count
 
     def __getitem__(self, part):
         rows = {name: value[part] for name, value in vars(self).items() if isinstance(value, torch.Tensor | list)}
@@ -238,15 +238,15 @@ def generate(
     cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, max_tokens, device)
 
     def next_logits(prompts, **inputs):
-        seen = picture_inputs(prompts, device)
+        pictures = picture_inputs(prompts, device)
 
-        def run(model):
-            if sharded and prompts and not seen:
+        def compute(model):
+            if sharded and prompts and not pictures:
                 grey_picture(model)
-            hidden = model.model(**inputs, **seen, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = model.model(**inputs, **pictures, past_key_values=cache, use_cache=True).last_hidden_state
             return model.lm_head(hidden[:, -1:] if prompts else hidden)
 
-        return inside(model, run) if sharded else run(model)
+        return inside(model, compute) if sharded else compute(model)
 
     size = P if sharded else max(1, budget // width)  # sharded weights are gathered as often by all processes
     parts = [slice(start, start + size) for start in range(0, P, size)]
@@ -316,8 +316,9 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
         size = (args.group_size, args.max_response_tokens)
         tables = [torch.rand(size, generator=seeded(args.seed, step, p.index, p.serial)) for p in batch]
         uniforms = torch.cat([table[part] for table in tables])
-        limits = (args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id, args.tokens_per_row)
-        responses, mask = generate(model, batch, G, *limits, sharded, args.cuda_graphs)
+        sampling = (args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id)
+        options = {"budget": args.tokens_per_row, "sharded": sharded, "graphs": args.cuda_graphs}
+        responses, mask = generate(model, batch, G, *sampling, **options)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
         for i, prompt in enumerate(batch):
             own = slice(i * G, (i + 1) * G)
@@ -431,16 +432,16 @@ def forward(model, row, temperature=1.0, watch=None):
     inputs, mask = pack(row, model.device), row.mask.to(model.device)
     targets = row.responses.to(model.device)[mask]
 
-    def run(model):
-        seen = picture_inputs([row.prompt], model.device)
-        nothing = 0 * grey_picture(model) if is_sharded(model) and not seen else 0
+    def compute(model):
+        pictures = picture_inputs([row.prompt], model.device)
+        nothing = 0 * grey_picture(model) if is_sharded(model) and not pictures else 0  # in the backward pass too
         with watched(model.model.language_model.layers, watch):
-            hidden = model.model(**inputs, **seen, use_cache=False).last_hidden_state[0] + nothing
+            hidden = model.model(**inputs, **pictures, use_cache=False).last_hidden_state[0] + nothing
         if watch:
             watch(hidden.detach())
         return *token_logps(hidden[logit_index(row, model.device)], model.lm_head.weight, targets, temperature), hidden
 
-    logps, entropy, hidden = inside(model, run)
+    logps, entropy, hidden = inside(model, compute)
     return unpack(logps, mask), unpack(entropy, mask), hidden
 
 
@@ -486,7 +487,7 @@ def compare_logits(function, model, row, *hidden, temperature=1.0, chunk=HEAD_CH
     """
     source = logit_index(row, model.device)
 
-    def run(model):
+    def compute(model):
         weight = model.lm_head.weight
         parts = [
             function(*((states[index] @ weight.to(states.dtype).T).float() / temperature for states in hidden))
@@ -494,7 +495,7 @@ def compare_logits(function, model, row, *hidden, temperature=1.0, chunk=HEAD_CH
         ]
         return [torch.cat(part) for part in zip(*parts)]
 
-    values = inside(model, run)
+    values = inside(model, compute)
     return [unpack(value, row.mask.to(value.device)) for value in values]
 
 

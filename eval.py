@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from common import load_model, load_processor, rollout
 from plumbing.answers import Checker, extract_answer, letters, normalise
-from plumbing.arguments import INSTRUCTION, TOY, UserError, flag, parse_args, within
+from plumbing.arguments import INSTRUCTION, UserError, flag, model_source, parse_args, within
 from plumbing.checkpoints import write_text
 from plumbing.data import Data, load_rows, some_of
 from plumbing.sharding import PATIENCE
@@ -311,7 +311,7 @@ class Evaluation:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE])
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.protocol = self.find_protocol()
-        source = str(TOY / "model") if args.model == "toy" else args.model
+        source = model_source(args)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())
         dtype = torch.bfloat16 if bf16 else torch.float32

@@ -38,14 +38,14 @@ def main():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
             while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward(groups)
+                run.reward_groups(groups)
                 run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
         rows = run.pack_rows(advantages)  # one packed row per group
 
-        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in rows:
                 if args.updates_per_step > 1:
                     row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)

@@ -91,7 +91,7 @@ def token_weights(similarity, entropy, mask, alpha=0.05, temperature=1.8, eps=1e
     return torch.where(mask, exp * length / exp.sum(1, keepdim=True), 0.0)
 
 
-def weighted_forward(model, row, args):
+def scoring_forward(row, run, args):
     """`forward` of a row: logps, entropy (B, T). The first, of the policy that sampled, sets `row.weights` (B, T)."""
     layers = []
 
@@ -99,7 +99,7 @@ def weighted_forward(model, row, args):
         own, image = response_and_image_states(hidden, row)  # (B, T, D), (N, D)
         layers.append(visual_similarity([own], [image[None]]))
 
-    logps, entropy, _ = forward(model, row, args.temperature, watch if row.weights is None else None)
+    logps, entropy, _ = forward(run.model, row, args.temperature, watch if row.weights is None else None)
     if row.weights is None:
         row.scores = torch.stack(layers if args.embedding_layer else layers[1:]).mean(0)  # (B, T)
         row.weights = token_weights(row.scores, entropy, row.mask, args.alpha, args.weight_temperature)
@@ -113,17 +113,17 @@ def main():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
             while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward(groups)
+                run.reward_groups(groups)
                 run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
         rows = run.pack_rows(advantages)  # one packed row per group
 
-        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in rows:
                 if args.updates_per_step > 1:
-                    row.old_logps, _ = weighted_forward(run.model, row, args)  # (B, T)
+                    row.old_logps, _ = scoring_forward(row, run, args)  # (B, T)
                 if args.kl_coef:
                     row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
 
@@ -133,7 +133,7 @@ def main():
                 strength = args.strength * (progress if args.weight_schedule == "linear" else 1)  # lambda
                 averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
                 for row in minibatch:
-                    logps, entropy = weighted_forward(run.model, row, args)  # (B, T)
+                    logps, entropy = scoring_forward(row, run, args)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None] * ((1 - strength) + strength * row.weights)  # (B, T)
                     mask = row.loss_mask  # (B, T)

@@ -92,7 +92,6 @@ def robust_visual_dependency(kl_strong, kl_weak, mask, relative=False):
     >>> robust_visual_dependency(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0]]), torch.ones(1, 3) > 0)
     tensor([[0., 1., 0.]])
     """
-
     instability = kl_weak / (kl_strong + kl_weak + 1e-8) if relative else min_max(kl_weak.log1p(), mask)
     return torch.where(mask, min_max(kl_strong.log1p(), mask) * (1 - instability), 0.0)
 
@@ -118,7 +117,7 @@ def shuffled(values, mask, noise):
     return torch.zeros_like(values).scatter(1, valid, values.gather(1, drawn))
 
 
-def weighing_forward(row, run, args, step):
+def scoring_forward(row, run, args, step):
     """`forward` of a row by the policy that sampled, which sets `row.weights` (B, T). Returns logps, entropy (B, T)."""
     seen = row.prompt.pixel_values is not None
     if seen or run.world_size > 1:  # several processes gather sharded weights together: all make every pass
@@ -157,17 +156,17 @@ def main():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
             while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward(groups)
+                run.reward_groups(groups)
                 run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
         rows = run.pack_rows(advantages)  # one packed row per group
 
-        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in rows:
                 if args.updates_per_step > 1:
-                    row.old_logps, _ = weighing_forward(row, run, args, step)  # (B, T)
+                    row.old_logps, _ = scoring_forward(row, run, args, step)  # (B, T)
                 if args.kl_coef:
                     row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
 
@@ -176,7 +175,7 @@ def main():
                 averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
                 for row in minibatch:
                     if args.updates_per_step == 1:
-                        logps, entropy = weighing_forward(row, run, args, step)  # (B, T)
+                        logps, entropy = scoring_forward(row, run, args, step)  # (B, T)
                     else:
                         logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps

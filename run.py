@@ -1,8 +1,9 @@
 """The run: what a script's `main` calls by name, in that order, and what happens between two steps.
 
     for step in run.steps():            logs, evaluates and saves after each
-        with run.phase("rollout"):      draw_prompts, reward, add_groups, until the step is full
+        with run.phase("rollout"):      draw_prompts, reward_groups, add_groups, until the step is full
         rewards, pack_rows              the step's groups as packed rows
+        with run.phase("score"):        old log-probs, where a step has several updates
         with run.phase("update"):       minibatches, denominator, backward, update
 
 No method lives here, and no arithmetic of a token (common.py); how things are sharded, counted, written and drawn
@@ -24,7 +25,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from common import Group, Reward, forward, load_model, load_processor, loss_denominator, rollout, split_group
-from plumbing.arguments import TOY, UserError
+from plumbing.arguments import UserError, model_source
 from plumbing.checkpoints import find_checkpoint, restore_metrics, restore_optimizer, save_checkpoint, write_text
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data, Stream, some_of
@@ -68,7 +69,7 @@ class Run:
         """Processor, the model that is trained, from a checkpoint where there is one, and the reference model."""
         args = self.args
         transformers.utils.logging.disable_progress_bar()
-        source = str(TOY / "model") if args.model == "toy" else args.model
+        source = model_source(args)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         self.tokenizer = self.processor.tokenizer
         self.model = self.load(checkpoint or source, "main" if checkpoint else args.model_revision)
@@ -97,7 +98,7 @@ class Run:
             split = args.eval_split if args.eval_data != "toy" else "test"
             self.eval_data = Data(args.eval_data, split, args, self.processor, rope_index, "--eval_data")
             self.say(f"{args.eval_data}: {len(self.eval_data)} rows to evaluate on, {self.eval_data.dropped} dropped")
-        self.reward = Reward(args)
+        self.reward_groups = Reward(args)
 
     def make_optimizer(self):
         args = self.args
@@ -115,13 +116,13 @@ class Run:
         Its learning rate is 0 and its optimiser state is forgotten, so that the run does not remember it.
         """
         G, T = self.args.group_size, self.args.max_response_tokens
-        size = {"responses": torch.zeros(G, T, dtype=torch.long), "mask": torch.ones(G, T, dtype=torch.bool)}
-        group = Group(self.data.prompt(self.data.longest), **size, truncated=torch.ones(G), texts=[""] * G)
+        tokens, mask = torch.zeros(G, T, dtype=torch.long), torch.ones(G, T, dtype=torch.bool)
+        group = Group(self.data.prompt(self.data.longest_row), tokens, mask, truncated=torch.ones(G), texts=[""] * G)
         row = max(split_group(group, self.args.tokens_per_row), key=lambda row: row.mask.sum())
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = 0.0
         with self.phase("update"):
             self.optimizer.step()  # the optimiser state is there when the forward pass begins, as in every later update
             self.optimizer.zero_grad()
@@ -172,10 +173,10 @@ class Run:
                 yield step
                 self.step = step
                 self.log()
+                self.stopping = self.all_reduce(self.stopping) > 0  # all processes evaluate, or none
                 due = self.args.eval_every and step % self.args.eval_every == 0
                 if self.args.eval_rows and (due or step == self.args.steps) and not self.stopping:
                     self.evaluate()
-                self.stopping = self.all_reduce(self.stopping) > 0
                 due = self.args.save_every and step % self.args.save_every == 0
                 if due or step == self.args.steps or self.stopping:
                     self.save()
@@ -213,10 +214,9 @@ class Run:
     def add_groups(self, groups):
         """Adds groups to the step; with --filter_groups (DAPO, 2503.14476, eq. 11) only those of mixed success."""
 
-        def mixed(group):
-            if self.args.reward:  # accuracy may mean nothing under a reward of one's own
-                return bool((group.rewards != group.rewards[0]).any())
-            return 0.01 < group.accuracy.mean() < 0.99
+        def mixed(group):  # accuracy may mean nothing under a reward of one's own
+            own = bool((group.rewards != group.rewards[0]).any())
+            return own if self.args.reward else 0.01 < group.accuracy.mean() < 0.99  # as in VGPO's code
 
         self.sampled = groups  # the last draw, kept or not: what the log shows as a sample
         kept = [group for group in groups if not self.args.filter_groups or mixed(group)]
@@ -224,9 +224,8 @@ class Run:
         if self.args.filter_groups:
             add("filtered_groups", len(groups) - len(kept), len(groups))
         for group in groups:
-            of_responses = {"accuracy": group.accuracy, "format": group.format, "reward": group.rewards}
-            of_responses |= {"response_tokens": group.mask, "truncated": group.truncated}
-            for name, values in of_responses.items():
+            measured = {"accuracy": group.accuracy, "format": group.format, "reward": group.rewards}
+            for name, values in {**measured, "response_tokens": group.mask, "truncated": group.truncated}.items():
                 add(name, values.sum(), len(group.texts))
             add("zero_advantage_groups", float((group.rewards == group.rewards[0]).all()), 1)
         serials = sorted(gather_object([group.prompt.serial for group in kept]))
@@ -286,8 +285,8 @@ class Run:
         """One optimiser step on the gradients so far; one that is not finite is skipped, and counted."""
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.learning_rate * self.schedule(self.updates)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = self.args.learning_rate * self.schedule(self.updates)
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm))
         if norm.isfinite():
             self.optimizer.step()
@@ -343,8 +342,8 @@ class Run:
         begin, args = time.perf_counter(), self.args
         order = some_of(self.eval_data.indices, args.eval_rows, args.seed)
         mine, T = order[self.rank :: self.world_size], args.max_response_tokens
-        batch = args.rollout_prompts * (self.data.width + args.group_size * T) // (self.eval_data.width + T)
-        batch = max(1, batch)  # as many prompts, of one response each, as take the memory of training's
+        memory = args.rollout_prompts * (self.data.longest_tokens + args.group_size * T)  # of training's, in tokens
+        batch = max(1, memory // (self.eval_data.longest_tokens + T))  # prompts with one response each
         wide = dataclasses.replace(args, rollout_prompts=batch)
         right = tokens = truncated = 0
         most = math.ceil(len(order) / self.world_size)  # as many rows everywhere; what fills up is not counted
@@ -353,10 +352,10 @@ class Run:
         with bar, self.phase("rollout"):
             for start in range(0, most, batch):
                 prompts = list(self.stream.pool.map(self.eval_data.prompt, filled[start : start + batch]))
-                how = (wide, "evaluation", slice(1), args.eval_temperature)
-                groups = rollout(self.model, self.tokenizer, prompts, *how)
+                settings = (wide, "evaluation", slice(1), args.eval_temperature)
+                groups = rollout(self.model, self.tokenizer, prompts, *settings)
                 for group in groups[: len(mine) - start]:
-                    right += self.reward.check(group.texts[0], group.prompt.answer)
+                    right += self.reward_groups.check(group.texts[0], group.prompt.answer)
                     tokens += group.mask.sum().item()
                     truncated += group.truncated.sum().item()
                 bar.update(len(prompts))
@@ -380,7 +379,7 @@ class Run:
         """The last lines on the console: what was gained, and where the files are."""
         first, last = self.history["first_eval"], self.history["last_eval"]
         self.accelerator.end_training()
-        self.reward.check.close()
+        self.reward_groups.check.close()
         self.stream.pool.shutdown()
         if first and last and last["step"] > first["step"]:
             self.say(
@@ -388,8 +387,8 @@ class Run:
                 f"{last['eval_rows']} rows of {self.args.eval_data}, in {self.step} steps and "
                 f"{self.history['seconds']:.0f} s of training"
             )
-        if self.reward.check.timeouts:
-            self.say(f"{self.reward.check.timeouts} answers took the maths checker too long and count as wrong")
+        if self.reward_groups.check.timeouts:
+            self.say(f"{self.reward_groups.check.timeouts} answers took the maths checker too long and count as wrong")
         if self.is_main:
             draw_curves(read_runs([self.output]), self.output / "curves")
         self.say(f"{self.output}/: metrics.jsonl, args.json, curves.png, and the model in last/")

@@ -228,7 +228,7 @@ def main():
                 attacked = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1, None))
                 groups = [join(*halves) for halves in zip(clean, attacked)]
                 pictures |= {prompt.serial: prompt.pixel_values for prompt in prompts}
-                run.reward(groups)
+                run.reward_groups(groups)
                 note_sampled(groups, run, args)
                 run.add_groups(groups)
 
@@ -236,7 +236,7 @@ def main():
         advantages = group_advantages(rewards)  # (P, G)
         rows = run.pack_rows(advantages)  # one packed row per group
 
-        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in rows:
                 if args.updates_per_step > 1 or args.old_logps_image == "attacked":
                     row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)

@@ -36,7 +36,7 @@ from common import (
     seeded,
     with_picture,
 )
-from plumbing.arguments import TOY, SharedArgs, UserError, flag, parse_args, within
+from plumbing.arguments import SharedArgs, UserError, flag, model_source, parse_args, within
 from plumbing.checkpoints import write_text
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data
@@ -66,7 +66,7 @@ class TokenArgs(SharedArgs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_of(model, processor):
+def run_of(model, processor=None):
     """What a method's functions ask of a run, for a model that is not being trained."""
     metrics = SimpleNamespace(add=lambda *_: None, add_means=lambda *_: None)
     phase = lambda _: contextlib.nullcontext()  # noqa: E731
@@ -120,17 +120,17 @@ def judged(group, run):
         signals["KL strong"], signals["KL weak"] = compare_logits(
             prpo.divergences, run.model, group, hidden, strong, weak
         )
-    vepo.choosing_forward(kept := row(), run, vepo.Args(), 0)
+    vepo.scoring_forward(kept := row(), run, vepo.Args(), 0)
     methods["VEPO"] = (kept.scores, advantages * kept.weights)
     focus = row()
     focus.scores = vgpo.row_focus(hidden, focus, vgpo.Args())
     vgpo.set_weights([focus], run, vgpo.Args())
     signals["focus"] = focus.scores
     methods["VGPO"] = (focus.scores, advantages * focus.weights)
-    prpo.weighing_forward(raised := row(), run, prpo.Args(), 0)
+    prpo.scoring_forward(raised := row(), run, prpo.Args(), 0)
     rvd = raised.scores if raised.scores is not None else torch.zeros_like(entropy)
     methods["PRPO"] = (rvd, advantages * raised.weights)
-    pepo.weighted_forward(run.model, weighed := row(), pepo.Args())
+    pepo.scoring_forward(weighed := row(), run, pepo.Args())
     signals["similarity"] = weighed.scores
     methods["PEPO"] = (weighed.scores, advantages * weighed.weights)
     methods["SaEI"] = (saei.middle_third(entropy, group.mask).float(), advantages)
@@ -229,7 +229,7 @@ def section(number, group, run):
 
 def token_page(args):
     """One self-contained HTML page for --prompts prompts whose group has a right and a wrong response."""
-    source = str(TOY / "model") if args.model == "toy" else args.model
+    source = model_source(args)
     processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
     model = load_model(source, args.model_revision)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()

@@ -36,7 +36,7 @@ import torch
 from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
 from plumbing.arguments import SharedArgs, parse_args
 from run import Run
-from common import compare_logits, loss_denominator, min_max, quantiles, seeded, still_noise, token_uniforms
+from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms
 from common import with_picture
 from plumbing.arguments import flag, within
 
@@ -94,11 +94,8 @@ def token_scores(jsd, entropy, noised_entropy, mask, alpha=0.7):
     >>> token_scores(jsd, entropy, entropy, torch.ones(1, 3, dtype=torch.bool))  # no gap: [1 - (1 - j')^0.7] H'
     tensor([[0.0000, 0.3844, 0.0000]])
     """
-
-    vision = 1 - (1 - min_max(jsd, mask)) ** alpha * (1 - min_max((noised_entropy - entropy).abs(), mask)) ** (
-        1 - alpha
-    )
-    return vision * min_max(entropy, mask)
+    j, g = min_max(jsd, mask), min_max((noised_entropy - entropy).abs(), mask)  # (B, T)
+    return (1 - (1 - j) ** alpha * (1 - g) ** (1 - alpha)) * min_max(entropy, mask)
 
 
 def kept_tokens(mask, ratio=0.2):
@@ -120,14 +117,14 @@ def select_top(scores, mask, ratio=0.2):
     return mask & (rank < kept_tokens(mask, ratio)[:, None])
 
 
-def loss_parts(row, args):
-    """What a row adds to the divisor of its policy loss: the tokens that it will keep, or its responses."""
+def chosen_denominator(rows, run, args):
+    """What the policy loss of a mini-batch is divided by: the tokens that it will be made of, or its responses."""
     if args.aggregation == "sequence":
-        return loss_denominator(row.loss_mask, "sequence")
-    return kept_tokens(row.loss_mask, args.keep_ratio).sum().item()
+        return run.denominator(rows)
+    return run.all_reduce(sum(kept_tokens(row.loss_mask, args.keep_ratio).sum().item() for row in rows))
 
 
-def choosing_forward(row, run, args, step):
+def scoring_forward(row, run, args, step):
     """`forward` of a row by the policy that sampled, which also sets `row.weights` (B, T): True on tokens to train on.
 
     Returns logps and entropy (B, T).
@@ -175,27 +172,27 @@ def main():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
             while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward(groups)
+                run.reward_groups(groups)
                 run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
         rows = run.pack_rows(advantages)  # one packed row per group
 
-        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in rows:
                 if args.updates_per_step > 1:
-                    row.old_logps, _ = choosing_forward(row, run, args, step)  # (B, T)
+                    row.old_logps, _ = scoring_forward(row, run, args, step)  # (B, T)
                 if args.kl_coef:
                     row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
 
         with run.phase("update"):
             for minibatch in run.minibatches(rows):
                 averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
-                kept = averaging | {"denominator": run.all_reduce(sum(loss_parts(row, args) for row in minibatch))}
+                averaging_chosen = averaging | {"denominator": chosen_denominator(minibatch, run, args)}
                 for row in minibatch:
                     if args.updates_per_step == 1:
-                        logps, entropy = choosing_forward(row, run, args, step)  # (B, T)
+                        logps, entropy = scoring_forward(row, run, args, step)  # (B, T)
                     else:
                         logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
@@ -203,7 +200,7 @@ def main():
                     mask = row.loss_mask  # (B, T)
                     chosen = mask & (row.weights > 0)  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, chosen, args.clip_low, args.clip_high, **kept
+                        logps, old_logps, token_advantages, chosen, args.clip_low, args.clip_high, **averaging_chosen
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     if args.entropy_coef:

@@ -93,7 +93,7 @@ def compensate(focus, mask, strength=0.3, start=0.5, top=0.2):
 
 
 def rescaled(values, mask, eps=1e-8):
-    """Values (B, T) to [0, 1] over the valid entries of each row, 0 elsewhere; eps is added as in the released code."""
+    """As `min_max` of common.py, (B, T) to [0, 1], but for eps: the released code adds it to the range."""
     low = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
     return torch.where(mask, (values - low) / (high - low + eps), 0.0)
@@ -151,14 +151,14 @@ def main():
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
             while prompts := run.draw_prompts():
                 groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward(groups)
+                run.reward_groups(groups)
                 run.add_groups(groups)
 
         rewards = run.rewards()  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
         rows = run.pack_rows(advantages)  # one packed row per group
 
-        with run.phase("score"), torch.no_grad():  # the first update of a step is on-policy: one needs no old log-probs
+        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in rows:
                 if args.updates_per_step > 1 or (args.inter and run.groups_are_cut):  # alpha needs a whole group
                     row.old_logps, _, hidden = forward(run.model, row, args.temperature)  # (B, T)

@@ -35,6 +35,11 @@ def cannot_open(option, name, error):
     )
 
 
+def model_source(args):
+    """Where --model is: a hub id, a folder, or the embedded toy's folder."""
+    return str(TOY / "model") if args.model == "toy" else args.model
+
+
 def flag(default, help, **options):
     return field(default=default, metadata={"help": help, **options})
 
@@ -140,7 +145,7 @@ class RunArgs:
     dry_run: int = flag(
         0, "print the memory that this run needs on so many GPUs, and stop; --model may be a config.json"
     )
-    gpu_memory: float | None = flag(None, "GB of a GPU, for --dry_run (default: of the card found, else 80)")
+    gpu_memory: float | None = flag(None, "GB of a GPU, for --dry_run and what cannot fit (default: of the card found)")
     show_every: int = flag(10, "steps between sampled responses on the console; 0: never")
     report_to: str | None = flag(None, "trackers of accelerate besides metrics.jsonl, e.g. tensorboard,wandb")
 

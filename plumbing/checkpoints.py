@@ -1,7 +1,8 @@
 """Save, find, restore: Hugging Face folders with the training state beside the weights, whole at any moment.
 
 Every file is written under another name and renamed. Nothing is pickled, and no state of a random generator is kept:
-every random number comes from the seed, the step and the row of the data. Not here: when a run saves (run.py).
+every random number comes from the seed, the step, the row of the data and its number in the stream. Not here: when a
+run saves (run.py).
 """
 
 import json

@@ -34,7 +34,7 @@ class Prompt:
     image_grid_thw (images, 3), both None where there is no image.
     """
 
-    index: int  # row of the data set: with seed and step it determines every sampled token
+    index: int  # row of the data set: with seed, step and serial it determines every sampled token
     problem: str
     answer: str
     input_ids: torch.Tensor
@@ -108,8 +108,8 @@ class Data:
         tokens = [self.prompt_tokens(i) for i in range(len(self.rows))]
         self.indices = [i for i, length in enumerate(tokens) if length <= args.max_prompt_tokens]
         self.dropped = len(self.rows) - len(self.indices)
-        self.longest = max(self.indices, key=tokens.__getitem__, default=None)
-        self.width = max((tokens[i] for i in self.indices), default=0)
+        self.longest_row = max(self.indices, key=tokens.__getitem__, default=None)
+        self.longest_tokens = max((tokens[i] for i in self.indices), default=0)
         if not self.indices:
             raise UserError(
                 f"{option} {name} has no row left to use ({self.dropped} were longer than --max_prompt_tokens "

@@ -1,4 +1,4 @@
-"""Which kernels a part of the model runs on: what is installed, what the device has, and CUDA graphs.
+"""Which kernels a part of the model runs on, and how much of it at a time: what is installed, CUDA graphs, chunks.
 
 Not here: what attention attends to (common.py).
 """
@@ -8,6 +8,7 @@ import importlib.util
 import torch
 
 FLEX_ATTENTION = torch.cuda.is_available()  # a packed row skips what its responses do not see, block by block
+HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
 
 
 def vision_attention(bf16):

@@ -6,9 +6,8 @@ Arithmetic; tests/test_memory.py holds it to memory that was measured. Not here:
 import torch
 import transformers
 
-from plumbing.arguments import TOY, UserError, cannot_open
-
-HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
+from plumbing.arguments import UserError, cannot_open, model_source
+from plumbing.kernels import HEAD_CHUNK
 
 
 def plan(args, gpus):
@@ -20,9 +19,8 @@ def plan(args, gpus):
     the prompts that are computed at a time. While the backward pass frees activations it makes gradients: the update
     holds the larger of the two.
     """
-    source = str(TOY / "model") if args.model == "toy" else args.model
     try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=args.model_revision)
+        config = transformers.AutoConfig.from_pretrained(model_source(args), revision=args.model_revision)
     except (OSError, ValueError) as error:
         raise UserError(cannot_open("--model", args.model, error)) from None
     with torch.device("meta"):
@@ -30,7 +28,7 @@ def plan(args, gpus):
     text, vision = config.text_config, config.vision_config
     parameters = sum(p.numel() for p in model.parameters())
     trained = parameters - args.freeze_vision * sum(p.numel() for p in model.model.visual.parameters())
-    number = 4 if args.dtype == "float32" else 2  # bytes of one, in compute
+    bytes_each = 4 if args.dtype == "float32" else 2  # bytes of one, in compute
     G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
     row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
     patches = args.max_pixels // vision.patch_size**2 if args.max_pixels else prompt * vision.spatial_merge_size**2
@@ -40,19 +38,19 @@ def plan(args, gpus):
 
     def activations(tokens, depth, D, heads, mlp):
         layer = 6 * D + 5 * heads + 4 * mlp
-        return tokens * number * (depth * D + layer if args.gradient_checkpointing else depth * layer)
+        return tokens * bytes_each * (depth * D + layer if args.gradient_checkpointing else depth * layer)
 
     D = model.model.visual.blocks[0].norm1.weight.numel()
-    seeing = D, D, getattr(vision, "intermediate_size", 4 * D)
-    reading = text.hidden_size, text.num_attention_heads * head, text.intermediate_size
-    together = min(batch, max(1, args.tokens_per_row // prompt))  # prompts that are computed at a time
-    first = max(activations(together * patches, 1, *seeing), activations(together * prompt, 1, *reading))
-    seen = activations(patches, vision.depth, *seeing)
-    mask = row**2 * (1 + number)  # of attention, as booleans and as numbers
-    read = activations(row, text.num_hidden_layers, *reading) + mask
+    vision_shape = D, D, getattr(vision, "intermediate_size", 4 * D)
+    text_shape = text.hidden_size, text.num_attention_heads * head, text.intermediate_size
+    at_once = min(batch, max(1, args.tokens_per_row // prompt))  # prompts that are computed at a time
+    prefill = max(activations(at_once * patches, 1, *vision_shape), activations(at_once * prompt, 1, *text_shape))
+    vision_bytes = activations(patches, vision.depth, *vision_shape)
+    mask = row**2 * (1 + bytes_each)  # of attention, as booleans and as numbers
+    text_bytes = activations(row, text.num_hidden_layers, *text_shape) + mask
     logits = HEAD_CHUNK * text.vocab_size * 4 * 4 + embeddings * 4  # four copies of a chunk, and the head's gradient
-    one_layer = number * (embeddings + parameters // text.num_hidden_layers)
-    whole_weights = number * parameters if gpus > 1 or number == 2 else 0
+    one_layer = bytes_each * (embeddings + parameters // text.num_hidden_layers)
+    whole_weights = bytes_each * parameters if gpus > 1 or bytes_each == 2 else 0
     return {
         "kept": {
             "weights": 4 * parameters / gpus,
@@ -67,13 +65,13 @@ def plan(args, gpus):
             * 2
             * text.num_key_value_heads
             * head
-            * number,
+            * bytes_each,
             "logits": batch * G * text.vocab_size * 24,
-            "prompts": first,
+            "prompts": prefill,
         },
         "update": {
             "gathered weights": one_layer if gpus > 1 else whole_weights,
-            "activations": max(seen + read, 4 * trained / gpus - logits),
+            "activations": max(vision_bytes + text_bytes, 4 * trained / gpus - logits),
             "head": logits,
         },
     }

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve()
 
 def run_job(job):
     """Runs a job in this process; returns its exit code and what it wrote on the console."""
-    from conftest import main_of
+    from helpers import main_of
 
     import common
     import run

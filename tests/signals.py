@@ -52,7 +52,7 @@ def scores(run, row):
     signals |= {"PRPO, KL under the strong view": strong, "PRPO, KL under the weak view": weak}
     signals["PRPO, RVD"] = prpo.robust_visual_dependency(strong, weak, row.mask)
     signals["VGPO, visual focus"] = vgpo.row_focus(hidden, row, vgpo.Args())
-    pepo.weighted_forward(run.model, row, pepo.Args())
+    pepo.scoring_forward(row, run, pepo.Args())
     return signals | {"PEPO, visual similarity": row.scores, "PEPO, weight": row.weights}
 
 

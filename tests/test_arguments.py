@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import grpo
 from plumbing.arguments import SharedArgs, flag, parse_args

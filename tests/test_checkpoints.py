@@ -1,17 +1,18 @@
 """Checkpoints: resumed to the bit, survived kill -9, and refused with a sentence."""
 
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, read_metrics, same, timeless, train, weights
+from helpers import QUICK, read_metrics, same, timeless, train, weights
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import grpo
 from plumbing.arguments import UserError
 from run import Run
 
@@ -22,9 +23,22 @@ def grpo_run(output, *flags):
     return train("grpo", output, *SMALL, *flags)
 
 
-def command(output, *flags):
-    argv = ["--output", output, *QUICK, "--group_size", 4, *SMALL, *flags]
-    return [sys.executable, str(ROOT / "grpo.py"), *map(str, argv)]
+def child(output, flags):
+    torch.set_num_threads(1)
+    sys.argv = ["grpo.py", "--output", str(output), *map(str, [*QUICK, "--group_size", 4, *SMALL, *flags])]
+    with open(output.with_suffix(".log"), "w") as sys.stderr:
+        grpo.main()
+
+
+FORKS = multiprocessing.get_context("forkserver")  # starts a process without importing torch anew
+FORKS.set_forkserver_preload(["grpo"])
+
+
+def start(output, *flags):
+    """`python grpo.py` in a process that may be killed; its console goes to <output>.log."""
+    process = FORKS.Process(target=child, args=(output, flags))
+    process.start()
+    return process
 
 
 def test_resume_is_bit_equal_and_changes_nothing_in_the_log(monkeypatch, tmp_path):
@@ -50,38 +64,42 @@ def test_resume_is_bit_equal_and_changes_nothing_in_the_log(monkeypatch, tmp_pat
 def test_kill_9_at_any_moment(tmp_path):
     """A run killed again and again, wherever it is, ends with the weights of one that was left alone."""
     flags = ["--steps", 6, "--save_every", 1]
-    environment, threads = os.environ | {"OMP_NUM_THREADS": "1"}, torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     grpo_run(tmp_path / "a", *flags)
     torch.set_num_threads(threads)
     kills = 0
     for wait in (0.0, 0.4, 1.1):
         resume = ["--resume"] if (tmp_path / "b" / "last").exists() else []
-        process = subprocess.Popen(command(tmp_path / "b", *flags, *resume), env=environment, stderr=subprocess.DEVNULL)
+        process = start(tmp_path / "b", *flags, *resume)
         there, deadline = len(list((tmp_path / "b").glob("step-*"))), time.time() + 120
-        while process.poll() is None and time.time() < deadline:
+        while process.is_alive() and time.time() < deadline:
             if len(list((tmp_path / "b").glob("step-*"))) > there:
                 break
             time.sleep(0.001)
         time.sleep(wait)
         process.kill()
-        kills += process.wait() == -signal.SIGKILL
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
         if (tmp_path / "b" / "last").exists():
             Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "b" / "last")
     assert kills >= 2
     resume = ["--resume"] if (tmp_path / "b" / "last").exists() else []
-    subprocess.run(command(tmp_path / "b", *flags, *resume), env=environment, check=True, stderr=subprocess.DEVNULL)
+    process = start(tmp_path / "b", *flags, *resume)
+    process.join()
+    assert process.exitcode == 0
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
     assert [line["step"] for line in read_metrics(tmp_path / "b")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(command(tmp_path / "run", "--steps", 500), stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+    process = start(tmp_path / "run", "--steps", 500)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.is_alive():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=60)
+    errors = (tmp_path / "run.log").read_text()
+    assert process.exitcode == 130 and "--resume" in errors and "Traceback" not in errors
     assert (tmp_path / "run" / "last" / "model.safetensors").exists()
 
 

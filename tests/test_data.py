@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 from datasets import Dataset
+from helpers import ROOT
 from PIL import Image
 
 from common import load_processor

@@ -10,7 +10,7 @@ import sys
 import accelerate
 import pytest
 import torch
-from conftest import main_of
+from helpers import main_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import SHAPES, padded_inputs, tiny_group, tiny_model, tiny_prompt
+from helpers import SHAPES, padded_inputs, tiny_group, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import forward, pack, response_and_image_states, split_group, token_logps, unpack

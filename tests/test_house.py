@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 FLOORS = [  # from the ground up; files of one floor may not import each other
     ["plumbing"],

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, same, train, weights
+from helpers import ROOT, same, train, weights
 from safetensors.torch import load_file
 
 FORWARD = ["logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)"]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import SHAPES, plain_states, tiny_group, tiny_model, tiny_prompt
+from helpers import SHAPES, plain_states, tiny_group, tiny_model, tiny_prompt
 
-from pepo import Args, token_weights, visual_similarity, weighted_forward
+from pepo import Args, scoring_forward, token_weights, visual_similarity
+from show import run_of
 
 SIMILARITY, ENTROPY = torch.tensor([[0.30, 0.10, 0.25, 0.15]]), torch.tensor([[0.0, 2.0, 1.0, 0.5]])
 ALL = torch.ones(1, 4, dtype=torch.bool)
@@ -91,7 +92,7 @@ def test_weights_of_a_packed_row_equal_those_of_padded_rows(family, images, embe
     """Layer by layer out of the packed pass, against all hidden states of the usual padded batch."""
     model, args = tiny_model(family), Args(embedding_layer=embedding_layer, temperature=0.8)
     group = tiny_group(tiny_prompt(model, SHAPES[images]), [7, 1, 4, 12])
-    logps, entropy = weighted_forward(model, group, args)
+    logps, entropy = scoring_forward(group, run_of(model), args)
     layers, image_layers = plain_states(model, group)
     first = 0 if embedding_layer else 1
     similarity = visual_similarity(layers[first:], image_layers[first:])
@@ -99,15 +100,15 @@ def test_weights_of_a_packed_row_equal_those_of_padded_rows(family, images, embe
     assert (group.weights[group.mask] != 1).any() == bool(SHAPES[images])
 
     weights = group.weights
-    assert torch.equal(logps, weighted_forward(model, group, args)[0]) and group.weights is weights  # computed once
+    assert torch.equal(logps, scoring_forward(group, run_of(model), args)[0]) and group.weights is weights
 
 
 def test_gradient_checkpointing_changes_no_weight():
     model = tiny_model("qwen2_5_vl")
     plain, again = (tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2]) for _ in range(2))
-    weighted_forward(model, plain, Args())
+    scoring_forward(plain, run_of(model), Args())
     model.activation_checkpointing_enable({"use_reentrant": False})
-    weighted_forward(model, again, Args())[0].sum().backward()
+    scoring_forward(again, run_of(model), Args())[0].sum().backward()
     assert torch.equal(plain.weights, again.weights)
     assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
 

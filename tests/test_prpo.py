@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import MEAN_ROW, SCALE, STD_ROW, normalised_pixels, times_agree
+from helpers import MEAN_ROW, SCALE, STD_ROW, normalised_pixels, times_agree
 
 from common import seeded
 from prpo import add_pixel_noise, blacken, divergences, robust_visual_dependency, shuffled, token_weights

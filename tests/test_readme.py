@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from helpers import ROOT
 
 import eval
 import show
@@ -54,7 +54,7 @@ def test_vepo_in_trl(tmp_path):
     (block,) = re.findall(r"```python\n(import torch, trl.*?)```", GUIDE, re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
     names = {}
-    exec(block, names)  # the README's own lines
+    exec(block, names)  # the guide's own lines
     masks, plain = [], names["select_top"]
 
     def spy(scores, mask):

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_prompt
+from helpers import tiny_model, tiny_prompt
 
 from common import Group, Reward, format_reward
 from plumbing.arguments import SharedArgs, UserError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import END, tiny_model, tiny_prompt
+from helpers import END, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from conftest import ROOT, same, train, weights
+from helpers import ROOT, same, train, weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -191,8 +191,8 @@ def test_evaluation_takes_the_memory_of_sampling_and_fails_like_it(args, monkeyp
     def spy(model, tokenizer, prompts, wide, step, part, temperature):
         batches.append(prompts)
         assert len(prompts) <= wide.rollout_prompts and temperature == args.eval_temperature
-        memory = args.rollout_prompts * (made.data.width + args.group_size * args.max_response_tokens)
-        assert len(prompts) * (made.eval_data.width + args.max_response_tokens) <= memory
+        memory = args.rollout_prompts * (made.data.longest_tokens + args.group_size * args.max_response_tokens)
+        assert len(prompts) * (made.eval_data.longest_tokens + args.max_response_tokens) <= memory
         return rollout(model, tokenizer, prompts, wide, step, part, temperature)
 
     monkeypatch.setattr(run, "rollout", spy)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import same, tiny_group, tiny_model, tiny_prompt, train
+from helpers import same, tiny_group, tiny_model, tiny_prompt, train
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 

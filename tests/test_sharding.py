@@ -12,12 +12,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, timeless, weights
+from helpers import ROOT, read_metrics, timeless, weights
 from pair import Pair, run_job
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-FLAGS = ["--prompts_per_step", "4", "--group_size", "4", "--show_every", "0", "--steps", "3", "--learning_rate", "1e-4"]
+FLAGS = ["--prompts_per_step", "4", "--group_size", "4", "--show_every", "0", "--steps", "2", "--learning_rate", "1e-4"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
@@ -83,14 +83,14 @@ EVERYTHING = ["--updates_per_step", 2, "--kl_coef", 0.05, "--entropy_coef", 0.01
 EVERYTHING += ["--tokens_per_row", 130, "--temperature", 1.3, "--aggregation", "sequence", "--max_grad_norm", 0.1]
 
 
-@pytest.mark.parametrize("flags", [["--eval_rows", 7, "--eval_every", 2], [*EVERYTHING, "--eval_rows", 0]])
+@pytest.mark.parametrize("flags", [["--eval_rows", 7, "--eval_every", 1], [*EVERYTHING, "--eval_rows", 0]])
 def test_two_processes_equal_one(tmp_path, alone, finished, flags):
     """With text-only rows beside pictures, responses of different lengths, groups cut into several rows."""
     assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags))
 
 
 SAEI = ["--n1", 2, "--n2", 2, "--step", 0.2, "--measure_every", 2]
-METHOD_FLAGS = ["--eval_rows", 0, "--steps", 2, "--tokens_per_row", 130, "--temperature", 1.3]
+METHOD_FLAGS = ["--eval_rows", 0, "--tokens_per_row", 130, "--temperature", 1.3]
 
 
 @pytest.mark.parametrize(
@@ -180,10 +180,11 @@ patch(run.Run, "log", dies)
 
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
 def test_resume_on_another_number_of_processes(tmp_path, first, then, alone, start, finished):
-    codes, console = start(first, tmp_path / "cut", "--eval_rows", 0, "--save_every", 1, patch=DIES)
+    flags = ["--eval_rows", 0, "--steps", 3]
+    codes, console = start(first, tmp_path / "cut", *flags, "--save_every", 1, patch=DIES)
     assert codes == [1] * first and "power cut" in console
     assert (tmp_path / "cut/last").resolve().name == "step-1"
-    assert_equal(alone("--eval_rows", 0), finished(then, tmp_path / "cut", "--eval_rows", 0, "--resume"))
+    assert_equal(alone(*flags), finished(then, tmp_path / "cut", *flags, "--resume"))
 
 
 def written(folder):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import padded_inputs, tiny_group, tiny_model, tiny_prompt
+from helpers import padded_inputs, tiny_group, tiny_model, tiny_prompt
 
 from common import compare_logits, forward, token_uniforms, with_picture
 from plumbing.data import Data

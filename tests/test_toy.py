@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from datasets import load_dataset
+from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "toy"))
 import make  # noqa: E402

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import normalised_pixels, times_agree, train
+from helpers import normalised_pixels, times_agree, train
 
 import vepo
 from common import seeded

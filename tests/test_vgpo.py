@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import SHAPES, plain_states, tiny_group, tiny_model, tiny_prompt
+from helpers import SHAPES, plain_states, tiny_group, tiny_model, tiny_prompt
 
 from common import forward
 from vgpo import Args, compensate, late_gate, rollout_factors, row_focus, token_factors, visual_focus

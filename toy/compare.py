@@ -52,7 +52,7 @@ COLUMNS = ["reward", "entropy", "response_tokens", "seconds"]
 
 
 def compact(lines):
-    """What show.py draws of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
+    """What is drawn of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
     steps = [line for line in lines if "reward" in line]
     columns = {name: [float(f"{line[name]:.4g}") for line in steps] for name in COLUMNS}
     tests = [[line["step"], round(line["eval_accuracy"], 4)] for line in lines if "eval_accuracy" in line]

@@ -1,0 +1,217 @@
+"""What several test files use: random models of the real classes, prompts, and runs of the scripts in this process."""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import run  # noqa: E402
+from common import Group  # noqa: E402
+from plumbing.answers import Checker  # noqa: E402
+from plumbing.data import Data, Prompt  # noqa: E402
+
+torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+transformers.utils.logging.disable_progress_bar()
+TOKENS = dict(image_token_id=11, video_token_id=12, vision_start_token_id=9, vision_end_token_id=10)
+END = [13, 0]  # token ids of the random models below
+SHAPES = {  # images of a prompt as (h, w) in patches
+    "one image": [(4, 6)],
+    "two images of different sizes": [(2, 4), (6, 4)],
+    "no image": [],
+}
+
+
+def text_config(**more):
+    return dict(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], **more.pop("rope", {})},
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=13,
+        pad_token_id=0,
+        **more,
+    )
+
+
+def tiny_model(family, seed=0):
+    """A random model of the family's real classes, small enough for float64."""
+    torch.manual_seed(seed)
+    vision = dict(depth=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, num_heads=2)
+    if family == "qwen2_vl":
+        vision |= dict(embed_dim=16, hidden_size=32, mlp_ratio=2)
+        config = transformers.Qwen2VLConfig(text_config=text_config(), vision_config=vision, **TOKENS)
+        cls = transformers.Qwen2VLForConditionalGeneration
+    elif family == "qwen2_5_vl":
+        vision |= dict(
+            hidden_size=16, intermediate_size=24, out_hidden_size=32, window_size=56, fullatt_block_indexes=[1]
+        )
+        config = transformers.Qwen2_5_VLConfig(text_config=text_config(), vision_config=vision, **TOKENS)
+        cls = transformers.Qwen2_5_VLForConditionalGeneration
+    else:
+        vision |= dict(hidden_size=16, intermediate_size=24, out_hidden_size=32, deepstack_visual_indexes=[0, 1])
+        vision |= dict(num_position_embeddings=64)
+        text = text_config(head_dim=8, rope={"mrope_interleaved": True})
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+        cls = transformers.Qwen3VLForConditionalGeneration
+    model = cls._from_config(config, attn_implementation={"text_config": "shared_prefix", "vision_config": "sdpa"})
+    model.generation_config.eos_token_id = END
+    return model.float().train()
+
+
+def tiny_prompt(model, grids, words=(20, 21, 22), index=0, seed=0):
+    """A prompt with one image per grid (h, w in patches), words before, between and after."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, kinds = list(words), [0] * len(words)
+    for h, w in grids:
+        n = h * w // 4
+        ids += [9, *[11] * n, 10, 30]
+        kinds += [0, *[1] * n, 0, 0]
+    ids, kinds = torch.tensor(ids), torch.tensor(kinds)
+    if not grids:
+        return Prompt(index, "", "", ids, torch.arange(len(ids)).expand(3, -1), None, None, kinds == 1)
+    thw = torch.tensor([[1, h, w] for h, w in grids])
+    pixels = torch.randn(int(thw.prod(1).sum()), 1176, generator=generator)
+    positions = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=thw)[0][:, 0]
+    return Prompt(index, "", "", ids, positions, pixels, thw, kinds == 1)
+
+
+def tiny_group(prompt, lengths, seed=0):
+    """A group with responses of the given lengths and garbage on the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    T = max(lengths)
+    responses = torch.randint(20, 96, (len(lengths), T), generator=generator)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    return Group(prompt, responses, mask, torch.zeros(len(lengths), dtype=torch.bool), [""] * len(lengths))
+
+
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]  # CLIP's, as Qwen-VL's
+SCALE = {"image_mean": MEAN, "image_std": STD}
+MEAN_ROW, STD_ROW = (torch.tensor(x).repeat_interleave(392) for x in (MEAN, STD))
+
+
+def normalised_pixels(count=2000, seed=0):
+    """Normalised pixel_values (count, 1176) of random pictures in [0, 1], the same at both times."""
+    still = torch.rand(count, 3, 1, 196, generator=torch.Generator().manual_seed(seed))
+    return (still.expand(-1, -1, 2, -1).flatten(1) - MEAN_ROW) / STD_ROW
+
+
+def times_agree(values):
+    values = values.view(len(values), 3, 2, -1)
+    return torch.equal(values[:, :, 0], values[:, :, 1])
+
+
+def padded_inputs(model, group):
+    """A group the usual way: G copies of prompt and pictures, right-padded."""
+    prompt, mask = group.prompt, group.mask
+    G = len(mask)
+    ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses.masked_fill(~mask, 0)], 1)
+    attention = torch.cat([torch.ones(G, len(prompt.input_ids), dtype=torch.bool), mask], 1)
+    inputs = {"input_ids": ids, "attention_mask": attention.long()}
+    if prompt.pixel_values is not None:
+        inputs["pixel_values"] = prompt.pixel_values.repeat(G, 1)
+        inputs["image_grid_thw"] = prompt.image_grid_thw.repeat(G, 1)
+        inputs["mm_token_type_ids"] = torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int()
+    model.model.rope_deltas = None
+    return inputs
+
+
+def plain_states(model, group):
+    """All hidden states of a padded batch, L + 1 of each: of the response tokens (G, T, D), of the image (1, N, D)."""
+    read, hooks = [], []
+    for layer in model.model.language_model.layers:
+        hooks.append(layer.register_forward_pre_hook(lambda _, args: read.append(args[0].clone())))
+    with torch.no_grad():
+        states = model(**padded_inputs(model, group), output_hidden_states=True, use_cache=False).hidden_states
+    for hook in hooks:
+        hook.remove()
+    if model.config.model_type == "qwen3_vl":  # whose output_hidden_states lack the picture's deep features
+        states = [*read, states[-1]]
+    shared = len(group.prompt.input_ids)
+    return [s[:, shared:] for s in states], [s[:1, :shared][:, group.prompt.image_mask] for s in states]
+
+
+MEASURED, measure = {}, Data.measure
+
+
+def measured_once(data):
+    """`Data.measure`, which reads 2,500 rows of the toy, once for each process."""
+    args = data.args
+    key = (type(data), data.name, len(data.rows), args.instruction, args.max_prompt_tokens)
+    if data.name != "toy" or key not in MEASURED:
+        measure(data)
+        MEASURED[key] = {
+            name: getattr(data, name) for name in ("rows", "indices", "dropped", "longest_row", "longest_tokens")
+        }
+    vars(data).update(MEASURED[key])
+
+
+class OneChecker(Checker):
+    """One for all runs of a process: its worker takes seconds to import sympy."""
+
+    def close(self):
+        pass
+
+
+CHECKER = OneChecker()
+
+
+def main_of(script, output, flags):
+    """`python script.py --output output flags` in this process, which gets its signals back; no curves are drawn."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    accelerate.state.AcceleratorState._reset_state(True)  # of the run before, which may have had another precision
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", "--output", str(output), *map(str, flags)])
+        patch.setattr(Data, "measure", measured_once)
+        patch.setattr(run, "draw_curves", lambda *_: None)
+        patch.setattr(common, "Checker", lambda seconds: CHECKER)
+        try:
+            importlib.import_module(script).main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+QUICK = ["--prompts_per_step", 4, "--eval_rows", 0, "--show_every", 0, "--weight_decay", 0]
+GROUP = {"saei": ["--n1", 2, "--n2", 2]}  # the others: --group_size 4
+
+
+def train(script, output, *flags):
+    """A short run of a script in this process; returns the lines of its metrics.jsonl."""
+    with contextlib.redirect_stdout(sys.stderr):
+        main_of(script, output, [*QUICK, *GROUP.get(script, ["--group_size", 4]), *flags])
+    return read_metrics(output)
+
+
+def read_metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(lines):
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def weights(folder):
+    """Weights and optimiser state of a checkpoint."""
+    state = load_file(folder / "optimizer.safetensors")
+    return load_file(folder / "model.safetensors") | {f"optimizer.{name}": value for name, value in state.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
