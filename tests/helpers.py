@@ -189,6 +189,7 @@ def main_of(script, output, flags):
 
 
 QUICK = ["--prompts_per_step", 4, "--eval_rows", 0, "--show_every", 0, "--weight_decay", 0]
+QUICK += ["--max_response_tokens", 40]  # most responses end at 30
 GROUP = {"saei": ["--n1", 2, "--n2", 2]}  # the others: --group_size 4
 
 

@@ -47,6 +47,12 @@ def run_job(job):
     return code, console.getvalue()
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 class Pair:
     def __init__(self):
         self.processes = []
@@ -60,9 +66,7 @@ class Pair:
 
     def run(self, job):
         """(code, console) of both processes."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for process in self.processes:
             process.stdin.write(json.dumps(job | {"port": port}) + "\n")
             process.stdin.flush()
@@ -78,7 +82,7 @@ def main():
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         job = json.loads(line)
-        os.environ["MASTER_PORT"] = str(job["port"])
+        os.environ["MASTER_PORT"] = job["port"]
         result = run_job(job)
         if torch.distributed.is_initialized():  # after a failure; a run that ends takes it down itself
             torch.distributed.destroy_process_group()

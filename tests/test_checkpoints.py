@@ -1,5 +1,6 @@
 """Checkpoints: resumed to the bit, survived kill -9, and refused with a sentence."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 from helpers import QUICK, read_metrics, same, timeless, train, weights
+from pair import free_port
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import grpo
@@ -23,8 +25,9 @@ def grpo_run(output, *flags):
     return train("grpo", output, *SMALL, *flags)
 
 
-def child(output, flags):
+def child(output, flags, environment):
     torch.set_num_threads(1)
+    os.environ |= environment
     sys.argv = ["grpo.py", "--output", str(output), *map(str, [*QUICK, "--group_size", 4, *SMALL, *flags])]
     with open(output.with_suffix(".log"), "w") as sys.stderr:
         grpo.main()
@@ -34,9 +37,9 @@ FORKS = multiprocessing.get_context("forkserver")  # starts a process without im
 FORKS.set_forkserver_preload(["grpo"])
 
 
-def start(output, *flags):
+def start(output, *flags, **environment):
     """`python grpo.py` in a process that may be killed; its console goes to <output>.log."""
-    process = FORKS.Process(target=child, args=(output, flags))
+    process = FORKS.Process(target=child, args=(output, flags, environment))
     process.start()
     return process
 
@@ -90,6 +93,22 @@ def test_kill_9_at_any_moment(tmp_path):
     assert process.exitcode == 0
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
     assert [line["step"] for line in read_metrics(tmp_path / "b")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_killed_while_saving(tmp_path):
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    output, flags = tmp_path / "two", ["--steps", 50, "--save_every", 1]
+    pair = [start(output, *flags, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
+    deadline = time.time() + 120
+    while not ((output / "last").exists() and list(output.glob("step-*.unfinished/model.safetensors"))):
+        assert all(process.is_alive() for process in pair) and time.time() < deadline
+        time.sleep(0.0005)
+    for process in pair:
+        process.kill()
+        process.join()
+    last = (output / "last").resolve()
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
+    assert json.loads((last / "trainer_state.json").read_text())["step"] == int(last.name[5:])
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

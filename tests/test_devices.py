@@ -137,7 +137,7 @@ def test_what_fails_on_a_gpu_fails_here(two_devices):
 @pytest.mark.parametrize("module", [grpo, vepo, vgpo, prpo, pepo, saei])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates):
-    flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 12 --eval_rows 3 --show_every 1 --kl_coef 0.01"
+    flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --eval_rows 2 --show_every 1 --kl_coef 0.01"
     size = "--n1 2 --n2 2 --save_images 4 --measure_every 1" if module is saei else "--group_size 4"
     parts = f"--updates_per_step {updates} --tokens_per_row {260 // updates**2}"  # some pictures share a batch, or none
     runs = []

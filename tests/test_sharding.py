@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 FLAGS = ["--prompts_per_step", "4", "--group_size", "4", "--show_every", "0", "--steps", "2", "--learning_rate", "1e-4"]
+FLAGS += ["--max_response_tokens", "40"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
@@ -150,6 +151,7 @@ patch(run.Run, "rehearse_update", checked)
 
 def test_bfloat16_on_two_processes_is_close_to_float32(tmp_path, alone, finished):
     flags = ["--steps", 1, "--updates_per_step", 2, "--gradient_checkpointing", "--eval_rows", 0]
+    flags += ["--max_response_tokens", 64]
     exact, (line,) = alone(*flags)
     tensors, (rounded,) = finished(2, tmp_path / "bf16", *flags, "--dtype", "bfloat16", patch=FP32_ANGLES)
     for name in ("entropy", "grad_norm", "approx_kl"):
@@ -238,24 +240,6 @@ grpo.main()
     )
     assert done.returncode != 0 and "the fan fell off" in done.stderr and time.time() - begin < 60
     Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "two" / "last")
-
-
-def test_killed_while_saving(tmp_path):
-    command = [*TORCHRUN, str(ROOT / "grpo.py"), "--output", str(tmp_path / "two"), *FLAGS]
-    command += ["--steps", "50", "--save_every", "1", "--eval_rows", "0"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 120
-    while not (
-        (tmp_path / "two/last").exists() and list((tmp_path / "two").glob("step-*.unfinished/model.safetensors"))
-    ):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.0005)
-    os.killpg(process.pid, 9)
-    process.wait()
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "two")], check=False)
-    last = (tmp_path / "two" / "last").resolve()
-    Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
-    assert json.loads((last / "trainer_state.json").read_text())["step"] == int(last.name[5:])
 
 
 def test_more_processes_than_prompts(tmp_path, start):
