@@ -106,7 +106,8 @@ memory = lambda: 1024 * int(re.search("VmHWM: *\\t*(.*) kB", open("/proc/self/st
 before, rehearse = [], Run.rehearse_update
 Run.rehearse_update = lambda run: (before.append(memory()), rehearse(run))
 args = SharedArgs(model={model!r}, data={data!r}, dtype="float32", group_size=4, eval_rows=0, prompts_per_step=4,
-    updates_per_step=1, max_response_tokens={tokens}, gradient_checkpointing={checkpointing}, output={output!r}, max_pixels=None)
+    updates_per_step=1, max_response_tokens={tokens}, gradient_checkpointing={checkpointing}, output={output!r},
+    max_pixels=None)
 run = Run(args)
 args.max_prompt_tokens, args.max_pixels = len(run.data.prompt(run.data.longest_row).input_ids), None
 peaks = plan(args, 1)
@@ -151,7 +152,7 @@ def test_the_plan_is_within_15_percent_of_what_is_measured(tmp_path, models, whi
         "checkpointing": checkpointing,
     }
     code = MEASURE.format(**values, output=str(tmp_path / "run"))
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) == pytest.approx(1, abs=0.15), done.stdout
