@@ -124,6 +124,19 @@ def test_a_worker_that_dies_is_replaced():
     checker.close()
 
 
+def test_sympy_is_asked_once_for_the_same_answer_and_again_where_it_took_too_long(monkeypatch):
+    asked, checker = [], Checker()
+    maths = checker.maths
+    monkeypatch.setattr(checker, "maths", lambda *pair: (asked.append(pair), maths(*pair))[1])
+    assert [checker.equal(answer, "2/4") for answer in ("1/2", "3/4", "1/2", "3/4")] == [True, False, True, False]
+    assert asked == [("1/2", "2/4"), ("3/4", "2/4")]
+    checker.seconds = 0.0
+    assert not checker.equal("4/8", "2/4") and checker.timeouts == 1
+    checker.seconds = 3.0
+    assert checker.equal("4/8", "2/4") and checker.timeouts == 1  # a slow moment is no verdict
+    checker.close()
+
+
 def test_speed_of_plain_answers(checker):
     start = time.perf_counter()
     for i in range(10_000):
