@@ -145,7 +145,7 @@ class RunArgs:
     dry_run: int = flag(
         0, "print the memory that this run needs on so many GPUs, and stop; --model may be a config.json"
     )
-    gpu_memory: float | None = flag(None, "GB of a GPU, for --dry_run and what cannot fit (default: of the card found)")
+    gpu_memory: float | None = flag(None, "GB of a GPU, for --dry_run (default: of the card found, else 80)")
     show_every: int = flag(10, "steps between sampled responses on the console; 0: never")
     report_to: str | None = flag(None, "trackers of accelerate besides metrics.jsonl, e.g. tensorboard,wandb")
 
