@@ -36,8 +36,7 @@ import torch
 from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
 from plumbing.arguments import SharedArgs, parse_args
 from run import Run
-from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms
-from common import with_picture
+from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_picture
 from plumbing.arguments import flag, within
 
 

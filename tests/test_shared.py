@@ -64,7 +64,7 @@ def test_a_prompt_without_a_picture_is_left_alone():
     assert with_picture(group, lambda pixels: pixels + 1) is group
 
 
-def test_token_noise_depends_on_the_response_alone():
+def test_token_uniforms_depend_on_the_response_alone():
     model = tiny_model("qwen2_5_vl")
     group = tiny_group(tiny_prompt(model, []), [3, 2, 4])
     whole = token_uniforms(group, 0, 1)
