@@ -242,6 +242,24 @@ grpo.main()
     Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "two" / "last")
 
 
+ONE_IS_STOPPED = """
+log = run.Run.log
+def stopped(self):
+    log(self)
+    if self.rank == 1:
+        self.stop()
+patch(run.Run, "log", stopped)
+"""
+
+
+def test_a_signal_that_reached_one_process_stops_both_before_they_evaluate(tmp_path, start):
+    flags = ["--eval_rows", 3, "--eval_every", 1]
+    codes, console = start(2, tmp_path / "two", *flags, patch=ONE_IS_STOPPED)
+    assert codes == [130, 130], console[-2000:]
+    assert (tmp_path / "two/last").resolve().name == "step-1"
+    assert [line["step"] for line in read_metrics(tmp_path / "two") if "eval_accuracy" in line] == [0]
+
+
 def test_more_processes_than_prompts(tmp_path, start):
     codes, console = start(2, tmp_path / "two", "--prompts_per_step", 1)
     assert codes == [2, 2] and "--prompts_per_step 1 cannot be split over 2 processes" in console
