@@ -31,8 +31,8 @@ from transformers.masking_utils import sdpa_mask
 
 from plumbing import kernels
 from plumbing.answers import Checker, extract_answer, load_reward
-from plumbing.arguments import UserError, cannot_open
-from plumbing.data import Prompt
+from plumbing.commandline import UserError, cannot_open
+from plumbing.data import Prompt, prompt_text
 from plumbing.kernels import HEAD_CHUNK
 from plumbing.sharding import grey_picture, inside, is_sharded, on_any_process
 
@@ -46,24 +46,47 @@ def image_only(cls):
     return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: ["image_processor", "tokenizer"])})
 
 
+def load_config(name, revision="main"):
+    """The configuration of a Qwen-VL model, never by code that comes with it. Raises UserError for other models."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # whatever transformers says of a folder that is no model
+        raise UserError(cannot_open("--model", name, error)) from None
+    if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        raise UserError(f"--model {name} is a {config.model_type}; use a qwen2_vl, qwen2_5_vl or qwen3_vl model.")
+    return config
+
+
 def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
     """Tokenizer and image processor of a Qwen-VL model behind the interface of its own processor class.
 
-    `min_pixels` and `max_pixels`: area of a picture after resizing; None keeps the model's own. Raises UserError.
+    `min_pixels` and `max_pixels`: area of a picture after resizing; None keeps the model's own. Raises UserError, also
+    where tokenizer, chat template and model do not fit together.
     """
+    config, source = load_config(name, revision), {"revision": revision, "trust_remote_code": False}
     try:
         if importlib.util.find_spec("torchvision"):
-            processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
+            processor = transformers.AutoProcessor.from_pretrained(name, **source)
         else:
-            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
             cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
-            processor = image_only(cls).from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+            processor = image_only(cls).from_pretrained(name, **source)
+    except Exception as error:  # the same
         raise UserError(cannot_open("--model", name, error)) from None
-    size = dict(processor.image_processor.size)
-    size["shortest_edge"] = min_pixels or size["shortest_edge"]
-    size["longest_edge"] = max_pixels or size["longest_edge"]
-    processor.image_processor.size = size
+    tokenizer, pictures = processor.tokenizer, processor.image_processor
+    try:
+        ids = tokenizer(prompt_text(processor, "<image>1 + 1?", "")).input_ids
+    except Exception as error:  # whatever the template language makes of a broken one
+        raise UserError(f"--model {name} has no chat template that works ({error}): take a whole copy of it.") from None
+    if ids.count(config.image_token_id) != 1 or "1 + 1" not in tokenizer.decode(ids):
+        raise UserError(
+            f"--model {name} has a tokenizer or chat template that loses text or picture of a question: tokenizer.json "
+            f"and chat_template.jinja must be the model's own."
+        )
+    size = {"shortest_edge": min_pixels or pictures.size["shortest_edge"]}
+    size["longest_edge"] = max_pixels or pictures.size["longest_edge"]
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise UserError("pictures of {shortest_edge} to {longest_edge} pixels: set --min_pixels too.".format(**size))
+    pictures.size = dict(pictures.size) | size
     return processor
 
 
@@ -72,20 +95,27 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32, bf16=Fals
 
     `dtype`: of the weights, fp32 for training; the model's `.to` would round the frequencies of the positions as well.
     `bf16`: what it will compute in, so that flash-attn, which takes no fp32, may be used in the vision tower.
-    `meta`: shapes, no weights.
+    `meta`: shapes, no weights. Weights come from safetensors alone: what is pickled may run code.
     """
     attention = {"text_config": "shared_prefix", "vision_config": kernels.vision_attention(bf16)}
-    options = {"dtype": dtype, "attn_implementation": attention}
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    transformers.utils.logging.disable_progress_bar()  # "Loading weights", in each process
+    config = load_config(name, revision)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-        if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-            raise UserError(f"--model {name} is a {config.model_type}; use a qwen2_vl, qwen2_5_vl or qwen3_vl model.")
         if meta:
             with torch.device("meta"):
                 return transformers.AutoModelForImageTextToText.from_config(config, **options)
-        return transformers.AutoModelForImageTextToText.from_pretrained(name, revision=revision, **options)
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, found = transformers.AutoModelForImageTextToText.from_pretrained(name, revision=revision, **options)
     except (OSError, ValueError, SafetensorError) as error:
+        if "file named model.safetensors" in str(error):
+            raise UserError(f"--model {name} has no safetensors; pickled weights may run code: convert them.") from None
         raise UserError(cannot_open("--model", name, error)) from None
+    wrong = {kind: list(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+    if any(wrong.values()):  # what is missing would be drawn at random
+        said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
+        raise UserError(f"--model {name} is damaged, or no model of its config.json: of its tensors {said}.")
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

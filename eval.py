@@ -6,7 +6,7 @@
     python eval.py --compare runs/eval/grpo runs/eval/vepo                              # paired, on the same rows
 
 Writes <output>/results.json, with the whole protocol, and <output>/<benchmark>.jsonl, every row with its responses.
-Prompts that are longer than --max_prompt_tokens, responses without an answer and truncated ones count as wrong, and
+Rows that cannot be asked (too long, or damaged), responses without an answer and truncated ones count as wrong, and
 are counted. Numbers of papers that ask a judge model do not compare with these.
 """
 
@@ -16,9 +16,11 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -28,9 +30,12 @@ from tqdm.auto import tqdm
 
 from common import load_model, load_processor, rollout
 from plumbing.answers import Checker, extract_answer, letters, normalise
-from plumbing.arguments import INSTRUCTION, UserError, flag, model_source, parse_args, within
-from plumbing.checkpoints import write_text
-from plumbing.data import Data, load_rows, some_of
+from plumbing.arguments import INSTRUCTION, check_pixels, model_source
+from plumbing.checkpoints import trained_with, write_text
+from plumbing.commandline import UserError, check_numbers, flag, parse_args
+from plumbing.data import Data, plain_text, some_of
+from plumbing.pictures import Unusable
+from plumbing.rows import load_rows
 from plumbing.sharding import PATIENCE
 
 LETTERS = "ABCDEFGHIJ"
@@ -46,50 +51,59 @@ class Args:
         "auto", "type of weights; auto: bfloat16 on a GPU, else float32"
     )
     benchmarks: str | None = flag(None, "names, with commas between them (default: the data that the model trained on)")
-    data: str | None = flag(None, "local file in the schema of the one benchmark that is named")
-    rows: int = flag(-1, "of each benchmark, a random choice by --seed; -1: all")
-    samples: int = flag(1, "responses to each prompt; more than 1: their mean, and whether any is right")
-    temperature: float = flag(0.0, "0: greedy")
-    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability")
-    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all")
+    data: str | None = flag(None, "file or folder of your own, or of the one benchmark that is named, in its schema")
+    image_column: str | None = flag(None, "of your own data (default: as in training, else images or image)")
+    problem_column: str | None = flag(None, "the same (default: problem, question or query)")
+    answer_column: str | None = flag(None, "the same (default: answer, solution or ground_truth)")
+    rows: int = flag(-1, "of each benchmark, a random choice by --seed; -1: all", least=-1)
+    samples: int = flag(1, "responses to each prompt; more than 1: their mean, and whether any is right", above=0)
+    temperature: float = flag(0.0, "0: greedy", least=0, most=100)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", above=0, most=1)
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", least=0)
     instruction: str | None = flag(None, "sentence that follows every question (default: that of training)")
-    max_prompt_tokens: int = flag(8192, "longer prompts are not asked, and count as wrong")
-    max_response_tokens: int | None = flag(None, "a response is cut after so many tokens (toy: 64, else: 2048)")
-    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: as in training)")
-    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: as in training)")
-    rollout_prompts: int = flag(128, "responses sampled together on each process; halved where memory runs out")
-    check_seconds: float = flag(3.0, "an answer that takes the maths checker longer than this is wrong")
+    max_prompt_tokens: int = flag(8192, "longer prompts are not asked, and count as wrong", above=0)
+    max_response_tokens: int | None = flag(
+        None, "a response is cut after so many tokens (default: as in training; toy: 64, else: 2048)", above=0
+    )
+    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: as in training)", above=0)
+    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: as in training)", above=0)
+    rollout_prompts: int = flag(128, "responses sampled together on each process; halved if memory runs out", above=0)
+    check_seconds: float = flag(
+        3.0, "an answer that takes the maths checker longer than this is wrong", above=0, most=3600
+    )
     seed: int = flag(0, "of sampled tokens and of the choice of --rows")
     output: str | None = flag(None, "folder of everything that is written (default: runs/eval/<model>)")
     resume: bool = flag(False, "go on with what a stopped evaluation wrote to --output")
     compare: list[str] | None = flag(None, "two result folders: the difference of the second to the first, and stop")
     reshard_while_sampling = cuda_graphs = False  # flags of training's sampler: each process has a model of its own
     tokens_per_row = 16384  # prompts are computed so many tokens at a time
+    data_revision = "main"
 
     def __post_init__(self):
-        state = Path(self.model) / "trainer_state.json"  # a checkpoint of ours knows how it was trained
-        try:
-            trained = json.loads(state.read_text()) if state.exists() else {}
-        except ValueError as error:
-            raise UserError(f"--model {self.model} is not a whole checkpoint ({error}): take another step-N.") from None
+        self.trained = trained = trained_with(self.model)  # a checkpoint of ours knows how it was trained
         toy = self.model == "toy" or trained.get("model") == "toy"
-        self.instruction = self.instruction or trained.get("instruction", INSTRUCTION)
-        self.benchmarks = self.benchmarks or ("toy" if toy else "geometry3k")
-        self.max_response_tokens = self.max_response_tokens or (64 if toy else 2048)
+        usual = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
+        for name in (*usual, "image_column", "problem_column", "answer_column"):
+            if getattr(self, name) is None:
+                setattr(self, name, trained.get(name, usual.get(name)))
+        if self.benchmarks is None and self.data is None:  # what a checkpoint's own run was evaluated on
+            source = trained.get("eval_data") or trained.get("data") or ("toy" if toy else "hiyouga/geometry3k")
+            self.benchmarks = {"toy": "toy", **{b.id: name for name, b in BENCHMARKS.items()}}.get(source, "own")
+        self.benchmarks = self.benchmarks or "own"
         if not toy and not trained:  # a checkpoint's processor has the limits of its training
             self.min_pixels, self.max_pixels = self.min_pixels or 262_144, self.max_pixels or 1_000_000
         name = Path(self.model).resolve().parent.name if trained else Path(self.model).name
         self.output = self.output or f"runs/eval/{name}"
         self.group_size = self.samples
-        for name in ("samples", "max_prompt_tokens", "max_response_tokens", "rollout_prompts", "top_p"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
-        within(self, temperature=(0, 100), top_p=(0, 1), top_k=(0, 10**9))
-        if self.rows == 0 or self.rows < -1:
+        check_numbers(self)
+        check_pixels(self)
+        if self.rows == 0:
             raise UserError(f"--rows {self.rows} leaves nothing to ask: give a number above 0, or -1 for all.")
         for name in self.benchmarks.split(","):
-            if name not in BENCHMARKS:
-                raise UserError(f"--benchmarks {name} is not one of {', '.join(BENCHMARKS)}.")
+            if name not in (*BENCHMARKS, "own"):
+                raise UserError(f"--benchmarks {name} is not one of {', '.join(BENCHMARKS)}, own.")
+            if name == "own" and not (self.data or trained):
+                raise UserError("--benchmarks own needs --data, or the checkpoint of a run on data of your own.")
         if self.data and "," in self.benchmarks:
             raise UserError("--data is for one benchmark: name it alone with --benchmarks.")
         if self.samples > 1 and self.temperature == 0:
@@ -143,7 +157,8 @@ def listed(image):
 
 
 def plain(row):  # the toy, geometry3k, clevr_count_70k
-    return Question(row["problem"], listed(row["images"]), re.sub(r"</?answer>", "", row["answer"]).strip())
+    answer = re.sub(r"</?answer>", "", plain_text(row["answer"], "answer")).strip()
+    return Question(row["problem"], listed(row["images"]), answer)
 
 
 def mathvista(row):
@@ -153,7 +168,7 @@ def mathvista(row):
         return Question(choose(row["question"], options), [row["decoded_image"]], gold, "choice", options)
     problem = row["question"] + (f" (unit: {row['unit']})" if row["unit"] else "")
     kind, digits = ("float", int(row["precision"])) if row["answer_type"] == "float" else ("free", None)
-    return Question(problem, [row["decoded_image"]], str(row["answer"]), kind, digits=digits)
+    return Question(problem, [row["decoded_image"]], row["answer"], kind, digits=digits)
 
 
 def mathverse(row):
@@ -187,7 +202,7 @@ def mmmu_pro_vision(row):
 
 
 def hallusionbench(row):
-    answer = "yes" if str(row["gt_answer"]) == "1" else "no"
+    answer = {"1": "yes", "0": "no"}.get(str(row["gt_answer"]))
     part = [str(row[name]) for name in ("category", "subcategory", "set_id")]
     group = {"figure": "/".join([*part, str(row["figure_id"])]), "question": "/".join([*part, str(row["question_id"])])}
     return Question(f"{row['question']} Answer yes or no.", listed(row.get("image")), answer, "yes/no", group=group)
@@ -241,22 +256,23 @@ class Questions(Data):
         benchmark = BENCHMARKS[name]
         source, self.option = args.data or benchmark.id, "--data" if args.data else "--benchmarks"
         self.name, self.args, self.processor, self.rope_index = source, args, processor, rope_index
-        self.read, self.split = benchmark.read, split
+        self.read, self.split, self.title = benchmark.read, split, f"{name} ({split})"
         self.rows = load_rows(source, split, benchmark.revision, self.option)
         self.folder = Path(source).parent
         self.measure()
 
     def question(self, index):
+        """A row as the benchmark means it. Raises Unusable where it is not in its schema."""
         row = self.rows[index]
         try:
-            return self.read(row)
+            for column in {"question", "problem"} & set(row):
+                plain_text(row[column], "question")
+            question = self.read(row)
+            return dataclasses.replace(question, answer=plain_text(question.answer, "answer"))
         except KeyError as error:
-            raise UserError(
-                f"{self.option} {self.name} has no column {error}; it has {', '.join(row)}: "
-                f"is it in the schema of --benchmarks {self.args.benchmarks}?"
-            ) from None
-        except (ValueError, SyntaxError) as error:
-            raise UserError(f"row {index} of {self.name} is not in the benchmark's schema ({error}).") from None
+            raise Unusable(f"has no column {error}; it has {', '.join(row)}") from None
+        except (ValueError, SyntaxError, TypeError, AttributeError) as error:
+            raise Unusable(f"is not in the schema of --benchmarks {self.args.benchmarks} ({error})") from None
 
     def fields(self, index):
         question = self.question(index)
@@ -319,9 +335,10 @@ class Evaluation:
         self.model.to(self.accelerator.device).eval()
         self.check, self.retries, self.parts = Checker(args.check_seconds), 0, {}
         for name in args.benchmarks.split(","):
-            splits = ("train",) if args.data else BENCHMARKS[name].splits  # a local file has one split, called train
-            rope_index = self.model.model.get_rope_index
-            self.parts[name] = [Questions(name, split, args, self.processor, rope_index) for split in splits]
+            self.parts[name] = self.find_questions(name)
+            for data in self.parts[name]:
+                if self.rank == 0 and (data.dropped or data.unusable):
+                    print(f"{data}; what is not asked counts as wrong", file=sys.stderr)
         self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
         if self.rank == 0:
             try:
@@ -331,12 +348,29 @@ class Evaluation:
             write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
 
+    def find_questions(self, name):
+        """The splits of a benchmark; of data of one's own: that of --data, or what training evaluated the model on."""
+        args, model = self.args, (self.processor, self.model.model.get_rope_index)
+        if name != "own":
+            splits = BENCHMARKS[name].splits[: 1 if args.data else None]
+            return [Questions(name, split, args, *model) for split in splits]
+        if args.data:
+            return [Data(args.data, "test", args, *model)]
+        trained = SimpleNamespace(**{**args.trained, "instruction": args.instruction})
+        found = Data(trained.data, trained.data_split, trained, *model).for_evaluation()
+        if found is None:
+            raise UserError(f"{args.model} was trained on all of {trained.data}: name other rows with --data.")
+        return [found]
+
     def find_protocol(self):
         """What two evaluations must share to be compared, and the model; refuses to mix two in one folder."""
         protocol = dataclasses.asdict(self.args)
         for name in ("output", "resume", "compare", "rollout_prompts"):
             del protocol[name]
-        protocol["revisions"] = {name: BENCHMARKS[name].revision for name in self.args.benchmarks.split(",")}
+        revisions = {name: benchmark.revision for name, benchmark in BENCHMARKS.items()}
+        protocol["revisions"] = {name: revisions.get(name, "none") for name in self.args.benchmarks.split(",")}
+        if self.args.benchmarks == "own" and not self.args.data:
+            protocol["data"] = {name: self.args.trained[name] for name in ("data", "eval_data", "seed")}
         if (self.output / "protocol.json").exists():
             try:
                 found = json.loads((self.output / "protocol.json").read_text())
@@ -374,7 +408,9 @@ class Evaluation:
     def run(self, name):
         """Asks what has not been asked yet, and returns all rows of a benchmark, for any number of processes."""
         args, parts = self.args, self.parts[name]
-        order = [(part, index) for part, data in enumerate(parts) for index in range(len(data.rows))]
+        all_rows = args.data or name != "own"  # training evaluates on what it can use
+        rows = [range(len(data.rows)) if all_rows else data.indices for data in parts]
+        order = [(part, index) for part, indices in enumerate(rows) for index in indices]
         order = some_of(order, args.rows, args.seed)
         done = {(row["part"], row["index"]) for row in self.read_parts(name)}
         self.accelerator.wait_for_everyone()  # everybody has read before anybody writes
@@ -392,20 +428,24 @@ class Evaluation:
                 prompts = [dataclasses.replace(parts[part].prompt(index), serial=part) for part, index in asked]
                 groups = dict(zip(asked, self.ask(prompts) if prompts else []))
                 for part, index in batch:
-                    row = self.row(parts[part].question(index), groups.get((part, index)))
-                    source = {"part": part, "split": parts[part].split, "index": index}
-                    file.write(json.dumps(source | row, ensure_ascii=False) + "\n")
+                    source = {"part": part, "data": parts[part].title, "index": index}
+                    row = source | self.row(parts[part], index, groups.get((part, index)))
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update(len(batch))
         self.accelerator.wait_for_everyone()
         rows = sorted(self.read_parts(name), key=lambda row: (row["part"], row["index"]))
         return [row for row in rows if (row["part"], row["index"]) in set(order)]
 
-    def row(self, question, group):
-        """What is written of a question; `group` is None where its prompt was too long to be asked."""
+    def row(self, data, index, group):
+        """What is written of a row; `group` is None where it could not be asked."""
+        not_asked = {"asked": False, "correct": [False], "parsed": [], "truncated": [], "responses": [], "group": {}}
+        if index in data.unusable:
+            return not_asked | {"why": data.unusable[index]}
+        question = data.question(index) if isinstance(data, Questions) else Question(*data.row(index))
         row = {"problem": question.problem, "answer": question.answer, "kind": question.kind, "group": question.group}
         if group is None:
-            return row | {"asked": False, "correct": [False], "parsed": [], "truncated": [], "responses": []}
+            return not_asked | row | {"why": "is longer than --max_prompt_tokens"}
         return row | {
             "asked": True,
             "correct": [judge(self.check, text, question) for text in group.texts],
@@ -444,7 +484,7 @@ def scores(name, rows):
     >>> row = {"parsed": [True], "truncated": [False], "asked": True, "group": {}}
     >>> rows = [row | {"correct": [correct]} for correct in (True, False, True, True)]
     >>> {key: round(value, 4) for key, value in scores("toy", rows).items()}
-    {'rows': 4, 'accuracy': 0.75, 'stderr': 0.25, 'unparsed': 0.0, 'truncated': 0.0, 'too_long': 0}
+    {'rows': 4, 'accuracy': 0.75, 'stderr': 0.25, 'unparsed': 0.0, 'truncated': 0.0, 'not_asked': 0}
     """
     means = [sum(row["correct"]) / len(row["correct"]) for row in rows]
     accuracy = sum(means) / len(means)
@@ -456,15 +496,15 @@ def scores(name, rows):
         "stderr": math.sqrt(variance / len(means)),
         "unparsed": sum(not parsed for row in rows for parsed in row["parsed"]) / responses,
         "truncated": sum(sum(row["truncated"]) for row in rows) / responses,
-        "too_long": sum(not row["asked"] for row in rows),
+        "not_asked": sum(not row["asked"] for row in rows),
     }
     if any(len(row["correct"]) > 1 for row in rows):
         result["pass"] = sum(any(row["correct"]) for row in rows) / len(rows)
     if name == "hallusionbench":
         result |= {"aAcc": accuracy, "fAcc": all_right(rows, "figure"), "qAcc": all_right(rows, "question")}
     if name == "mathverse":
-        for version in sorted({row["group"]["version"] for row in rows}):
-            own = [mean for row, mean in zip(rows, means) if row["group"]["version"] == version]
+        for version in sorted({row["group"]["version"] for row in rows if row["group"]}):
+            own = [mean for row, mean in zip(rows, means) if row["group"].get("version") == version]
             result[version] = sum(own) / len(own)
     if name == "dynamath":
         seeds = [{**row, "group": {"seed": row["group"].get("seed", row["index"])}} for row in rows]
@@ -476,7 +516,7 @@ def all_right(rows, key):
     """Share of groups whose rows are all right, in the mean over samples."""
     groups = defaultdict(list)
     for row in rows:
-        groups[row["group"][key]].append(row["correct"])
+        groups[row["group"].get(key, row.get("index"))].append(row["correct"])  # what could not be read is alone
     samples = max(len(row["correct"]) for row in rows)
     right = [sum(all(c[min(s, len(c) - 1)] for c in g) for s in range(samples)) / samples for g in groups.values()]
     return sum(right) / len(right)
@@ -529,10 +569,10 @@ def read_lines(path):
 
 
 def table(results):
-    lines = [f"{'benchmark':16s}{'accuracy':>18s}{'rows':>7s}{'unparsed':>10s}{'truncated':>11s}{'too long':>10s}"]
+    lines = [f"{'benchmark':16s}{'accuracy':>18s}{'rows':>7s}{'unparsed':>10s}{'truncated':>11s}{'not asked':>11s}"]
     for name, score in results.items():
         accuracy = f"{score['accuracy']:.1%} ± {score['stderr']:.1%}"
-        shares = f"{score['unparsed']:10.1%}{score['truncated']:11.1%}{score['too_long']:10d}"
+        shares = f"{score['unparsed']:10.1%}{score['truncated']:11.1%}{score['not_asked']:11d}"
         more = "".join(f"  {key} {value:.1%}" for key, value in list(score.items())[6:])
         lines.append(f"{name:16s}{accuracy:>18s}{score['rows']:7d}{shares}{more}")
     return "\n".join(lines)
@@ -560,7 +600,9 @@ def main():
         size = evaluation.processor.image_processor.size
         pixels = f"pictures of {size['shortest_edge']:,} to {size['longest_edge']:,} pixels"
         revisions = ", ".join(sorted(set(evaluation.protocol["revisions"].values())))
-        print(f"{args.model}: {decoding}, {args.max_response_tokens} tokens, {pixels}, data revision {revisions}")
+        asked = ", ".join(data.title for parts in evaluation.parts.values() for data in parts)
+        print(f"{asked}, data revision {revisions}")
+        print(f"{args.model}: {decoding}, {args.max_response_tokens} tokens, {pixels}")
         print(f"asked: <question> {args.instruction}\n{evaluation.output}/results.json, and every response beside it")
     evaluation.accelerator.end_training()
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 
 from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs, parse_args
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import parse_args
 from run import Run
 
 

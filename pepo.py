@@ -26,7 +26,6 @@ The scores come out of a forward pass that is made anyway: no extra one.
               --schedule cosine --weight_decay 0.1 --beta2 0.95 --freeze_vision --accuracy_weight 1 --format_weight 1
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,23 +33,20 @@ import torch
 from torch.nn.functional import normalize
 
 from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs, parse_args
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import parse_args
 from run import Run
 from common import min_max, quantiles, response_and_image_states
-from plumbing.arguments import flag, within
+from plumbing.commandline import flag
 
 
 @dataclass
 class Args(SharedArgs):
-    alpha: float = flag(0.05, "how far perception and exploration together move a token's similarity")
-    weight_temperature: float = flag(1.8, "tau of the softmax over a response; higher: weights nearer to 1")
+    alpha: float = flag(0.05, "how far perception and exploration together move a token's similarity", least=0, most=1)
+    weight_temperature: float = flag(1.8, "tau of the softmax over a response; higher: weights nearer to 1", least=1e-3)
     embedding_layer: bool = flag(True, "average the similarity over the embeddings too, not over the layers alone")
-    strength: float = flag(1.0, "lambda at the end of the run; 0: GRPO")
+    strength: float = flag(1.0, "lambda at the end of the run; 0: GRPO", least=0, most=1)
     weight_schedule: Literal["linear", "constant"] = flag("linear", "lambda rises from 0, or is --strength at once")
-
-    def __post_init__(self):
-        super().__post_init__()
-        within(self, strength=(0, 1), alpha=(0, 1), weight_temperature=(1e-3, math.inf))
 
 
 @torch.no_grad()

@@ -24,31 +24,27 @@ Two more forward passes, without gradient: the clean distributions come out of a
                 --data PAPOGalaxy/PAPO_ViRL39K_train
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs, parse_args
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import parse_args
 from run import Run
 from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_picture
-from plumbing.arguments import flag, within
+from plumbing.commandline import flag
 
 
 @dataclass
 class Args(SharedArgs):
-    blacken: float = flag(0.6, "strong view: the share of patches that are blackened")
-    weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]")
-    strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO")
+    blacken: float = flag(0.6, "strong view: the share of patches that are blackened", least=0, most=1)
+    weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]", least=0)
+    strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO", least=0)
     relative: bool = flag(False, "instability as S' / (S + S') instead of min-max in the response")
-    threshold: float = flag(0.0, "tokens under this quantile of their response's RVD keep weight 1")
+    threshold: float = flag(0.0, "tokens under this quantile of their response's RVD keep weight 1", least=0, most=1)
     rescale: bool = flag(False, "divide the weights of a response by their mean")
     shuffle: bool = flag(False, "control arm: shuffle RVD inside each response")
-
-    def __post_init__(self):
-        super().__post_init__()
-        within(self, blacken=(0, 1), threshold=(0, 1), strength=(0, math.inf), weak_std=(0, math.inf))
 
 
 def blacken(pixel_values, generator, image_mean, image_std, probability=0.6):

@@ -12,7 +12,6 @@ stands in plumbing/.
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -25,16 +24,18 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from common import Group, Reward, forward, load_model, load_processor, loss_denominator, rollout, split_group
-from plumbing.arguments import UserError, model_source
-from plumbing.checkpoints import find_checkpoint, restore_metrics, restore_optimizer, save_checkpoint, write_text
+from plumbing import checkpoints
+from plumbing.arguments import model_source
+from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data, Stream, some_of
 from plumbing.memory import dry_run
 from plumbing.metrics import Metrics, means
-from plumbing.sharding import full_tensor, shard, start_processes, unsharded
+from plumbing.sharding import full_tensor, local, shard, start_processes, unsharded, use_cores
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
 ALWAYS_LOGGED += ["entropy", "loss", "clip_fraction", "approx_kl"]
+RUINED = "the checkpoints are as they were; look at grad_norm and entropy in metrics.jsonl, lower --learning_rate"
 
 
 class Run:
@@ -46,19 +47,20 @@ class Run:
         if args.dry_run:
             print(dry_run(args))
             raise SystemExit(0)
-        self.accelerator = start_processes(args)
+        cores, self.accelerator = use_cores(), start_processes(args)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        self.say(cores)
         self.metrics = Metrics(self.accelerator, self.output / "metrics.jsonl")
         self.seconds = {}  # of the phases of a step
-        state = find_checkpoint(args)
-        self.load_models(self.output / "last" if state else None)
+        folder, state = checkpoints.find_checkpoint(args)
+        self.load_models(folder)
         self.load_data()
         self.make_optimizer()
         self.rehearse_update()
-        self.start_or_restore(state)
+        self.start_or_restore(folder, state)
         self.on_signals(self.stop)
-        self.open_output(new=state is None)
+        self.open_output(folder, state)
 
     def on_signals(self, handler):
         """Ctrl-C, and the SIGTERM of a scheduler."""
@@ -68,7 +70,6 @@ class Run:
     def load_models(self, checkpoint):
         """Processor, the model that is trained, from a checkpoint where there is one, and the reference model."""
         args = self.args
-        transformers.utils.logging.disable_progress_bar()
         source = model_source(args)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         self.tokenizer = self.processor.tokenizer
@@ -93,11 +94,11 @@ class Run:
     def load_data(self):
         args, rope_index = self.args, self.model.model.get_rope_index
         self.data = Data(args.data, args.data_split, args, self.processor, rope_index)
-        self.say(f"{args.data}: {len(self.data)} prompts, {self.data.dropped} dropped as too long")
+        self.eval_data = self.data.for_evaluation() if args.eval_rows else None
+        self.say(f"training on {self.data}")
         if args.eval_rows:
-            split = args.eval_split if args.eval_data != "toy" else "test"
-            self.eval_data = Data(args.eval_data, split, args, self.processor, rope_index, "--eval_data")
-            self.say(f"{args.eval_data}: {len(self.eval_data)} rows to evaluate on, {self.eval_data.dropped} dropped")
+            none = f"nothing: of {len(self.data)} rows none can be held out, and there is no --eval_data"
+            self.say(f"evaluating on {self.eval_data or none}")
         self.reward_groups = Reward(args)
 
     def make_optimizer(self):
@@ -131,38 +132,32 @@ class Run:
         self.optimizer.zero_grad()
         self.optimizer.state.clear()
 
-    def start_or_restore(self, state):
+    def start_or_restore(self, folder, state):
         """Counters, history and the place in the data: of a new run, or as a checkpoint has them."""
-        self.updates, self.step, self.saved, self.stopping = 0, 0, None, False
-        self.history = {"first_eval": None, "last_eval": None, "seconds": 0.0}
+        self.updates, self.step, self.saved, self.stopping, self.skipped_in_a_row = 0, 0, None, False, 0
+        self.history, position = {"first_eval": None, "last_eval": None, "seconds": 0.0}, 0
         if state:
-            restore_optimizer(self.output, self.optimizer, self.parameters)
-            self.updates, self.step, self.saved = state["updates"], state["step"], state["step"]
-            self.history = state["history"]
-            if self.is_main:
-                restore_metrics(self.output, self.step)
-            self.say(f"going on after step {self.step}")
-        position = state["position"] if state else 0
+            checkpoints.refuse_changes(checkpoints.changes(self.args, state, len(self.data)), self.args)
+            checkpoints.restore_optimizer(folder, self.optimizer, self.parameters)
+            self.updates, self.step, self.saved = state.updates, state.step, state.step
+            self.history, position = state.history, state.position
+            self.say(f"going on after step {self.step}, from {folder}")
         self.stream = Stream(self.data, self.args.seed, self.rank, self.world_size, position)
 
-    def open_output(self, new):
-        arguments = dataclasses.asdict(self.args)
+    def open_output(self, folder, state):
+        """The folder, its lock and log; a resumed run that differs from what it was says so there."""
         if self.is_main:
-            try:
-                self.output.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
-            write_text(self.output / "args.json", json.dumps(arguments, indent=2) + "\n")
-            if new:
-                write_text(self.output / "metrics.jsonl", "")  # of a run that died before its first checkpoint
+            checkpoints.open_output(self.args, folder, state)
+        if state and (changed := checkpoints.changes(self.args, state, len(self.data))):
+            self.metrics.write({"step": self.step, "changed": changed})
         if self.args.report_to:
-            self.accelerator.init_trackers(self.output.name, config=arguments)
+            self.accelerator.init_trackers(self.output.name, config=dataclasses.asdict(self.args))
 
     # ---- what `main` calls, in this order ---------------------------------------------------------------------------
 
     def steps(self):
         """Yields the number of each step; logs, evaluates and saves after it; ends with the last step or on Ctrl-C."""
-        if self.step == 0 and self.args.eval_rows:
+        if self.step == 0 and self.eval_data:
             self.evaluate()
         with tqdm(total=self.args.steps, initial=self.step, disable=not self.is_main, unit="step") as self.bar:
             for step in range(self.step + 1, self.args.steps + 1):
@@ -175,7 +170,7 @@ class Run:
                 self.log()
                 self.stopping = self.all_reduce(self.stopping) > 0  # all processes evaluate, or none
                 due = self.args.eval_every and step % self.args.eval_every == 0
-                if self.args.eval_rows and (due or step == self.args.steps) and not self.stopping:
+                if self.eval_data and (due or step == self.args.steps) and not self.stopping:
                     self.evaluate()
                 due = self.args.save_every and step % self.args.save_every == 0
                 if due or step == self.args.steps or self.stopping:
@@ -282,7 +277,10 @@ class Run:
         self.metrics.add_means(info, mask)
 
     def update(self):
-        """One optimiser step on the gradients so far; one that is not finite is skipped, and counted."""
+        """One optimiser step on the gradients so far; one that is not finite is skipped, and counted.
+
+        Raises UserError after 20 in a row: nothing is learned any more.
+        """
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for settings in self.optimizer.param_groups:
@@ -292,9 +290,12 @@ class Run:
             self.optimizer.step()
             torch.clear_autocast_cache()  # bf16 copies of the weights as they were
             self.norms.append(norm.item())
+            self.skipped_in_a_row = 0
         else:
-            self.skipped += 1
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             self.say(f"step {self.step + 1}: the gradient is not finite; this update is skipped")
+        if self.skipped_in_a_row == 20:
+            raise UserError(f"20 updates in a row had no finite gradient, the last in step {self.step + 1}: {RUINED}.")
         self.optimizer.zero_grad()
         self.updates += 1
 
@@ -305,10 +306,10 @@ class Run:
         value = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.reduce(value, "sum").item()
 
-    def say(self, text):
-        """A line on the console, by one process."""
+    def say(self, text, file=None):
+        """A line on the console, by one process: on stderr, where the bar is, but for results."""
         if self.is_main:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text, file=file or sys.stderr)
 
     # ---- between two steps ------------------------------------------------------------------------------------------
 
@@ -333,7 +334,7 @@ class Run:
         if self.args.show_every and self.step % self.args.show_every == 0:
             group = self.sampled[self.step % len(self.sampled)]
             self.say(
-                f"\nstep {self.step}  {group.prompt.problem}\n  {group.texts[0].strip()}\n"
+                f"\nstep {self.step}  {group.prompt.problem.replace('<image>', '')}\n  {group.texts[0].strip()}\n"
                 f"  right answer {group.prompt.answer}, reward {group.rewards[0]:.2f}"
             )
 
@@ -363,6 +364,7 @@ class Run:
         accuracy = self.all_reduce(right) / rows
         line = {
             "step": self.step,
+            "eval_data": self.eval_data.title,
             "eval_accuracy": accuracy,
             "eval_stderr": math.sqrt(accuracy * (1 - accuracy) / rows),
             "eval_rows": rows,
@@ -384,14 +386,15 @@ class Run:
         if first and last and last["step"] > first["step"]:
             self.say(
                 f"accuracy {first['eval_accuracy']:.1%} -> {last['eval_accuracy']:.1%} ± {last['eval_stderr']:.1%} on "
-                f"{last['eval_rows']} rows of {self.args.eval_data}, in {self.step} steps and "
-                f"{self.history['seconds']:.0f} s of training"
+                f"{last['eval_rows']} rows, {self.eval_data.title}, in {self.step} steps and "
+                f"{self.history['seconds']:.0f} s of training",
+                sys.stdout,
             )
         if self.reward_groups.check.timeouts:
             self.say(f"{self.reward_groups.check.timeouts} answers took the maths checker too long and count as wrong")
         if self.is_main:
             draw_curves(read_runs([self.output]), self.output / "curves")
-        self.say(f"{self.output}/: metrics.jsonl, args.json, curves.png, and the model in last/")
+        self.say(f"{self.output}/: metrics.jsonl, args.json, curves.png, and the model in last/", sys.stdout)
         if self.stopping:
             self.say(f"stopped after step {self.step} of {self.args.steps}: the same command with --resume goes on")
             raise SystemExit(130)
@@ -408,12 +411,10 @@ class Run:
         if self.saved == self.step:
             return
         self.saved = self.step
-        state = {
-            "step": self.step,
-            "position": self.stream.position,
-            "updates": self.updates,
-            "history": self.history,
-            **{name: getattr(self.args, name) for name in ("model", "data", "seed", "instruction")},
-        }
-        folder = self.output / f"step-{self.step}"
-        save_checkpoint(folder, self.model, self.processor, self.optimizer, self.parameters, state, self.is_main)
+        if self.all_reduce(sum(not local(p).isfinite().all() for p in self.parameters.values())):
+            raise UserError(f"after step {self.step} the weights are not finite, and are not saved: {RUINED}.")
+        position, script, arguments = self.stream.position, Path(sys.argv[0]).stem, dataclasses.asdict(self.args)
+        counts = {"step": self.step, "updates": self.updates, "position": position, "prompts": len(self.data)}
+        state = checkpoints.State(**counts, history=self.history, script=script, arguments=arguments)
+        trained = self.model, self.processor, self.optimizer, self.parameters
+        checkpoints.save_checkpoint(self.output / f"step-{self.step}", *trained, state, self.is_main)

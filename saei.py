@@ -36,27 +36,27 @@ from PIL import Image
 from torch.nn.functional import pad
 
 from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs, parse_args
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import parse_args
 from run import Run
 from common import Group, split_group, with_picture
-from plumbing.arguments import UserError, flag, within
+from plumbing.commandline import UserError, flag
 
 
 @dataclass
 class Args(SharedArgs):
-    n1: int = flag(6, "responses sampled from the picture")
-    n2: int = flag(6, "responses sampled from the attacked picture")
+    n1: int = flag(6, "responses sampled from the picture", above=0)
+    n2: int = flag(6, "responses sampled from the attacked picture", above=0)
     group_size: int | None = flag(None, "is n1 + n2")
-    step: float = flag(2 / 255, "of the attack, on pixels in [0, 1]; 0: GRPO with n1 + n2 responses")
-    iterations: int = flag(1, "steps of the attack")
-    epsilon: float | None = flag(None, "largest change of a pixel over all steps (default: one step)")
+    step: float = flag(2 / 255, "of the attack, on pixels in [0, 1]; 0: GRPO with n1 + n2 responses", least=-1, most=1)
+    iterations: int = flag(1, "steps of the attack", above=0)
+    epsilon: float | None = flag(None, "largest change of a pixel over all steps (default: one step)", least=0)
     rank_scope: Literal["response", "group"] = flag("response", "the middle third of each response, or of all n1")
     old_logps_image: Literal["clean", "attacked"] = flag("clean", "the picture of the second half's old log-probs")
-    measure_every: int = flag(16, "of so many prompts one has its entropy measured again after the attack, for the log")
-    save_images: int = flag(0, "write the picture, the attacked one and 10 x their difference, of so many prompts")
+    measure_every: int = flag(16, "log the entropy after the attack of one in so many prompts", above=0)
+    save_images: int = flag(0, "write so many pictures, clean, attacked and 10 x their difference", least=0)
 
     def __post_init__(self):
-        within(self, n1=(1, 10**4), n2=(1, 10**4), step=(-1, 1), iterations=(1, 10**4), measure_every=(1, 10**9))
         if self.group_size not in (None, self.n1 + self.n2):
             raise UserError(f"--group_size {self.group_size} is not --n1 {self.n1} + --n2 {self.n2}: leave it out.")
         self.group_size = self.n1 + self.n2

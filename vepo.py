@@ -34,25 +34,22 @@ from typing import Literal
 import torch
 
 from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs, parse_args
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import parse_args
 from run import Run
 from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_picture
-from plumbing.arguments import flag, within
+from plumbing.commandline import flag
 
 
 @dataclass
 class Args(SharedArgs):
-    keep_ratio: float = flag(0.2, "k: the share of a response's tokens that the policy loss is made of; 1: GRPO")
-    alpha: float = flag(0.7, "weight of the divergence against the change in entropy")
+    keep_ratio: float = flag(0.2, "k: share of a response's tokens in the policy loss; 1: GRPO", above=0, most=1)
+    alpha: float = flag(0.7, "weight of the divergence against the change in entropy", least=0, most=1)
     select: Literal["vepo", "entropy", "jsd", "random"] = flag("vepo", "choose tokens by VEPO's score, or by these")
     noise: Literal["normalised", "diffusion"] = flag("normalised", "Gaussian on normalised pixels, or a diffusion step")
-    noise_std: float = flag(2.0, "of --noise normalised")
-    noise_step: int = flag(500, "of --noise diffusion, of 1,000")
-    entropy_coef: float = flag(1e-3, "weight of the entropy bonus, over all tokens")
-
-    def __post_init__(self):
-        super().__post_init__()
-        within(self, keep_ratio=(0, 1), alpha=(0, 1), noise_step=(0, 999), noise_std=(0, math.inf))
+    noise_std: float = flag(2.0, "of --noise normalised", least=0)
+    noise_step: int = flag(500, "of --noise diffusion, of 1,000", least=0, most=999)
+    entropy_coef: float = flag(1e-3, "weight of the entropy bonus, over all tokens", least=-1e6, most=1e6)
 
 
 def add_noise(pixel_values, generator, std=2.0):

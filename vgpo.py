@@ -32,25 +32,22 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs, parse_args
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import parse_args
 from run import Run
 from common import quantiles, response_and_image_states
-from plumbing.arguments import flag, within
+from plumbing.commandline import flag
 
 
 @dataclass
 class Args(SharedArgs):
     intra: bool = flag(True, "token factors, inside a response")
     inter: bool = flag(True, "rollout factors, inside a group")
-    strength: float = flag(0.3, "beta: what the last token gains when it is gated")
-    start: float = flag(0.5, "gamma: the share of a response before the first token that may gain")
-    top: float = flag(0.2, "kappa: the share of the tokens after it that do")
-    floor: float = flag(-1.0, "the cosine that counts as no focus")
+    strength: float = flag(0.3, "beta: what the last token gains when it is gated", least=0)
+    start: float = flag(0.5, "gamma: the share of a response before the first token that may gain", least=0, most=1)
+    top: float = flag(0.2, "kappa: the share of the tokens after it that do", least=0, most=1)
+    floor: float = flag(-1.0, "the cosine that counts as no focus", least=-1, most=0.99)
     accumulate: Literal["raw", "normalised"] = flag("raw", "sum focus over a response as it is, or after min-max")
-
-    def __post_init__(self):
-        super().__post_init__()
-        within(self, start=(0, 1), top=(0, 1), floor=(-1, 0.99))
 
 
 @torch.no_grad()

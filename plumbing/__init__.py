@@ -1,12 +1,15 @@
 """What a run needs and a lecture does not open: one room a file, each says in its first lines what lives there.
 
-arguments   flags, --help, the sentence that a user's mistake gets
+arguments   the flags that all scripts share
+commandline how a flag is declared, checked and listed; the sentence that a user's mistake gets
+rows        hub data sets and local files -> rows
+pictures    a picture of any mode, opened, looked through, brought to RGB
 data        rows of any usual schema -> prompts, and their order
 answers     is an answer right
 sharding    several processes: FSDP2, and what they do together
 kernels     which attention a part of the model uses, and CUDA graphs
 memory      --dry_run: what fits
-checkpoints save, find, restore
+checkpoints save, find, restore; what a resumed run may change
 metrics     the log: means over tokens and processes, metrics.jsonl
 curves      the picture that a run draws at its end
 """
@@ -14,3 +17,4 @@ curves      the picture that a run draws at its end
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers' own threads do not survive a fork
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of every file that it converts; downloads show theirs

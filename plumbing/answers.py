@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from plumbing.arguments import UserError
+from plumbing.commandline import UserError
 
 
 def extract_answer(response):

@@ -1,38 +1,18 @@
-"""Flags of the command line, what they default to, and the one sentence that a mistake gets.
+"""The flags that all training scripts share, and what they default to: one dataclass a group of --help.
 
-All shared flags live here, one dataclass a group of --help. Not here: a method's own flags (its file), and what a flag
-does (where it is used).
+Not here: how flags are parsed and checked (commandline.py), a method's own flags (its file), and what a flag does
+(where it is used).
 """
 
-import argparse
-import dataclasses
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import HfArgumentParser
+from plumbing.commandline import UserError, check_numbers, flag
 
 TOY = Path(__file__).resolve().parent.parent / "toy"  # the embedded model and data
 INSTRUCTION = "Think step by step inside <think> </think>, then give the final answer inside \\boxed{}."
-
-
-class UserError(SystemExit):
-    """A mistake of the user's: one sentence that says what to do, exit code 2, no traceback."""
-
-    def __init__(self, sentence):
-        super().__init__(2)
-        self.args = (sentence,)
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-
-
-def cannot_open(option, name, error):
-    """The sentence for a model or data that is not there, from the first line of the library's error."""
-    first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-    return (
-        f"{option} {name} cannot be opened ({first}): give a hub id that exists and can be reached from here, "
-        f"or the path of a local folder."
-    )
 
 
 def model_source(args):
@@ -40,8 +20,10 @@ def model_source(args):
     return str(TOY / "model") if args.model == "toy" else args.model
 
 
-def flag(default, help, **options):
-    return field(default=default, metadata={"help": help, **options})
+def check_pixels(args):
+    """Raises UserError where --min_pixels, as given or by default, is more than --max_pixels."""
+    if args.min_pixels and args.max_pixels and args.min_pixels > args.max_pixels:
+        raise UserError(f"--min_pixels {args.min_pixels} is more than --max_pixels {args.max_pixels}: set both.")
 
 
 @dataclass
@@ -53,7 +35,7 @@ class ModelArgs:
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
     freeze_vision: bool = flag(False, "do not train the vision tower")
     gradient_checkpointing: bool | None = flag(
-        None, "recompute activations in the backward pass (toy: off, else: on)", nargs="?", const=True
+        None, "recompute activations in the backward pass (toy: off, else: on)", nargs="?", const=True, may_change=True
     )
 
 
@@ -62,34 +44,40 @@ class DataArgs:
     """data"""
 
     data: str | None = flag(None, "hub id, id:config, or parquet, json or jsonl file or folder (toy, else geometry3k)")
-    eval_data: str | None = flag(None, "the same for evaluation (default: --data)")
+    eval_data: str | None = flag(None, "the same for evaluation (default: --data)", may_change=True)
     data_split: str = flag("train", "split of a hub data set to train on")
-    eval_split: str = flag("test", "split of a hub data set to evaluate on")
+    eval_split: str = flag("test", "split of a hub data set to evaluate on", may_change=True)
     data_revision: str = flag("main", "branch, tag or commit of a hub data set")
     image_column: str | None = flag(None, "column of the image or images (default: images or image)")
     problem_column: str | None = flag(None, "column of the question (default: problem, question or query)")
     answer_column: str | None = flag(None, "column of the answer (default: answer, solution or ground_truth)")
     instruction: str = flag(INSTRUCTION, "sentence that follows every question")
-    max_prompt_tokens: int = flag(2048, "longer prompts are dropped, and counted")
-    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: 262144; toy: never)")
-    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: 1000000; toy: never)")
+    max_prompt_tokens: int = flag(2048, "longer prompts are dropped, and counted", above=0)
+    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: 262144; toy: never)", above=0)
+    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: 1000000; toy: never)", above=0)
 
 
 @dataclass
 class RolloutArgs:
     """rollout"""
 
-    prompts_per_step: int | None = flag(None, "prompts sampled in a step, all processes together (toy: 16, else: 512)")
-    group_size: int = flag(8, "responses sampled for each prompt")
-    max_response_tokens: int | None = flag(None, "a response is cut after so many tokens (toy: 64, else: 2048)")
-    temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss")
-    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability")
-    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all")
-    rollout_prompts: int = flag(32, "prompts that are sampled together, on each process")
-    reshard_while_sampling: bool = flag(
-        False, "gather weights layer by layer for every token: slow, for what fits no card"
+    prompts_per_step: int | None = flag(
+        None, "prompts sampled in a step, all processes together (toy: 16, else: 512)", above=0
     )
-    cuda_graphs: bool = flag(False, "replay the kernels of a token as one launch (one process on a GPU)")
+    group_size: int = flag(8, "responses sampled for each prompt")
+    max_response_tokens: int | None = flag(
+        None, "a response is cut after so many tokens (toy: 64, else: 2048)", above=0
+    )
+    temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss", above=0, most=100)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", above=0, most=1)
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", least=0)
+    rollout_prompts: int = flag(32, "prompts that are sampled together, on each process", above=0, may_change=True)
+    reshard_while_sampling: bool = flag(
+        False, "gather weights layer by layer for every token: slow, for what fits no card", may_change=True
+    )
+    cuda_graphs: bool = flag(
+        False, "replay the kernels of a token as one launch (one process on a GPU)", may_change=True
+    )
 
 
 @dataclass
@@ -97,22 +85,28 @@ class RewardArgs:
     """reward"""
 
     reward: str | None = flag(None, "your own reward, my_file.py:function, instead of the weighted sum below")
-    accuracy_weight: float = flag(0.9, "weight of a right answer")
-    format_weight: float = flag(0.1, "weight of <think> </think> followed by \\boxed{}")
-    check_seconds: float = flag(3.0, "an answer that takes the maths checker longer than this is wrong")
+    accuracy_weight: float = flag(0.9, "weight of a right answer", least=0, most=1e6)
+    format_weight: float = flag(0.1, "weight of <think> </think> followed by \\boxed{}", least=0, most=1e6)
+    check_seconds: float = flag(
+        3.0, "an answer that takes the maths checker longer than this is wrong", above=0, most=3600
+    )
 
 
 @dataclass
 class LossArgs:
     """loss"""
 
-    clip_low: float = flag(0.2, "the ratio is clipped from below at 1 - clip_low")
-    clip_high: float = flag(0.2, "and from above at 1 + clip_high (DAPO: 0.28)")
+    clip_low: float = flag(0.2, "the ratio is clipped from below at 1 - clip_low", least=0, most=1)
+    clip_high: float = flag(0.2, "and from above at 1 + clip_high (DAPO: 0.28)", least=0, most=1e6)
     aggregation: Literal["token", "sequence"] = flag("token", "mean over all tokens, or over responses")
-    kl_coef: float = flag(0.0, "weight of the KL term; the reference model is loaded only when it is not 0")
-    entropy_coef: float = flag(0.0, "weight of the entropy bonus")
+    kl_coef: float = flag(
+        0.0, "weight of the KL term; the reference model is loaded only when it is not 0", least=0, most=1e6
+    )
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus", least=-1e6, most=1e6)
     filter_groups: bool = flag(False, "replace groups that are all right or all wrong by new prompts (DAPO)")
-    filter_tries: int = flag(10, "draws of --prompts_per_step prompts in a step before going on with what there is")
+    filter_tries: int = flag(
+        10, "draws of --prompts_per_step prompts in a step before going on with what there is", above=0
+    )
     drop_truncated: bool = flag(False, "leave responses that hit --max_response_tokens out of the loss")
 
 
@@ -120,34 +114,57 @@ class LossArgs:
 class UpdateArgs:
     """update"""
 
-    steps: int | None = flag(None, "steps of the whole run (toy: 150, else: 60)")
-    updates_per_step: int | None = flag(None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)")
-    learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6)")
+    steps: int | None = flag(None, "steps of the whole run (toy: 150, else: 60)", above=0, may_change=True)
+    updates_per_step: int | None = flag(
+        None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)", above=0
+    )
+    learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6)", above=0, most=1)
     schedule: Literal["constant", "linear", "cosine"] = flag("constant", "of the learning rate, over the whole run")
-    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0")
-    weight_decay: float = flag(0.01, "AdamW's")
-    beta2: float = flag(0.999, "AdamW's")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    tokens_per_row: int = flag(16384, "of a forward pass: longer groups are cut into rows, and prompts come in parts")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", least=0)
+    weight_decay: float = flag(0.01, "AdamW's", least=0, most=1)
+    beta2: float = flag(0.999, "AdamW's", least=0, below=1)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
+    tokens_per_row: int = flag(
+        16384, "of a forward pass: longer groups are cut into rows, and prompts come in parts", above=0, may_change=True
+    )
 
 
 @dataclass
 class RunArgs:
     """run"""
 
-    output: str | None = flag(None, "folder of everything the run writes (default: runs/<script>)")
+    output: str | None = flag(None, "folder of everything the run writes (default: runs/<script>)", may_change=True)
     seed: int = flag(0, "of the order of the data and of every sampled token")
-    eval_every: int = flag(20, "steps between evaluations; there is also one before the first and after the last step")
-    eval_rows: int = flag(-1, "rows of --eval_data to evaluate on; -1: all, 0: never evaluate")
-    eval_temperature: float | None = flag(None, "temperature of evaluation; 0: greedy (toy: 1, else: 0)")
-    save_every: int = flag(20, "steps between checkpoints; there is also one after the last step")
-    resume: bool = flag(False, "go on from <output>/last")
-    dry_run: int = flag(
-        0, "print the memory that this run needs on so many GPUs, and stop; --model may be a config.json"
+    eval_every: int = flag(
+        20,
+        "steps between evaluations; there is also one before the first and after the last step",
+        least=0,
+        may_change=True,
     )
-    gpu_memory: float | None = flag(None, "GB of a GPU, for --dry_run (default: of the card found, else 80)")
-    show_every: int = flag(10, "steps between sampled responses on the console; 0: never")
-    report_to: str | None = flag(None, "trackers of accelerate besides metrics.jsonl, e.g. tensorboard,wandb")
+    eval_rows: int = flag(
+        -1, "rows of --eval_data to evaluate on; -1: all, 0: never evaluate", least=-1, may_change=True
+    )
+    eval_temperature: float | None = flag(
+        None, "temperature of evaluation; 0: greedy (toy: 1, else: 0)", least=0, most=100, may_change=True
+    )
+    save_every: int = flag(
+        20, "steps between checkpoints; there is also one after the last step", least=0, may_change=True
+    )
+    resume: bool = flag(False, "go on from <output>/last", may_change=True)
+    allow_changed: bool = flag(False, "--resume with other flags than the run was begun with", may_change=True)
+    dry_run: int = flag(
+        0,
+        "print the memory that this run needs on so many GPUs, and stop; --model may be a config.json",
+        least=0,
+        may_change=True,
+    )
+    gpu_memory: float | None = flag(
+        None, "GB of a GPU, for --dry_run (default: of the card found, else 80)", above=0, may_change=True
+    )
+    show_every: int = flag(10, "steps between sampled responses on the console; 0: never", least=0, may_change=True)
+    report_to: str | None = flag(
+        None, "trackers of accelerate besides metrics.jsonl, e.g. tensorboard,wandb", may_change=True
+    )
 
 
 @dataclass
@@ -172,47 +189,14 @@ class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateA
         for name, (for_toy, for_others) in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, for_toy if toy else for_others)
-        self.eval_data = self.eval_data or self.data
+        check_numbers(self)
+        check_pixels(self)
         if self.group_size < 2:
             raise UserError(
                 f"--group_size {self.group_size} leaves no group to compare a response with: set it to 2 or more."
             )
-        positive = ["temperature", "top_p", "max_response_tokens", "rollout_prompts", "tokens_per_row", "steps"]
-        positive += ["prompts_per_step", "updates_per_step", "learning_rate", "max_prompt_tokens", "filter_tries"]
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)} must be above 0.")
-        within(self, top_p=(0, 1), top_k=(0, 10**9), eval_temperature=(0, 100))
         if self.prompts_per_step % self.updates_per_step:
             raise UserError(
                 f"--prompts_per_step {self.prompts_per_step} cannot be split into --updates_per_step "
                 f"{self.updates_per_step} equal parts: make it a multiple."
             )
-
-
-def within(args, **limits):
-    """Raises UserError for an argument outside of its (lowest, highest)."""
-    for name, (lowest, highest) in limits.items():
-        if not lowest <= getattr(args, name) <= highest:
-            raise UserError(f"--{name} {getattr(args, name)} must be between {lowest} and {highest}.")
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that depend on the model, which stand in the help's own words."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def parse_args(cls, argv=None):
-    """`cls` filled from the command line; `--help` shows one group for each dataclass that `cls` inherits from."""
-    groups, seen = [], set()
-    for base in cls.__mro__[:-1]:  # a method may give a shared flag another default: its own class comes first
-        own = [f for f in dataclasses.fields(cls) if f.name in base.__dict__.get("__annotations__", {})]
-        own = [f for f in own if not (f.name in seen or seen.add(f.name))]
-        title = base.__doc__ if base in SharedArgs.__bases__ else Path(sys.argv[0]).stem
-        spec = [(f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in own]
-        if spec:
-            groups.append(dataclasses.make_dataclass(base.__name__, spec, namespace={"_argument_group_name": title}))
-    parser = HfArgumentParser(groups, allow_abbrev=False, formatter_class=Help)
-    return cls(**vars(parser.parse_args(argv)))

@@ -1,19 +1,40 @@
 """Save, find, restore: Hugging Face folders with the training state beside the weights, whole at any moment.
 
-Every file is written under another name and renamed. Nothing is pickled, and no state of a random generator is kept:
-every random number comes from the seed, the step, the row of the data and its number in the stream. Not here: when a
-run saves (run.py).
+Every file is written under another name and renamed; what is there already is set aside, never overwritten. Nothing is
+pickled, and no state of a random generator is kept: every random number comes from the seed, the step, the row of the
+data and its number in the stream. Not here: when a run saves (run.py).
 """
 
+import dataclasses
+import fcntl
+import itertools
 import json
+import os
+import re
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
-from plumbing.arguments import UserError
+from plumbing.commandline import UserError, cannot_write
 from plumbing.sharding import full_tensor, like
+
+
+@dataclass
+class State:
+    """Where a run stands: trainer_state.json of a checkpoint."""
+
+    step: int  # the last one that is done
+    updates: int
+    position: int  # prompts drawn from the data so far
+    prompts: int  # that the data had: another number means other data
+    history: dict  # first and last evaluation, seconds of training
+    script: str
+    arguments: dict
 
 
 def write_text(path, text):
@@ -23,38 +44,106 @@ def write_text(path, text):
     beside.replace(path)
 
 
-def find_checkpoint(args):
-    """The training state to go on from, or None; refuses to mix two runs in one folder."""
-    output, last = Path(args.output), Path(args.output) / "last"
-    if not args.resume:
-        if last.exists():
-            raise UserError(f"{output} holds a run: --resume goes on with it, --output starts another.")
-        return None
-    if not last.exists():
-        raise UserError(f"--resume: there is no checkpoint in {output}; start without it, or set --output.")
+def set_aside(path):
+    """Renames what is there, so that nothing is overwritten: metrics.jsonl to metrics.1.jsonl, step-20 to step-20.1."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
+
+
+def read_state(folder):
+    """The State of a checkpoint; raises UserError where it is not whole."""
     try:
-        state = json.loads((last / "trainer_state.json").read_text())
-        safe_open(last / "optimizer.safetensors", "pt")  # is it there, and whole
-    except (OSError, ValueError, SafetensorError) as error:
+        return State(**json.loads((folder / "trainer_state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint of this project ({error}): take another step-N.") from None
+
+
+def trained_with(model):
+    """{flag: value} of the run that wrote a checkpoint; {} for a model that is none of ours. Raises UserError."""
+    path = Path(model) / "trainer_state.json"
+    if not path.exists() or '"global_step"' in path.read_text():  # of transformers' own Trainer
+        return {}
+    return read_state(path.parent).arguments
+
+
+def newest(output):
+    """The checkpoint to go on from: what `last` points to; the latest step-N where links were not copied; or None."""
+    last = output / "last"
+    if last.is_symlink() and last.exists():
+        return last.resolve()
+    if last.exists():
+        own = f"step-{read_state(last).step}"
+        raise UserError(f"{last} is a folder, not a link to {own}: rename it to {own}, or remove it if that is there.")
+    steps = [folder for folder in output.glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
+    return max(steps, key=lambda folder: int(folder.name[5:]), default=None)
+
+
+def find_checkpoint(args):
+    """(folder, State) to go on from, or (None, None); refuses to mix two runs in one folder."""
+    output = Path(args.output)
+    if not args.resume:
+        if (output / "last").exists() or newest(output):
+            raise UserError(f"{output} holds a run: --resume goes on with it, --output starts another.")
+        return None, None
+    if (folder := newest(output)) is None:
+        raise UserError(f"--resume: there is no checkpoint in {output}; start without it, or set --output.")
+    state = read_state(folder)
+    try:
+        safe_open(folder / "optimizer.safetensors", "pt")  # is it there, and whole
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint ({error}): point {output}/last to another.") from None
+    refuse_changes(changes(args, state), args)
+    return folder, state
+
+
+def changes(args, state, prompts=None):
+    """{what: (then, now)} of all that would make a resumed run train something else than it was begun with."""
+    compared = [f.name for f in dataclasses.fields(args) if not f.metadata["limits"]["may_change"]]
+    found = {"script": (state.script, Path(sys.argv[0]).stem), "prompts": (state.prompts, prompts or state.prompts)}
+    found |= {name: (state.arguments[name], getattr(args, name)) for name in compared if name in state.arguments}
+    return {what: values for what, values in found.items() if values[0] != values[1]}
+
+
+def refuse_changes(found, args):
+    """Raises UserError for `changes`, unless they are wanted."""
+    if found and not args.allow_changed:
+        said = "; ".join(f"{what} was {then}, is {now}" for what, (then, now) in found.items())
         raise UserError(
-            f"--resume: {last} is not a whole checkpoint of this script ({error}): point {last} to another step-N."
-        ) from None
-    for name in ("model", "data", "seed"):
-        if state[name] != getattr(args, name):
-            raise UserError(
-                f"--resume: {output} holds a run with --{name} {state[name]}, not {getattr(args, name)}: "
-                f"give the same, or another --output."
-            )
-    return state
+            f"--resume: {args.output} was begun otherwise ({said}): give the same, or another --output; "
+            f"--allow_changed goes on all the same, and writes it into metrics.jsonl."
+        )
 
 
-def restore_optimizer(output, optimizer, parameters):
+def open_output(args, folder, state):
+    """Makes --output ready, for a new run or for one that goes on, and keeps other runs out until this process ends."""
+    output = Path(args.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes to {output}: wait for its end, or name another --output.") from None
+        if newest(output) != folder:
+            raise UserError(f"another run has written to {output} meanwhile: --resume goes on with it.")
+        if state:
+            restore_metrics(output, state.step)
+        else:
+            set_aside(output / "metrics.jsonl")  # of a run that died before its first checkpoint
+            write_text(output / "metrics.jsonl", "")
+        write_text(output / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {cannot_write(output, error)}.") from None
+
+
+def restore_optimizer(folder, optimizer, parameters):
     """AdamW's moments of the {name: parameter} as they were; raises UserError where they are of other weights."""
-    moments = safe_open(output / "last" / "optimizer.safetensors", "pt")  # read tensor by tensor
+    moments = safe_open(folder / "optimizer.safetensors", "pt")  # read tensor by tensor
     keys = moments.keys()
     if {key.rpartition(".")[0] for key in keys} != set(parameters):
         raise UserError(
-            f"--resume: the optimiser state in {output}/last is of other weights than this run trains: "
+            f"--resume: the optimiser state in {folder} is of other weights than this run trains: "
             f"give the same --model and --freeze_vision, or start anew with another --output."
         )
     for key in keys:
@@ -64,14 +153,26 @@ def restore_optimizer(output, optimizer, parameters):
 
 
 def restore_metrics(output, step):
-    """metrics.jsonl as it was after `step`: later lines, and half a line, are of a run that was killed."""
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_text(output / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    """metrics.jsonl as it was after `step`: later lines, and half a line at the end, are of a run that was killed."""
+    path, kept, broken = output / "metrics.jsonl", [], 0
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            if found["step"] < step or (found["step"] == step and "changed" not in found):  # that is written anew
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            broken += number < len(lines)
+    if broken:
+        set_aside(path)
+        tqdm.write(f"{broken} lines of {path} cannot be read: left out, the file is kept beside it", file=sys.stderr)
+    if not kept:
+        tqdm.write(f"{path} is missing or empty: it begins after step {step}", file=sys.stderr)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main):
-    """`folder`, called step-N, and the link `last` beside it; `state` is what `find_checkpoint` gives back.
+    """`folder`, called step-N, and the link `last` beside it; `state` is the State that `find_checkpoint` gives back.
 
     All processes take part, the main one writes. Raises UserError where the disk is full; the checkpoint before stays.
     """
@@ -87,17 +188,15 @@ def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_m
         model.save_pretrained(beside, state_dict=weights)
         processor.save_pretrained(beside)
         save_file(moments, beside / "optimizer.safetensors")
-        write_text(beside / "trainer_state.json", json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
+        write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+        set_aside(folder)
         beside.rename(folder)
         last.unlink(missing_ok=True)
         last.symlink_to(folder.name)
         last.replace(folder.with_name("last"))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(
-            f"{folder} could not be written ({error}); the checkpoint before it is whole: make room, then --resume."
-        ) from None
+        raise UserError(f"{cannot_write(folder, error)}; the checkpoint before it is whole, for --resume.") from None
 
 
 def collect(tensors, is_main):

@@ -6,6 +6,7 @@ Not here: pages and pictures of tokens (show.py).
 import json
 import math
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch.nn.functional import pad
+from tqdm.auto import tqdm
 
-from plumbing.arguments import UserError
+from plumbing.commandline import UserError
 
 PANELS = {  # metric: (title, share of 1)
-    "eval_accuracy": ("accuracy on test data", True),
+    "eval_accuracy": ("accuracy on {}", True),  # what the runs say that they were evaluated on
     "reward": ("reward of sampled responses", False),
     "entropy": ("entropy, nats per token", False),
     "response_tokens": ("response length, tokens", False),
@@ -26,22 +28,32 @@ STYLES = ["-", "--", "-.", ":"]
 
 
 def read_runs(folders):
-    """{method: [metrics of a seed]}; the method is the folder's name without -0, -1 ... at its end."""
-    runs = defaultdict(list)
+    """{method: [metrics of a seed]}; the method is the folder's name without -0, -1 ... at its end.
+
+    Folders without a log (eval.py's, say) are left out, and named. Raises UserError where none is left.
+    """
+    runs, others = defaultdict(list), []
     for folder in map(Path, folders):
-        if not (folder / "metrics.jsonl").exists():
-            raise UserError(f"{folder} holds no metrics.jsonl: give folders that a training script wrote.")
-        try:
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except ValueError as error:
-            raise UserError(
-                f"{folder}/metrics.jsonl is broken ({error}): mend its last line, or leave it out."
-            ) from None
+        lines = read_metrics(folder / "metrics.jsonl")
         if lines:
             runs[re.sub(r"-\d+$", "", folder.resolve().name)].append(lines)
+        else:
+            others.append(str(folder))
     if not runs:
-        raise UserError("nothing was logged in these folders yet: wait for the first step.")
+        raise UserError(f"{', '.join(others)}: no metrics.jsonl with a step in it: give folders of training runs.")
+    if others:
+        tqdm.write(f"left out, as there is no metrics.jsonl with a step in it: {', '.join(others)}", file=sys.stderr)
     return dict(runs)
+
+
+def read_metrics(path):
+    """Lines of a metrics.jsonl, [] where there is none; the last may be half written. Raises UserError."""
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        whole = lines if not lines or lines[-1].endswith("}") else lines[:-1]
+        return [json.loads(line) for line in whole]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): mend that line, or leave the run out.") from None
 
 
 def series(lines, name):
@@ -99,7 +111,10 @@ def draw_curves(runs, output, window=10):
     figure = Figure(figsize=(15, 6.5), layout="constrained")
     axes = figure.subplots(2, 4)
     colours = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
+    logged = [line for seeds in runs.values() for lines in seeds for line in lines]
+    data = ", ".join(sorted({line["eval_data"] for line in logged if "eval_data" in line})) or "test data"
     for column, (name, (title, percent)) in enumerate(PANELS.items()):
+        title = title.format(data)
         steps_averaged = 1 if name == "eval_accuracy" else window
         title += (", %" if percent else "") + (f" (mean of {window} steps)" if steps_averaged > 1 else "")
         for i, (method, seeds) in enumerate(runs.items()):

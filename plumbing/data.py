@@ -1,11 +1,12 @@
 """Rows of any usual schema -> prompts, and the endless order in which training sees them.
 
-Columns, pictures of any mode, the chat template, what is too long. Not here: what a model makes of a prompt
-(common.py), and how the rows of a benchmark become questions (eval.py).
+Columns, the chat template, what is too long or cannot be used. Not here: files and hub sets (rows.py), how a picture is
+opened (pictures.py), what a model makes of a prompt (common.py), and how a benchmark's rows become questions (eval.py).
 """
 
+import copy
 import dataclasses
-import io
+import os
 import random
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
-from plumbing.arguments import TOY, UserError, cannot_open
+from plumbing.commandline import UserError
+from plumbing.pictures import Unusable, open_picture, read_to_the_end, to_rgb
+from plumbing.rows import load_rows, local_splits
 
 COLUMNS = {
     "image": ("images", "image"),
@@ -45,28 +48,6 @@ class Prompt:
     serial: int = 0  # its number in the stream of prompts
 
 
-def load_rows(name, split, revision, option="--data"):
-    """Rows of a hub data set (`id` or `id:config`), or of a local parquet, json or jsonl file or folder.
-
-    `option` is the flag that a UserError names.
-    """
-    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-    path = TOY / f"{split}.parquet" if name == "toy" else Path(name)
-    try:
-        if not path.exists():
-            identifier, _, config = name.partition(":")
-            return datasets.load_dataset(identifier, config or None, split=split, revision=revision)
-        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in kinds)
-        found = {kinds.get(f.suffix) for f in files}
-        if len(found) != 1 or None in found:
-            raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
-        return datasets.load_dataset(found.pop(), data_files=[str(f) for f in files], split="train")
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-        if isinstance(error, StopIteration) or "no data" in str(error):
-            raise UserError(f"{option} {name} has no rows: give a file with some.") from None
-        raise UserError(cannot_open(option, name, error)) from None
-
-
 def prompt_text(processor, problem, instruction):
     """The chat template around a question with `<image>` at the place of each picture, and the instruction after it."""
     content = []
@@ -75,14 +56,31 @@ def prompt_text(processor, problem, instruction):
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-class Data:
-    """A data set as prompts: finds the columns, drops over-long prompts, opens pictures, builds the prompt.
+def plain_text(value, what):
+    """A question or an answer as a string. Raises Unusable for None, NaN, blanks, and what is neither text nor number.
 
-    Training and evaluation build their prompts here and nowhere else.
+    >>> plain_text(30, "answer")
+    '30'
+    """
+    if value is None or value != value or value == "":
+        raise Unusable(f"has no {what}")
+    if not isinstance(value, str | int | float):
+        raise Unusable(f"has a {type(value).__name__} for its {what}, not a text")
+    if not str(value).strip():
+        raise Unusable(f"has no {what}")
+    return str(value)
+
+
+class Data:
+    """A data set as prompts: finds the columns, reads every row once, builds the prompts.
+
+    Training and evaluation build their prompts here and nowhere else. `tokens` {row: length of its prompt} of the rows
+    that can be used, `indices` those of them that are not too long, `dropped` how many are, `unusable` {row: why}.
     """
 
     def __init__(self, name, split, args, processor, rope_index, option="--data"):
         self.name, self.args, self.processor, self.rope_index, self.option = name, args, processor, rope_index, option
+        self.title = f"{Path(name).name} ({split})" if name == "toy" or not Path(name).is_file() else Path(name).name
         self.rows = load_rows(name, split, args.data_revision, option)
         self.folder = Path(name) if Path(name).is_dir() else Path(name).parent
         self.columns = {}
@@ -98,81 +96,123 @@ class Data:
         self.measure()
 
     def measure(self):
-        """Lengths of all prompts, without decoding a picture; drops, and counts, those that are too long."""
-        name, args, option = self.name, self.args, self.option
+        """Reads every row: what cannot be used is left out, up to 1 % of the rows, what is too long is dropped."""
         for column, feature in self.rows.features.items():  # keep the bytes: a picture is opened when its turn comes
             as_list = hasattr(feature, "feature")
             if isinstance(feature.feature if as_list else feature, ImageFeature):
                 raw = ImageFeature(decode=False)
                 self.rows = self.rows.cast_column(column, datasets.List(raw) if as_list else raw)
-        tokens = [self.prompt_tokens(i) for i in range(len(self.rows))]
-        self.indices = [i for i, length in enumerate(tokens) if length <= args.max_prompt_tokens]
-        self.dropped = len(self.rows) - len(self.indices)
-        self.longest_row = max(self.indices, key=tokens.__getitem__, default=None)
-        self.longest_tokens = max((tokens[i] for i in self.indices), default=0)
+        rows, self.tokens, self.unusable = len(self.rows), {}, {}
+        pool, silent = ThreadPoolExecutor(), os.environ.get("RANK", "0") != "0"
+        looked = [pool.submit(self.look, i) for i in range(rows)]
+        try:
+            for i, row in enumerate(tqdm(looked, self.name, leave=False, delay=2, unit="row", disable=silent)):
+                try:
+                    self.tokens[i] = self.prompt_tokens(*row.result())
+                except Unusable as error:
+                    self.unusable[i] = str(error)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        if len(self.unusable) > 0.01 * rows:
+            raise UserError(f"{self.option} {self.name}: {self.say_unusable('cannot be used')}: mend or remove them.")
+        most = self.args.max_prompt_tokens
+        self.indices = [i for i, length in self.tokens.items() if length <= most]
+        self.dropped = len(self.tokens) - len(self.indices)
         if not self.indices:
             raise UserError(
-                f"{option} {name} has no row left to use ({self.dropped} were longer than --max_prompt_tokens "
-                f"{args.max_prompt_tokens})."
+                f"{self.option} {self.name} has no row left to use ({self.dropped} were longer than "
+                f"--max_prompt_tokens {most})."
             )
+
+    def look(self, index):
+        """(problem, (height, width) of each picture) of a row whose pictures are whole. Raises Unusable."""
+        problem, images, _ = self.row(index)
+        sizes = [(image.height, image.width) for image in images]
+        for image in images:
+            read_to_the_end(image)
+        return problem, sizes
+
+    def say_unusable(self, verb):
+        """How many rows cannot be used, and the first three by number with the reason."""
+        said = [f"row {index} {why}" for index, why in self.unusable.items()]
+        return f"{len(said)} of {len(self.rows)} rows {verb} ({'; '.join(said[:3])}{'; ...' if said[3:] else ''})"
+
+    def __str__(self):
+        said = f"{self.title}: {len(self)} prompts, {self.dropped} dropped as too long"
+        return f"{said}; {self.say_unusable('left out')}" if self.unusable else said
 
     def __len__(self):
         return len(self.indices)
 
+    @property
+    def longest_row(self):
+        """The row of the longest prompt."""
+        return max(self.indices, key=self.tokens.__getitem__)
+
+    @property
+    def longest_tokens(self):
+        return self.tokens[self.longest_row]
+
+    def for_evaluation(self):
+        """What a run on this data set is evaluated on: --eval_data, the other split, or rows that are held out.
+
+        None where a local file has fewer than 10 rows: none can be spared.
+        """
+        args, name = self.args, self.args.eval_data or self.name
+        if self.args.eval_data or name == "toy" or not Path(name).exists() or args.eval_split in local_splits(name):
+            split = "test" if name == "toy" else args.eval_split
+            return Data(name, split, args, self.processor, self.rope_index, "--eval_data")
+        return self.hold_out(min(len(self) // 10, 500), args.seed) if len(self) >= 10 else None
+
+    def hold_out(self, rows, seed):
+        """Takes so many rows, chosen by the seed, out of this data set; returns them as a data set of their own."""
+        held = copy.copy(self)
+        held.indices = some_of(self.indices, rows, f"held out {seed}")
+        held.title, held.dropped, held.unusable = f"rows held out of {self.title}", 0, {}
+        self.indices = sorted(set(self.indices) - set(held.indices))
+        return held
+
     def fields(self, index):
-        """(problem, images, answer) as they stand in a row."""
-        row = self.rows[index]
+        """(problem, images, answer) as they stand in a row. Raises Unusable."""
+        try:
+            row = self.rows[index]
+        except UnicodeDecodeError:
+            raise Unusable("is not in UTF-8") from None
         images = row[self.columns["image"]] if self.columns["image"] else None
         images = images if isinstance(images, list) else [] if images is None else [images]
-        return str(row[self.columns["problem"]]), images, str(row[self.columns["answer"]])
+        return row[self.columns["problem"]], images, row[self.columns["answer"]]
 
     def row(self, index):
-        """(problem, images, answer) of a row, with a place for each picture; the pictures are not decoded yet."""
+        """(problem, images, answer), with a place for each picture, not decoded yet. Raises Unusable."""
         problem, images, answer = self.fields(index)
-        opened = [self.open_image(image, index) for image in images]
+        problem, answer = plain_text(problem, "question"), plain_text(answer, "answer")
+        opened = [open_picture(image, self.folder) for image in images]
         marked = problem.count("<image>")
         if marked == 0:
             problem = "<image>" * len(opened) + problem
         elif marked != len(opened):
-            raise UserError(
-                f"row {index} of {self.name} says <image> {marked} times and has {len(opened)} images: make them agree."
-            )
+            raise Unusable(f"says <image> {marked} times and has {len(opened)} images")
         return problem, opened, answer
 
-    def open_image(self, image, index):
+    def prompt_tokens(self, problem, sizes):
+        """Length of a prompt, from its text and the (height, width) of its pictures. Raises Unusable."""
+        pictures, tokenizer = self.processor.image_processor, self.processor.tokenizer
         try:
-            if isinstance(image, dict) and image.get("bytes") is not None:
-                image = io.BytesIO(image["bytes"])
-            elif isinstance(image, dict):
-                image = self.folder / image["path"]
-            elif isinstance(image, bytes):
-                image = io.BytesIO(image)
-            elif isinstance(image, str):
-                image = self.folder / image
-            opened = image if isinstance(image, Image.Image) else Image.open(image)
-            if opened.format != "PNG":  # looking for EXIF data would decode a PNG here already
-                ImageOps.exif_transpose(opened, in_place=True)
-            return opened
-        except (OSError, TypeError, KeyError) as error:
-            raise UserError(f"row {index} of {self.name} has an image that cannot be read ({error}).") from None
-
-    def prompt_tokens(self, index):
-        """Length of a row's prompt, from the sizes of its pictures alone."""
-        problem, images, _ = self.row(index)
-        pictures = self.processor.image_processor
-        try:
-            patches = sum(pictures.get_number_of_image_patches(image.height, image.width) for image in images)
+            patches = [pictures.get_number_of_image_patches(*size) for size in sizes]
         except ValueError as error:  # 200 times as wide as high
-            raise UserError(f"row {index} of {self.name} has an image that cannot be used ({error}).") from None
-        text = prompt_text(self.processor, problem, self.args.instruction)
-        return len(self.processor.tokenizer(text).input_ids) - len(images) + patches // pictures.merge_size**2
+            raise Unusable(f"has an image that cannot be used ({error})") from None
+        ids = tokenizer(prompt_text(self.processor, problem, self.args.instruction)).input_ids
+        special = tokenizer.convert_tokens_to_ids([self.processor.image_token, self.processor.video_token])
+        if sum(ids.count(token) for token in special) != len(sizes):
+            raise Unusable("has the name of the model's image token in its text")
+        return len(ids) - len(sizes) + sum(patches) // pictures.merge_size**2
 
     def prompt(self, index):
-        problem, images, answer = self.row(index)
         try:
+            problem, images, answer = self.row(index)
             images = [to_rgb(image) for image in images]
-        except OSError as error:
-            raise UserError(f"row {index} of {self.name} has an image that cannot be read ({error}).") from None
+        except (Unusable, OSError) as error:
+            raise UserError(f"row {index} of {self.name} {error}, which was whole when the run began.") from None
         text = prompt_text(self.processor, problem, self.args.instruction)
         made = self.processor(text=[text], images=images or None, return_tensors="pt")
         grid = made.get("image_grid_thw")
@@ -187,14 +227,6 @@ class Data:
 def some_of(order, rows, seed):
     """So many of a list, chosen by the seed, in their order; all of it where it has no more, and for -1."""
     return sorted(random.Random(seed).sample(order, rows)) if 0 < rows < len(order) else order
-
-
-def to_rgb(image):
-    """Any mode to RGB; what is transparent becomes white, as on the page the diagram was made for."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 class Stream:

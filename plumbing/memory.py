@@ -6,7 +6,8 @@ Arithmetic; tests/test_memory.py holds it to memory that was measured. Not here:
 import torch
 import transformers
 
-from plumbing.arguments import UserError, cannot_open, model_source
+from plumbing.arguments import model_source
+from plumbing.commandline import UserError, cannot_open
 from plumbing.kernels import HEAD_CHUNK
 
 
@@ -20,7 +21,8 @@ def plan(args, gpus):
     holds the larger of the two.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(model_source(args), revision=args.model_revision)
+        source = {"revision": args.model_revision, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(model_source(args), **source)
     except (OSError, ValueError) as error:
         raise UserError(cannot_open("--model", args.model, error)) from None
     with torch.device("meta"):

@@ -8,6 +8,8 @@ import math
 
 from accelerate.utils import gather_object
 
+from plumbing.commandline import UserError, cannot_write
+
 
 class Metrics:
     """What is measured in a step, on this process, until `sums` joins it with the others."""
@@ -38,11 +40,15 @@ class Metrics:
     def write(self, line):
         """A line of metrics.jsonl, floats with six digits, null where one is not finite; the same to the trackers."""
         floats = {name: value for name, value in line.items() if isinstance(value, float)}
-        line |= {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in floats.items()}
+        line = line | {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in floats.items()}
         if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise UserError(f"{cannot_write(self.path, error)}, then go on with --resume.") from None
+        numbers = {name: value for name, value in line.items() if name != "step" and not isinstance(value, dict | str)}
+        self.accelerator.log(numbers, step=line["step"])
 
 
 def means(sums):

@@ -5,18 +5,20 @@ all compute, in the same order. Not here: which process trains on which rows (ru
 """
 
 import contextlib
+import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from plumbing.arguments import UserError
+from plumbing.commandline import UserError
 from plumbing.memory import refuse_what_cannot_fit
 
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of processes with one that still downloads or samples
@@ -27,7 +29,9 @@ def start_processes(args):
     gpu = torch.cuda.is_available()
     trackers = args.report_to.split(",") if args.report_to else []
     for tracker in trackers:
-        if tracker not in map(str, get_available_trackers()):
+        if tracker not in map(str, LoggerType):
+            raise UserError(f"--report_to {tracker} is none of {', '.join(sorted(map(str, LoggerType)))}.")
+        if tracker != "all" and tracker not in map(str, get_available_trackers()):
             raise UserError(f"--report_to {tracker} is not installed: pip install {tracker}, or leave it out.")
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and gpu)
     accelerator = Accelerator(
@@ -49,6 +53,27 @@ def start_processes(args):
         )
     refuse_what_cannot_fit(args, world_size)
     return accelerator
+
+
+def use_cores():
+    """Gives torch as many threads as this process may use cores, its share where several run here; says so in words.
+
+    More threads than cores wait for each other. A container's limit is no affinity, so torch does not see it.
+    OMP_NUM_THREADS, where it is set, stands.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    if limit.exists() and not limit.read_text().startswith("max"):
+        quota, period = map(int, limit.read_text().split())
+        cores = min(cores, max(1, quota // period))
+    if "OMP_NUM_THREADS" not in os.environ:
+        share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(min(share, torch.get_num_threads()))
+    said = f"{torch.get_num_threads()} threads on {cores} cores"
+    busy = os.getloadavg()[0]
+    if busy > cores:
+        said += f", for which {busy:.1f} wait already: OMP_NUM_THREADS=1 may be many times as fast"
+    return said
 
 
 def shard(model, source, device, bf16):
@@ -120,6 +145,11 @@ def inside(model, function):
 def full_tensor(tensor):
     """The whole of a sharded tensor, on every process; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    """This process's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor, other):

@@ -6,7 +6,8 @@ import pytest
 
 from common import Reward
 from plumbing.answers import Checker, extract_answer
-from plumbing.arguments import SharedArgs, UserError
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import UserError
 
 
 @pytest.fixture(scope="module")

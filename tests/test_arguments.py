@@ -1,15 +1,19 @@
 """The command line: what it refuses, what --help shows, what a flag defaults to."""
 
 import dataclasses
+import importlib
+import math
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT
 
 import grpo
-from plumbing.arguments import SharedArgs, flag, parse_args
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import UserError, flag, parse_args
 
 
 @pytest.mark.parametrize(
@@ -20,7 +24,25 @@ from plumbing.arguments import SharedArgs, flag, parse_args
         (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--steps", "many"], "invalid int value"),
         (["--learning_rate", "0"], "--learning_rate 0.0 must be above 0"),
-        (["--top_p", "1.5"], "--top_p 1.5 must be between 0 and 1"),
+        (["--top_p", "1.5"], "--top_p 1.5 must be above 0 and at most 1"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan must be above 0"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm -1.0 must be above 0"),
+        (["--learning_rate", "inf"], "--learning_rate inf must be above 0 and at most 1"),
+        (["--temperature", "nan"], "--temperature nan must be above 0 and at most 100"),
+        (["--clip_high", "-1"], "--clip_high -1.0 must be between 0 and 1,000,000"),
+        (["--beta2", "1"], "--beta2 1.0 must be at least 0 and below 1"),
+        (["--weight_decay", "-1"], "--weight_decay -1.0 must be between 0 and 1"),
+        (["--check_seconds", "nan"], "--check_seconds nan must be above 0 and at most 3,600"),
+        (["--max_pixels", "-1"], "--max_pixels -1 must be above 0"),
+        (
+            ["--min_pixels", "5000", "--max_pixels", "4000"],
+            "--min_pixels 5000 is more than --max_pixels 4000: set both",
+        ),
+        (["--dry_run", "-1"], "--dry_run -1 must be at least 0"),
+        (["--gpu_memory", "0"], "--gpu_memory 0.0 must be above 0"),
+        (["--warmup_steps", "-1"], "--warmup_steps -1 must be at least 0"),
+        (["--eval_rows", "-2"], "--eval_rows -2 must be at least -1"),
+        (["--kl_coef", "inf"], "--kl_coef inf must be between 0"),
         (["--eval_temperature", "-1"], "--eval_temperature -1.0 must be between 0 and 100"),
         (["--rollout_prompts", "0"], "--rollout_prompts 0 must be above 0"),
         (["--updates_per_step", "0"], "--updates_per_step 0 must be above 0"),
@@ -46,6 +68,8 @@ def test_help(capsys):
         parse_args(grpo.Args, ["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
+    assert "--group_size " in text and "GROUP_SIZE" not in text and "--group-size" not in text  # by one name alone
+    assert "--dtype {auto,float32,bfloat16}" in text
     for f in SharedArgs.__dataclass_fields__:
         assert f"--{f}" in text
     for group in ("model", "data", "rollout", "reward", "loss", "update", "run"):
@@ -55,7 +79,7 @@ def test_help(capsys):
 def test_defaults_for_a_real_model(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--model", "Qwen/Qwen2.5-VL-7B-Instruct"])
     args = parse_args(grpo.Args)
-    assert args.data == args.eval_data == "hiyouga/geometry3k" and args.output == "runs/grpo"
+    assert args.data == "hiyouga/geometry3k" and args.eval_data is None and args.output == "runs/grpo"
     assert (args.prompts_per_step, args.group_size, args.updates_per_step) == (512, 8, 4)
     assert (args.learning_rate, args.max_prompt_tokens, args.max_response_tokens) == (1e-6, 2048, 2048)
     assert (args.min_pixels, args.max_pixels, args.gradient_checkpointing) == (262_144, 1_000_000, True)
@@ -76,6 +100,32 @@ def test_a_method_may_change_a_shared_default_and_add_a_flag(monkeypatch):
     assert (args.entropy_coef, args.alpha, args.group_size, args.output) == (0.25, 0.1, 12, "runs/x")
 
 
-def test_every_argument_has_help_and_a_flag():
+def test_every_argument_has_help_and_every_number_its_limits():
+    for name in ("grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "eval"):
+        for f in dataclasses.fields(importlib.import_module(name).Args):
+            limits = f.metadata["limits"]
+            assert f.metadata["help"], f.name
+            number = not isinstance(f.type, type) or f.type in (int, float)
+            bounded = any(limits[side] is not None for side in ("above", "least", "most", "below"))
+            if number and any(kind in str(f.type) for kind in ("int", "float")) and "Literal" not in str(f.type):
+                assert bounded or f.name in ("seed", "group_size"), f"{name} --{f.name}"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_that_is_not_finite(value):
     for f in dataclasses.fields(SharedArgs):
-        assert f.metadata["help"], f.name
+        if "float" in str(f.type) and "Literal" not in str(f.type):
+            with pytest.raises(UserError, match=f"--{f.name} "):
+                SharedArgs(**{f.name: value})
+
+
+def test_under_torchrun_the_first_process_says_it_alone(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "0")
+    UserError("no")
+    assert not waited and capsys.readouterr().err == "error: no\n"
+    monkeypatch.setenv("RANK", "1")  # torchrun ends it while it waits
+    UserError("no")
+    assert waited == [3]

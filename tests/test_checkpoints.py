@@ -1,12 +1,15 @@
 """Checkpoints: resumed to the bit, survived kill -9, and refused with a sentence."""
 
+import errno
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from pair import free_port
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import grpo
-from plumbing.arguments import UserError
+from plumbing.checkpoints import trained_with
+from plumbing.commandline import UserError
 from run import Run
 
 SMALL = ["--prompts_per_step", 2, "--weight_decay", 0.01]
@@ -142,16 +146,153 @@ def test_a_folder_holds_one_run(tmp_path):
     grpo_run(tmp_path / "run", "--steps", 1)
     with pytest.raises(UserError, match="--resume goes on with it, --output starts another"):
         grpo_run(tmp_path / "run", "--steps", 1)
-    with pytest.raises(UserError, match="holds a run with --model toy, not /some/where"):
+    with pytest.raises(UserError, match="was begun otherwise .*model was toy, is /some/where"):
         grpo_run(tmp_path / "run", "--model", "/some/where", "--updates_per_step", 1, "--resume")
-    with pytest.raises(UserError, match="holds a run with --seed 0, not 4"):
-        grpo_run(tmp_path / "run", "--seed", "4", "--resume")
+
+
+CHANGES = [["--seed", 4], ["--learning_rate", 1e-3], ["--temperature", 0.9], ["--instruction", "Hm."]]
+CHANGES += [["--max_response_tokens", 30], ["--check_seconds", 2.0], ["--data", "/nowhere"], ["--schedule", "cosine"]]
+CHANGES += [["--prompts_per_step", 4], ["--reward", "mine.py:f"], ["--answer_column", "x"], ["--group_size", 6]]
+SAME = ["--rollout_prompts", 8, "--tokens_per_row", 500, "--gradient_checkpointing", "--show_every", 1]
+SAME += ["--eval_every", 1, "--save_every", 1, "--eval_temperature", 0]
+
+
+def test_a_resumed_run_trains_what_it_was_begun_with(tmp_path, capsys):
+    """What would change the result is refused, by name; what changes none is not; evidence and checkpoint stay."""
+    output = tmp_path / "run"
+    grpo_run(output, "--steps", 1)
+    before, arguments = weights(output / "last"), (output / "args.json").read_text()
+    for flags in CHANGES:
+        with pytest.raises(UserError, match=rf"was begun otherwise .{flags[0][2:]} was .*, is {flags[1]}\)"):
+            grpo_run(output, "--steps", 2, *flags, "--resume")
+    with pytest.raises(
+        UserError, match=r"was begun otherwise .script was grpo, is vepo; entropy_coef was 0.0, is 0.001"
+    ):
+        train("vepo", output, *SMALL, "--steps", 2, "--resume")
+    assert arguments == (output / "args.json").read_text() and same(before, weights(output / "last"))
+    lines = grpo_run(output, "--steps", 2, *SAME, "--resume")
+    assert [line["step"] for line in lines] == [1, 2] and not any("changed" in line for line in lines)
+
+
+def test_changed_on_purpose_is_written_down(tmp_path):
+    grpo_run(tmp_path / "run", "--steps", 1)
+    flags = ["--steps", 2, "--learning_rate", 1e-3, "--resume", "--allow_changed"]
+    for _ in range(2):  # the second time after a death before step 2 was saved
+        lines = train("vepo", tmp_path / "run", *SMALL, *flags)
+        (tmp_path / "run" / "last").unlink()
+        (tmp_path / "run" / "last").symlink_to("step-1")
+    said = {"script": ["grpo", "vepo"], "learning_rate": [1e-4, 1e-3], "entropy_coef": [0.0, 1e-3]}
+    assert [line for line in lines if "changed" in line] == [{"step": 1, "changed": said}]
+    assert [line["step"] for line in lines] == [1, 1, 2] and lines[2]["learning_rate"] == 1e-3
+    assert (tmp_path / "run" / "step-2.1").is_dir()  # the first step 2 is not overwritten
+
+
+def test_other_rows_behind_the_same_name_are_noticed(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(f'{{"question": "{i}?", "answer": "1"}}\n' for i in range(40)))
+    flags = ["--data", path, "--eval_rows", -1]
+    grpo_run(tmp_path / "run", "--steps", 1, *flags)
+    path.write_text("".join(f'{{"question": "{i}?", "answer": "1"}}\n' for i in range(60)))
+    with pytest.raises(UserError, match="begun otherwise .prompts was 36, is 54"):
+        grpo_run(tmp_path / "run", "--steps", 2, *flags, "--resume")
+
+
+def test_links_that_were_not_copied(tmp_path, capsys):
+    output = tmp_path / "run"
+    grpo_run(output, "--steps", 2, "--save_every", 1)
+    (output / "last").unlink()  # rsync without -l
+    with pytest.raises(UserError, match="holds a run: --resume goes on"):
+        grpo_run(output, "--steps", 3)
+    grpo_run(output, "--steps", 3, "--resume")
+    assert "going on after step 2, from " in capsys.readouterr().err and (output / "last").resolve().name == "step-3"
+    (output / "last").unlink()
+    shutil.copytree(output / "step-3", output / "last")  # cp -rL
+    before = weights(output / "last")
+    with pytest.raises(UserError, match="last is a folder, not a link to step-3: rename it to step-3, or remove it if"):
+        grpo_run(output, "--steps", 4, "--resume")
+    with pytest.raises(UserError, match="holds a run: --resume goes on"):
+        grpo_run(output, "--steps", 4)
+    assert same(before, weights(output / "last")) and same(before, weights(output / "step-3"))
+
+
+def test_two_runs_in_one_folder_at_a_time(tmp_path):
+    process = start(tmp_path / "run", "--steps", 500)
+    while not (tmp_path / "run" / "args.json").exists() and process.is_alive():
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="another run writes to .*: wait for its end, or name another --output"):
+        grpo_run(tmp_path / "run", "--steps", 1)
+    process.kill()
+    process.join()
+    grpo_run(tmp_path / "run", "--steps", 1)  # the lock ended with its process
+    assert (tmp_path / "run" / "metrics.1.jsonl").exists()  # and what the first one had logged is kept
+
+
+@pytest.mark.parametrize("log", [None, "", '{"step": 1, "loss"\n{"step": 1, "reward": 0.5}\n', "[1]\n"])
+def test_a_log_that_is_missing_or_broken_is_kept_and_named(tmp_path, capsys, log):
+    output = tmp_path / "run"
+    grpo_run(output, "--steps", 1)
+    (output / "metrics.jsonl").unlink()
+    if log is not None:
+        (output / "metrics.jsonl").write_text(log)
+    lines = grpo_run(output, "--steps", 2, "--resume")
+    said = capsys.readouterr().err
+    if log and "loss" in log:
+        assert [line["step"] for line in lines] == [1, 2] and "1 lines of " in said and "cannot be read" in said
+        assert (output / "metrics.1.jsonl").read_text() == log
+    else:
+        assert [line["step"] for line in lines] == [2] and "is missing or empty: it begins after step 1" in said
+
+
+def test_a_checkpoint_of_another_trainer_or_without_its_keys(tmp_path):
+    grpo_run(tmp_path / "run", "--steps", 1)
+    (tmp_path / "run/last/trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a whole checkpoint of this project .*missing .*'step'"):
+        grpo_run(tmp_path / "run", "--steps", 2, "--resume")
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        trained_with(tmp_path / "run/last")
+    (tmp_path / "run/last/trainer_state.json").write_text('{"global_step": 3}')
+    assert trained_with(tmp_path / "run/last") == trained_with("toy") == {}
+
+
+@pytest.mark.parametrize(
+    "error, advice",
+    [
+        (errno.ENOSPC, "make room on the disk"),
+        (errno.EROFS, "see that it may be written"),
+        (errno.EACCES, "see that it"),
+    ],
+)
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, error, advice):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text("mine")
+
+    def refuse(path, text):
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(UserError, match=f"--output .*run could not be written .*{os.strerror(error)}.*: {advice}"):
+        grpo_run(tmp_path / "run", "--steps", 1)
+    assert (tmp_path / "run" / "args.json").read_text() == "mine"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    log = Run.log
+
+    def ruin(run):
+        log(run)
+        if run.step == 2:
+            next(iter(run.parameters.values())).data[0] = torch.nan
+
+    monkeypatch.setattr(Run, "log", ruin)
+    with pytest.raises(UserError, match="after step 2 the weights are not finite, and are not saved"):
+        grpo_run(tmp_path / "run", "--steps", 3, "--save_every", 1)
+    assert (tmp_path / "run" / "last").resolve().name == "step-1" and not list((tmp_path / "run").glob("step-2*"))
 
 
 def test_checkpoints_that_are_mixed_or_not_whole(tmp_path):
     grpo_run(tmp_path / "run", "--steps", 1, "--freeze_vision")
     with pytest.raises(UserError, match="optimiser state .* of other weights .*--freeze_vision"):
-        grpo_run(tmp_path / "run", "--steps", 2, "--resume")
+        grpo_run(tmp_path / "run", "--steps", 2, "--resume", "--allow_changed")
     for name, sentence in (("model", "cannot be opened"), ("optimizer", "is not a whole checkpoint")):
         os.truncate(tmp_path / f"run/last/{name}.safetensors", 50_000)
         with pytest.raises(UserError, match=f"{sentence} .*not fully covered"):

@@ -35,14 +35,14 @@ def test_the_table_by_hand(tmp_path, monkeypatch, capsys):
     assert rows["PEPO"][0] == "2" and rows["PEPO"][1].startswith("80.0 ± ")
     assert rows["PEPO"][2] == f"+5.0 ± {t * 21.2132:.1f}" and rows["PEPO"][5] == "2.00"  # gains of -10 and +20 points
     assert rows["PEPO"][3] == f"+2.5 ± {t * 10.6066:.1f}" and rows["PEPO"][4] == "- (1 of 2 seeds)"
-    assert (tmp_path / "comparison.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"comparison.jsonl", "comparison.png"}
 
 
 def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
     for argv, text, sentence in (
         (["x", "--report"], '{"arm": "GR', "is broken"),
-        (["x", "--jobs", "0"], "", "--jobs 0 must be between 1"),
+        (["x", "--jobs", "0"], "", "--jobs 0 must be above 0"),
     ):
         compare.RESULTS.write_text(text)
         monkeypatch.setattr(sys, "argv", argv)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import grpo
+from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, pooled, read_runs, series, student
 
 
@@ -37,6 +38,33 @@ def test_seeds_are_pooled(tmp_path):
     assert "vepo" in table[1] and table[1].split()[1:3] == ["3", "2"] and table[2].split()[-1] == "60.0%"
     assert Image.open(tmp_path / "curves.png").width > 1000 and "<svg" in (tmp_path / "curves.svg").read_text()
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_folders_that_are_no_runs_are_left_out_and_named(tmp_path, capsys):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="eval.*: no metrics.jsonl with a step in it"):
+        read_runs([tmp_path / "eval", tmp_path / "a file"])
+    run = write_run(tmp_path / "grpo", [0.4, 0.6])
+    (run / "metrics.jsonl").open("a").write('{"step": 2, "half a li')  # while it runs
+    assert list(read_runs(sorted(tmp_path.iterdir()))) == ["grpo"]
+    said = capsys.readouterr().err
+    assert "left out" in said and all(str(tmp_path / name) in said for name in ("eval", "a file", "begun"))
+    (run / "metrics.jsonl").write_text('{"step"\n{"step": 1}')
+    with pytest.raises(UserError, match="grpo/metrics.jsonl cannot be read"):
+        read_runs([run])
+
+
+def test_the_title_says_what_was_evaluated_on(tmp_path):
+    runs = {}
+    for name in ("toy (test)", "rows held out of mine.jsonl"):
+        line = {"step": 0, "eval_accuracy": 0.5, "eval_data": name}
+        runs[name] = [[line, {"step": 1, "reward": 1.0, "entropy": 0.1, "response_tokens": 3, "seconds": 1.0}]]
+    draw_curves(runs, tmp_path / "curves")
+    text = (tmp_path / "curves.svg").read_text()
+    assert "accuracy on rows held out of mine.jsonl, toy (test), %" in text
 
 
 def test_student():

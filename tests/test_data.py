@@ -9,8 +9,10 @@ from helpers import ROOT
 from PIL import Image
 
 from common import load_processor
-from plumbing.arguments import INSTRUCTION, SharedArgs, UserError
-from plumbing.data import Data, Stream, prompt_text, to_rgb
+from plumbing.arguments import INSTRUCTION, SharedArgs
+from plumbing.commandline import UserError
+from plumbing.data import Data, Stream, prompt_text
+from plumbing.pictures import Unusable, open_picture, to_rgb
 
 
 def data_of(toy, name, split="train", **more):
@@ -66,9 +68,32 @@ def test_images_without_a_placeholder_come_first(toy, tmp_path):
     assert problem == "<image>What?" and len(images) == 1 and answer == "1"
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "PA", "RGBA", "1", "CMYK", "I;16", "I", "F", "HSV", "LAB"])
 def test_any_mode_becomes_rgb(mode):
     assert to_rgb(Image.new(mode, (4, 4))).mode == "RGB"
+
+
+def grey(mode, value):
+    image = Image.new(mode, (4, 4), value)
+    image.putpixel((0, 0), 0)
+    return to_rgb(image).getpixel((3, 3))
+
+
+def test_values_of_16_bits_and_floats_keep_their_range(tmp_path):
+    assert grey("I;16", 65535) == (255, 255, 255) and grey("I;16", 32768) == (128, 128, 128)
+    assert grey("I;16", 257) == (1, 1, 1)  # declared as 16 bits, so it is nearly black
+    assert grey("I", 65535) == (255, 255, 255) and grey("I", 200) == (200, 200, 200)
+    assert (
+        grey("F", 0.5) == (128, 128, 128) and grey("F", 1.0) == (255, 255, 255) and grey("F", 200.0) == (200, 200, 200)
+    )
+    for mode, value in (("F", 300.0), ("F", -1.0), ("I", 10**6), ("F", float("nan"))):
+        with pytest.raises(Unusable, match="with values from"):
+            to_rgb(Image.new(mode, (4, 4), value))
+    Image.new("I;16", (4, 4), 32768).save(tmp_path / "a.png")
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tiff")
+    for name in ("a.png", "a.tiff"):
+        image = open_picture(name, tmp_path)
+        assert to_rgb(image).getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_transparent_becomes_white_and_palettes_keep_their_colours():
@@ -115,7 +140,7 @@ def test_pixel_limits(toy, tmp_path):
         processor = load_processor(folder, min_pixels=least, max_pixels=most)
         data = data_of((toy[0], processor), tmp_path / "d.json")
         assert data.prompt(0).image_mask.sum() == tokens
-        assert data.prompt_tokens(0) == len(data.prompt(0).input_ids)
+        assert data.tokens[0] == len(data.prompt(0).input_ids)
 
 
 def test_long_prompts_are_dropped_and_counted_never_cut(toy, picture_file):
@@ -125,7 +150,7 @@ def test_long_prompts_are_dropped_and_counted_never_cut(toy, picture_file):
     for name in ("toy", picture_file):
         data = data_of(toy, name)
         for i in data.indices[:14]:
-            assert data.prompt_tokens(i) == len(data.prompt(i).input_ids)
+            assert data.tokens[i] == len(data.prompt(i).input_ids)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -153,8 +178,8 @@ def test_the_order_is_that_of_one_process(toy, world):
         ([{"foo": "a", "answer": "1"}], {}, "no problem column .problem or question or query.; it has foo, answer"),
         ([{"question": "a", "bar": "1"}], {}, "no answer column .* has question, bar"),
         ([{"question": "a", "answer": "1"}], {"image_column": "pic"}, "no image column .pic.* --image_column"),
-        ([{"question": "<image>a", "answer": "1"}], {}, "row 0 .* says <image> 1 times and has 0 images"),
-        ([{"question": "a", "answer": "1", "image": "gone.png"}], {}, "row 0 .* has an image that cannot be read"),
+        ([{"question": "<image>a", "answer": "1"}], {}, "row 0 says <image> 1 times and has 0 images"),
+        ([{"question": "a", "answer": "1", "image": "gone.png"}], {}, "row 0 has an image that cannot be read"),
         ([{"question": "a", "answer": "1"}], {"max_prompt_tokens": 3}, "no row left to use .1 were longer than"),
     ],
 )
@@ -170,15 +195,129 @@ def test_a_picture_that_is_cut_off(toy, tmp_path):
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "d.json").write_text(json.dumps([{"question": "a", "answer": "1", "image": "a.png"}]))
-    data = data_of(toy, tmp_path / "d.json")  # the size stands at the front of the file
-    with pytest.raises(UserError, match="row 0 of .* has an image that cannot be read"):
+    with pytest.raises(UserError, match="1 of 1 rows cannot be used .row 0 has an image that cannot be read"):
+        data_of(toy, tmp_path / "d.json")  # though its size stands at the front of the file
+
+
+def rows_file(folder, rows, name="d.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+def test_one_row_in_a_hundred_may_be_broken_and_is_named(toy, tmp_path):
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(200)]
+    rows[17]["answer"], rows[60]["question"] = None, ""
+    data = data_of(toy, rows_file(tmp_path, rows))
+    assert len(data) == 198 and not {17, 60} & set(data.indices)
+    assert "2 of 200 rows left out (row 17 has no answer; row 60 has no question)" in str(data)
+    rows[61]["answer"] = ""
+    with pytest.raises(UserError, match="3 of 200 rows cannot be used .row 17 has no answer; .*: mend or remove them"):
+        data_of(toy, rows_file(tmp_path, rows))
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        ({"answer": None}, "has no answer"),
+        ({"answer": "  "}, "has no answer"),
+        ({"answer": ["5"]}, "has a list for its answer"),
+        ({"answer": {"a": 1}}, "has a dict for its answer"),
+        ({"question": None}, "has no question"),
+        ({"question": ["What?"]}, "has a list for its question"),
+        ({"images": [None]}, "has an image that is no file and no path .None"),
+        ({"images": [5]}, "has an image that is no file and no path .5"),
+        ({"images": [{"bytes": None, "path": None}]}, "has an image that is no file and no path .None"),
+        ({"question": "<|image_pad|>?"}, "has the name of the model's image token in its text"),
+        ({"question": "<|video_pad|>?"}, "has the name of the model's image token in its text"),
+    ],
+)
+def test_rows_that_cannot_be_used(toy, tmp_path, row, why):
+    path = rows_file(tmp_path, [{"question": "What?", "answer": "5", "images": []} | row])
+    with pytest.raises(UserError, match=f"1 of 1 rows cannot be used .row 0 {why}"):
+        data_of(toy, path)
+
+
+def test_a_number_is_an_answer(toy, tmp_path):
+    data = data_of(toy, rows_file(tmp_path, [{"question": 7, "answer": 1.5}]))
+    assert data.row(0) == ("7", [], "1.5")
+
+
+def test_a_damaged_picture_of_any_kind_is_seen_at_the_start(toy, tmp_path):
+    rows = []
+    for kind in ("png", "jpg", "webp", "tiff", "gif"):
+        Image.effect_noise((280, 280), 50).convert("RGB").save(tmp_path / f"whole.{kind}")
+        content = (tmp_path / f"whole.{kind}").read_bytes()
+        (tmp_path / f"cut.{kind}").write_bytes(content[: len(content) * 3 // 4])
+        rows += [{"question": "a", "answer": "1", "image": f"{name}.{kind}"} for name in ("whole", "cut")]
+    with pytest.raises(UserError, match="5 of 10 rows cannot be used .row 1 .*; row 3 .*; row 5 .*; ..."):
+        data_of(toy, rows_file(tmp_path, rows))
+    data = data_of(toy, rows_file(tmp_path, rows[::2]))
+    assert [data.prompt(i).image_mask.sum().item() for i in range(5)] == [25] * 5
+
+
+def test_a_decompression_bomb(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="row 0 has an image that cannot be read .*decompression bomb"):
+        data_of(toy, rows_file(tmp_path, [{"question": "a", "answer": "1", "image": "a.png"}]))
+
+
+def test_a_picture_that_is_damaged_later_gets_a_sentence(toy, picture_file):
+    data = data_of(toy, picture_file)
+    (picture_file.parent / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match="row 0 .* cannot be read .* which was whole when the run began"):
         data.prompt(0)
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("d.jsonl", b'{"question": "a", "answer": "1"}\n{"question": "b", \n', "d.jsonl is no JSON in UTF-8 in line 2"),
+        ("d.jsonl", '{"question": "é", "answer": "1"}\n'.encode("latin-1"), "row 0 is not in UTF-8"),
+        ("d.json", b'[{"question": "a", "answer": "1"},\n{"question" "b"}]', "is no JSON .* line 2"),
+    ],
+)
+def test_a_file_that_is_no_json_names_the_line(toy, tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        data_of(toy, tmp_path / name)
+
+
+def test_files_of_a_folder_are_of_the_split_that_their_names_say(toy, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, count in (("train-00000", 3), ("train-00001", 2), ("test-00000", 4), ("validation-00000", 1)):
+        rows_file(tmp_path / "data", [{"question": f"{i}?", "answer": "1"} for i in range(count)], f"{name}.jsonl")
+    assert [len(data_of(toy, tmp_path, split)) for split in ("train", "test", "validation")] == [5, 4, 1]
+    with pytest.raises(UserError, match="has no split dev; it has test, train, validation"):
+        data_of(toy, tmp_path, "dev")
+    data = data_of(toy, tmp_path)
+    assert len(data.for_evaluation()) == 4 and len(data) == 5
+
+
+def test_a_local_file_is_split_by_the_seed(toy, tmp_path):
+    path = rows_file(tmp_path, [{"question": f"{i}?", "answer": "1"} for i in range(57)])
+    data, again, other = (data_of(toy, path, seed=seed) for seed in (0, 0, 1))
+    held = data.for_evaluation()
+    assert len(held) == 5 and len(data) == 52 and not set(held.indices) & set(data.indices)
+    assert str(held) == "rows held out of d.jsonl: 5 prompts, 0 dropped as too long"
+    assert again.for_evaluation().indices == held.indices != other.for_evaluation().indices
+    few = data_of(toy, rows_file(tmp_path, [{"question": f"{i}?", "answer": "1"} for i in range(9)]))
+    assert few.for_evaluation() is None and len(few) == 9
+    given = data_of(toy, path, eval_data=str(path))
+    assert given.for_evaluation().indices == given.indices  # as asked for
+
+
+def test_more_than_500_rows_are_not_held_out(toy):
+    data = data_of(toy, "toy")
+    data.indices = list(range(6000))
+    held = data.hold_out(min(len(data) // 10, 500), seed=0)
+    assert len(held) == 500 and len(data) == 5500
 
 
 def test_a_picture_of_an_impossible_shape(toy, tmp_path):
     Image.new("RGB", (3000, 10)).save(tmp_path / "a.png")
     (tmp_path / "d.json").write_text(json.dumps([{"question": "a", "answer": "1", "image": "a.png"}]))
-    with pytest.raises(UserError, match="row 0 of .* cannot be used .*aspect ratio"):
+    with pytest.raises(UserError, match="row 0 has an image that cannot be used .*aspect ratio"):
         data_of(toy, tmp_path / "d.json")
 
 

@@ -1,5 +1,6 @@
 """eval.py: a fixture per benchmark with the hub's columns, verdicts, scores, processes, resume and comparison."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -9,14 +10,18 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from helpers import train
 from PIL import Image
 
 import eval as evaluation
 from common import load_model
 from eval import BENCHMARKS, Args, Question, Questions, choose, compare, judge, place_images, scores, sign_test
 from plumbing.answers import Checker
-from plumbing.arguments import TOY, SharedArgs, UserError
+from plumbing.arguments import INSTRUCTION, TOY, SharedArgs
+from plumbing.checkpoints import State
+from plumbing.commandline import UserError
 from plumbing.data import Data
+from plumbing.rows import load_rows
 
 PICTURE = Image.new("RGB", (56, 56), "red")
 FIXTURES = {  # benchmark: rows with the hub's column names and types, the right answer of each in \boxed{}
@@ -317,7 +322,7 @@ def test_scores_by_hand():
     rows.append(made([False], asked=False, parsed=[], truncated=[]))
     got = scores("mmk12", rows)
     assert got["rows"] == 4 and got["accuracy"] == pytest.approx(1.5 / 4) and got["pass"] == 0.5
-    assert got["unparsed"] == got["truncated"] == pytest.approx(1 / 6) and got["too_long"] == 1
+    assert got["unparsed"] == got["truncated"] == pytest.approx(1 / 6) and got["not_asked"] == 1
     deviation = sum((x - 0.375) ** 2 for x in (0.5, 0, 1, 0)) / 3
     assert got["stderr"] == pytest.approx(math.sqrt(deviation / 4))
 
@@ -401,16 +406,72 @@ def test_bf16_rounds_weights_and_no_position(tmp_path):
 def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
     folder = tmp_path / "vepo" / "step-3"
     folder.mkdir(parents=True)
-    state = {"model": "toy", "data": "toy", "seed": 0, "instruction": "Hm."}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
+    arguments = {"model": "toy", "data": "toy", "eval_data": None, "instruction": "Hm.", "max_response_tokens": 33}
+    state = State(3, 3, 12, 100, {}, "vepo", arguments)
+    (folder / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state)))
     args = Args(model=str(folder))
     assert (args.instruction, args.benchmarks, args.min_pixels, args.output) == ("Hm.", "toy", None, "runs/eval/vepo")
+    assert args.max_response_tokens == 33
     assert Args(model=str(folder), instruction="Ha.").instruction == "Ha."
     (folder / "trainer_state.json").write_text('{"model"')
     with pytest.raises(UserError, match="is not a whole checkpoint"):
         Args(model=str(folder))
     hub = Args(model="Qwen/Qwen2.5-VL-7B-Instruct")
     assert (hub.benchmarks, hub.min_pixels, hub.max_response_tokens) == ("geometry3k", 262_144, 2048)
+    (folder / "trainer_state.json").write_text('{"global_step": 3, "log_history": []}')  # of another trainer
+    assert Args(model=str(folder)).instruction == INSTRUCTION
+
+
+def own_data(folder, rows, **columns):
+    data = load_rows("toy", "test").select(range(rows))
+    for old, new in columns.items():
+        data = data.rename_column(old, new)
+    data.to_parquet(folder / "mine.parquet")
+    return str(folder / "mine.parquet")
+
+
+def test_the_rows_that_a_run_held_out_are_the_default(tmp_path, monkeypatch, capsys):
+    """A checkpoint on data of one's own: the same rows, columns and responses as the run's last evaluation had."""
+    flags = ["--data", own_data(tmp_path, 50, problem="frage"), "--problem_column", "frage", "--steps", 1]
+    lines = train("grpo", tmp_path / "run", *flags, "--eval_rows", -1, "--seed", 3)
+    last = [line for line in lines if "eval_accuracy" in line][-1]
+    assert last["eval_rows"] == 5 and last["eval_data"] == "rows held out of mine.parquet"
+    argv = ["eval.py", "--model", str(tmp_path / "run/last"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*argv, "--temperature", "1", "--seed", "3"])
+    evaluation.main()
+    result = json.loads((tmp_path / "out/results.json").read_text())
+    assert result["scores"]["own"]["rows"] == 5 and result["scores"]["own"]["accuracy"] == last["eval_accuracy"]
+    assert result["protocol"]["data"]["data"] == flags[1] and result["protocol"]["problem_column"] == "frage"
+    assert "rows held out of mine.parquet" in capsys.readouterr().out
+
+
+def test_own_data_is_called_own(tmp_path, monkeypatch, capsys):
+    data = load_rows("toy", "test").select(range(6)).add_column("n", [3, None, 5, 6, 7, 8])
+    data.remove_columns("answer").rename_column("n", "answer").to_parquet(tmp_path / "mine.parquet")
+    argv = ["eval.py", "--data", str(tmp_path / "mine.parquet"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError, match="1 of 6 rows cannot be used .row 1 has no answer"):
+        evaluation.main()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*argv[:2], own_data(tmp_path, 6), *argv[3:]])
+    evaluation.main()
+    out = capsys.readouterr().out
+    assert "own" in out and "mine.parquet" in out and "toy" not in out.splitlines()[1]
+    assert json.loads((tmp_path / "out/results.json").read_text())["scores"]["own"]["rows"] == 6
+
+
+def test_a_broken_row_in_a_hundred_counts_as_wrong(tmp_path, monkeypatch, capsys):
+    data, path = load_rows("toy", "test").select(range(101)), tmp_path / "mine.parquet"
+    answers = [None if i == 4 else answer for i, answer in enumerate(data["answer"])]
+    data.remove_columns("answer").add_column("answer", answers).to_parquet(path)
+    argv = ["eval.py", "--data", str(path), "--benchmarks", "toy", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    evaluation.main()
+    score = json.loads((tmp_path / "out/results.json").read_text())["scores"]["toy"]
+    assert score["rows"] == 101 and score["not_asked"] == 1
+    row = [json.loads(line) for line in (tmp_path / "out/toy.jsonl").read_text().splitlines()][4]
+    assert row["why"] == "has no answer" and row["correct"] == [False]
+    assert "1 of 101 rows left out (row 4 has no answer)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -420,6 +481,10 @@ def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
         (["--samples", 4], "--samples 4 at --temperature 0 are all the same"),
         (["--samples", 0], "--samples 0 must be above 0"),
         (["--rows", 0], "--rows 0 leaves nothing to ask"),
+        (["--max_response_tokens", 0], "--max_response_tokens 0 must be above 0"),
+        (["--check_seconds", "nan"], "--check_seconds nan must be above 0"),
+        (["--min_pixels", 5000, "--max_pixels", 4000], "--min_pixels 5000 is more than --max_pixels 4000"),
+        (["--benchmarks", "own"], "--benchmarks own needs --data"),
         (["--temperature", -1], "--temperature -1.0 must be between 0 and 100"),
         (["--top_p", 0], "--top_p 0.0 must be above 0"),
         (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),
@@ -449,4 +514,4 @@ def test_prompts_that_are_too_long_count_as_wrong(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--max_prompt_tokens", "77"])
     evaluation.main()
     score = json.loads((tmp_path / "out/results.json").read_text())["scores"]["toy"]
-    assert 0 < score["too_long"] < 10 and score["rows"] == 10 and score["accuracy"] <= 1 - score["too_long"] / 10
+    assert 0 < score["not_asked"] < 10 and score["rows"] == 10 and score["accuracy"] <= 1 - score["not_asked"] / 10

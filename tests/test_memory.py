@@ -10,9 +10,10 @@ import transformers
 from helpers import ROOT
 
 from common import load_processor
-from plumbing.arguments import SharedArgs, UserError
-from plumbing.data import load_rows
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import UserError
 from plumbing.memory import dry_run, plan
+from plumbing.rows import load_rows
 from run import Run
 
 SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct: hidden, mlp, layers, heads, kv heads, vocabulary, tied

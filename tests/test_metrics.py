@@ -4,9 +4,11 @@ import json
 import math
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from plumbing import metrics
+from plumbing.commandline import UserError
 from plumbing.metrics import Metrics, means
 
 
@@ -28,6 +30,19 @@ def test_means_are_over_tokens_and_processes(tmp_path, monkeypatch):
     assert means(sums) == {"reward": 0.0, "entropy": (2 * 3 + 6 * 1 + 8) / 8, "loss": 0.75, "jsd": 0.5}
     monkeypatch.setattr(metrics, "gather_object", lambda own: own)
     assert mine.sums(["reward"]) == {"reward": (0.0, 0.0)}  # a new step
+
+
+def test_a_disk_that_is_full_while_a_line_is_appended(tmp_path):
+    own, _ = log("/dev/full")
+    with pytest.raises(UserError, match="/dev/full could not be written .*No space left.*: make room .* --resume"):
+        own.write({"step": 3})
+
+
+def test_what_is_no_number_stays_in_the_file(tmp_path):
+    own, said = log(tmp_path / "metrics.jsonl")
+    own.write({"step": 3, "eval_data": "toy (test)", "changed": {"seed": (0, 1)}, "eval_accuracy": 0.5})
+    assert said == [({"eval_accuracy": 0.5}, 3)]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["changed"] == {"seed": [0, 1]}
 
 
 def test_a_line_has_six_digits_and_no_nan(tmp_path):

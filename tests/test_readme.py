@@ -15,7 +15,7 @@ import show
 import vepo
 from common import load_processor
 from plumbing.arguments import INSTRUCTION, TOY
-from plumbing.data import load_rows
+from plumbing.rows import load_rows
 
 GUIDE = (ROOT / "GUIDE.md").read_text()
 PAGES = "".join((ROOT / f"{name}.md").read_text() for name in ("README", "GUIDE", "RESULTS", "CONTRIBUTING"))

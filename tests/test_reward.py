@@ -7,7 +7,8 @@ import torch
 from helpers import tiny_model, tiny_prompt
 
 from common import Group, Reward, format_reward
-from plumbing.arguments import SharedArgs, UserError
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import UserError
 
 
 def test_format():

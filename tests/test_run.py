@@ -8,13 +8,13 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from helpers import ROOT, same, train, weights
+from helpers import QUICK, ROOT, main_of, same, train, weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import run
 from common import Reward, forward, group_advantages, load_processor, rollout
-from plumbing.arguments import UserError
+from plumbing.commandline import UserError
 from run import Run
 
 FIELDS = ["step", "reward", "accuracy", "format", "response_tokens", "truncated", "entropy", "loss", "grad_norm"]
@@ -167,7 +167,7 @@ def test_the_first_update_is_rehearsed_on_the_largest_row_and_forgotten(args, mo
     monkeypatch.setattr(run, "forward", lambda model, row, *rest: (rows.append(row), forward(model, row, *rest))[1])
     made = Run(args)
     assert len(rows) == 1 and rows[0].mask.sum() == args.group_size * args.max_response_tokens
-    assert len(rows[0].prompt.input_ids) == max(made.data.prompt_tokens(i) for i in made.data.indices)
+    assert len(rows[0].prompt.input_ids) == max(made.data.tokens[i] for i in made.data.indices)
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "toy" / "model")
     assert all(torch.equal(p, q) for p, q in zip(made.model.parameters(), before.parameters(), strict=True))
     assert not made.optimizer.state and all(p.grad is None for p in made.model.parameters())
@@ -235,6 +235,43 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch, tmp_p
     assert same(before, first) and not same(first, second)
 
 
+def test_a_run_that_learns_nothing_any_more_ends(monkeypatch, tmp_path):
+    """20 updates in a row without a finite gradient: one sentence, and no checkpoint of it. 19 are survived."""
+    good = iter([*[False] * 19, True, *[False] * 100])
+    norm = lambda *_: torch.tensor(1.0 if next(good) else torch.inf)  # noqa: E731
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    with pytest.raises(UserError, match="20 updates in a row had no finite gradient, the last in step 40: "):
+        grpo_run(tmp_path / "run", "--steps", 60, "--prompts_per_step", 1, "--max_response_tokens", 3)
+    assert (tmp_path / "run/last").resolve().name == "step-20"
+
+
+def test_what_is_shown_and_where(tmp_path, capsys):
+    """Results on stdout, all else on stderr; no `<image>` in a sample, no bar of a library; the threads are named."""
+    flags = ["--steps", 2, "--show_every", 1, "--prompts_per_step", 2, "--eval_rows", 4]
+    monkey = [*QUICK, "--group_size", 4, *flags]
+    main_of("grpo", tmp_path / "run", monkey)
+    out, err = capsys.readouterr()
+    assert "accuracy" in out and "toy (test)" in out and "the model in last/" in out
+    assert "right answer" in err and "<image>" not in err and "threads on" in err
+    assert "training on toy (train): 2002 prompts" in err and "evaluating on toy (test): 504 prompts" in err
+    assert "Loading weights" not in err and "Generating" not in err
+
+
+def test_local_data_is_never_evaluated_on_what_it_trains_on(tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(f'{{"question": "What is {i}?", "answer": "{i}"}}\n' for i in range(30)))
+    lines = grpo_run(tmp_path / "run", "--steps", 1, "--data", path, "--eval_rows", -1)
+    assert [line["eval_rows"] for line in lines if "eval_rows" in line] == [3, 3]
+    assert {line["eval_data"] for line in lines if "eval_rows" in line} == {"rows held out of mine.jsonl"}
+    assert "training on mine.jsonl: 27 prompts" in capsys.readouterr().err
+    path.write_text('{"question": "What is 1?", "answer": "1"}\n' * 5)
+    lines = grpo_run(tmp_path / "few", "--steps", 1, "--data", path, "--eval_rows", -1)
+    assert not [line for line in lines if "eval_rows" in line]
+    assert (
+        "evaluating on nothing: of 5 rows none can be held out, and there is no --eval_data" in capsys.readouterr().err
+    )
+
+
 def test_seed_decides_everything(tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         grpo_run(tmp_path / name, "--steps", 2, "--seed", seed)
@@ -250,7 +287,8 @@ def test_seed_decides_everything(tmp_path):
         ({"resume": True}, "there is no checkpoint"),
         ({"cuda_graphs": True}, "--cuda_graphs is for one process on a GPU"),
         ({"reward": "nowhere.py:f"}, "cannot be imported"),
-        ({"report_to": "clouds"}, "--report_to clouds is not installed"),
+        ({"report_to": "clouds"}, "--report_to clouds is none of .*, tensorboard, .*wandb"),
+        ({"report_to": "wandb"}, "--report_to wandb is not installed: pip install wandb"),
         ({"eval_data": "/nowhere.parquet", "eval_rows": 5}, "--eval_data /nowhere.parquet cannot be opened"),
     ],
 )
@@ -274,6 +312,6 @@ def test_a_batch_that_cannot_be_split_over_the_processes(args, monkeypatch):
 def test_an_output_that_is_a_file(args, tmp_path):
     (tmp_path / "file").write_text("mine")
     args.output = str(tmp_path / "file")
-    with pytest.raises(UserError, match="--output .*file cannot be made"):
+    with pytest.raises(UserError, match="--output .*file could not be written .*: see that it may be written"):
         Run(args)
     assert (tmp_path / "file").read_text() == "mine"

@@ -1,7 +1,7 @@
 """Every method on the toy, five seeds each, from the same prompts: reruns what toy/comparison.jsonl does not hold yet.
 
     python toy/compare.py                # about an hour and a half on 2 cores; stop and start it as you like
-    python toy/compare.py --report       # the table, toy/comparison.png and toy/curves.png, from what is there
+    python toy/compare.py --report       # the table and toy/comparison.png, from what is there
 
 Every run: 150 steps of 16 prompts, 8 responses each (12 for SaEI, 6 + 6, and for the GRPO that it is compared with),
 the toy's learning rate, and each method's own constants as its paper has them: nothing was tuned. DAPO leaves groups of
@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
-from plumbing.arguments import UserError, within  # noqa: E402
 from plumbing.checkpoints import write_text  # noqa: E402
-from plumbing.curves import draw_curves, pooled, student  # noqa: E402
+from plumbing.commandline import UserError  # noqa: E402
+from plumbing.curves import pooled, student  # noqa: E402
 
 ARMS = {  # name: (script and flags, the arm that it is compared with)
     "GRPO": ("grpo.py", "GRPO"),
@@ -52,7 +52,7 @@ COLUMNS = ["reward", "entropy", "response_tokens", "seconds"]
 
 
 def compact(lines):
-    """What is drawn of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
+    """What is kept of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
     steps = [line for line in lines if "reward" in line]
     columns = {name: [float(f"{line[name]:.4g}") for line in steps] for name in COLUMNS}
     tests = [[line["step"], round(line["eval_accuracy"], 4)] for line in lines if "eval_accuracy" in line]
@@ -157,7 +157,7 @@ def gain(arm, base):
 
 
 def report():
-    """Prints a Markdown table of all arms, and draws it; also draws their curves.
+    """Prints a Markdown table of all arms, and draws it.
 
     `paired`: points of accuracy against the arm's GRPO, seed by seed; ±: 95 % interval; seconds: the median ratio.
     """
@@ -189,7 +189,6 @@ def report():
             print(f"{arm} against {base}: {end} at the end, {whole} over the run")
     runs = {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}
     draw(runs, gains)
-    draw_curves(runs, TOY / "curves")
 
 
 def draw(runs, gains):
@@ -222,7 +221,8 @@ def main():
     parser.add_argument("--report", action="store_true", help="no run, only the table and the picture")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     options = parser.parse_args()
-    within(options, jobs=(1, 1000))
+    if options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs} must be above 0.")
     if not options.report:
         run(options.jobs)
     report()

@@ -1,0 +1,74 @@
+"""Where rows come from: hub data sets, and local parquet, json and jsonl files or folders, read by `datasets`.
+
+Not here: which columns matter and what a row becomes (data.py).
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+
+from plumbing.arguments import TOY
+from plumbing.commandline import UserError, cannot_open
+
+KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+SPLITS = {"test": "test", "eval": "test", "validation": "validation", "valid": "validation", "val": "validation"}
+
+
+def local_splits(name):
+    """{split: files} of a local file or folder, {} where there is none: "test-00001.parquet" is of the split test.
+
+    A file is one split, train; so are files of a folder whose names say nothing.
+    """
+    path, splits = Path(name), defaultdict(list)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in KINDS)
+    for file in files:
+        words = re.split(r"[\W\d_]+", str(file.relative_to(path)).lower())
+        splits[next((SPLITS[word] for word in words if word in SPLITS), "train")].append(file)
+    return dict(splits)
+
+
+def load_rows(name, split, revision="main", option="--data"):
+    """Rows of a hub data set (`id` or `id:config`), or of a local file or folder; what has one split has no other.
+
+    `option` is the flag that a UserError names.
+    """
+    splits = {split: [TOY / f"{split}.parquet"]} if name == "toy" else local_splits(name)
+    files = splits.get(split) or next(iter(splits.values()), [])
+    try:
+        if name != "toy" and not Path(name).exists():
+            identifier, _, config = name.partition(":")
+            return datasets.load_dataset(identifier, config or None, split=split, revision=revision)
+        kinds = {KINDS.get(file.suffix) for file in files}
+        if len(kinds) != 1 or None in kinds:
+            raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
+        if len(splits) > 1 and split not in splits:
+            raise UserError(f"{option} {name} has no split {split}; it has {', '.join(splits)}.")
+        return datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
+    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, StopIteration) or "no data" in str(error):
+            raise UserError(f"{option} {name} has no rows: give a file with some.") from None
+        if mistake := mistake_in_json([file for file in files if KINDS.get(file.suffix) == "json"]):
+            raise UserError(f"{option} {mistake}: mend it.") from None
+        raise UserError(cannot_open(option, name, error.__cause__ or error)) from None
+
+
+def mistake_in_json(files):
+    """Which file and line is no JSON in UTF-8, and why, of the first one that is not; None where all is well."""
+    for file in files:
+        content = file.read_bytes()
+        try:
+            json.loads(content)  # one list of all rows
+            continue
+        except ValueError as error:
+            whole = f"{file} is no JSON ({error})"
+        lines = content.splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                json.loads(line or b"{}")
+            except ValueError as error:  # of a file of one line, or of a list, the line says nothing
+                listed = content.lstrip().startswith(b"[")
+                return whole if listed else f"{file} is no JSON in UTF-8 in line {number} ({error})"
+    return None
