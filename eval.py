@@ -3,7 +3,7 @@
     python eval.py                                                                      # the toy, on a CPU
     torchrun --nproc_per_node=8 eval.py --model runs/vepo/last --benchmarks geometry3k,mathvista,hallusionbench
     ... eval.py --model runs/vepo/last --benchmarks mmk12 --samples 8 --temperature 1   # avg@8 and pass@8
-    python eval.py --compare runs/eval/grpo runs/eval/vepo                              # paired, on the same rows
+    python eval.py --compare runs/eval/toy runs/eval/vepo                               # paired, on the same rows
 
 Writes <output>/results.json, with the whole protocol, and <output>/<benchmark>.jsonl, every row with its responses.
 Rows that cannot be asked (too long, or damaged), responses without an answer and truncated ones count as wrong, and

@@ -39,6 +39,8 @@ def load_rows(name, split, revision="main", option="--data"):
     files = splits.get(split) or next(iter(splits.values()), [])
     try:
         if name != "toy" and not Path(name).exists():
+            if Path(name).suffix in KINDS or name.startswith(("/", "./", "../", "~")):
+                raise FileNotFoundError("there is no such file or folder")
             identifier, _, config = name.partition(":")
             return datasets.load_dataset(identifier, config or None, split=split, revision=revision)
         kinds = {KINDS.get(file.suffix) for file in files}

@@ -171,11 +171,14 @@ CHECKER = OneChecker()
 
 
 def main_of(script, output, flags):
-    """`python script.py --output output flags` in this process, which gets its signals back; no curves are drawn."""
+    """`python script.py --output output flags` in this process, which gets its signals back; no curves are drawn.
+
+    Without an output the script's own default counts.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     accelerate.state.AcceleratorState._reset_state(True)  # of the run before, which may have had another precision
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script}.py", "--output", str(output), *map(str, flags)])
+        patch.setattr(sys, "argv", [f"{script}.py", *(["--output", str(output)] if output else []), *map(str, flags)])
         patch.setattr(Data, "measure", measured_once)
         patch.setattr(run, "draw_curves", lambda *_: None)
         patch.setattr(common, "Checker", lambda seconds: CHECKER)

@@ -217,6 +217,19 @@ def test_every_benchmark_has_a_fixture():
     assert {*FIXTURES, "toy"} == set(BENCHMARKS)
 
 
+@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("column", ["answer", "question"])
+def test_a_row_without_question_or_gold_is_refused(name, column, toy, tmp_path):
+    """None never becomes the word "None", nor a "no"."""
+    columns = {"answer": {"answer", "gt_answer", "ground_truth"}, "question": {"question", "problem"}}[column]
+    row = FIXTURES[name][0][0]
+    path = write(tmp_path / "rows.parquet", [row, {key: None if key in columns else row[key] for key in row}])
+    if name == "mmmu_pro_vision" and column == "question":
+        return  # the picture holds it
+    with pytest.raises(UserError, match=f"1 of 2 rows cannot be used .row 1 (has no {column}|is not in the schema)"):
+        questions(name, path, toy)
+
+
 def test_options_are_printed_and_the_letter_is_asked_for():
     text = choose("Which?", ["30", "40"])
     assert text == "Which?\n(A) 30\n(B) 40\nAnswer with the letter of the right option."

@@ -1,6 +1,7 @@
 """What the pages promise: its example in TRL runs, its flags exist, its error texts are those of the code."""
 
 import dataclasses
+import glob
 import importlib
 import re
 
@@ -8,7 +9,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from helpers import ROOT
+from helpers import ROOT, main_of
 
 import eval
 import show
@@ -47,6 +48,33 @@ def test_its_error_texts_are_those_of_the_code():
     for text in texts:
         fixed = re.split(r"X|\d\S*|'.*?'|problem|rollout|update|seed|temperature", text)  # between what is filled in
         assert all(part in source for part in fixed), text
+
+
+SHORT = {"eval": ["--rows", 4], "show": ["--prompts", 1]}  # of the pages' commands, which take minutes
+SHORT |= dict.fromkeys(METHODS, ["--steps", 1, "--prompts_per_step", 2, "--eval_rows", 4])
+
+
+def commands():
+    """[script, flags] of README and GUIDE in the order of the pages, each once; not those that need a hub or a file."""
+    text = (ROOT / "README.md").read_text() + GUIDE
+    found = dict.fromkeys(re.findall(r"\bpython (\w+)\.py\b *([^`\n#|]*?) *(?=[`\n#|])", text))
+    return [[name, *flags.split()] for name, flags in found if not re.search(r"Qwen/|mmk12|mine\.|--nproc", flags)]
+
+
+def test_its_commands_run_in_the_order_of_the_pages(tmp_path, monkeypatch):
+    """In one folder, each as it stands there but for its length: none is in the way of a later one."""
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for name, *flags in commands():
+        short = [] if {"--help", "--compare", "curves"} & set(flags) else SHORT[name]
+        flags = [part for flag in flags for part in (sorted(glob.glob(flag)) if "*" in flag else [flag])]
+        try:
+            main_of(name, None, [*flags, *short])
+        except SystemExit as end:
+            assert not end.code, f"python {name}.py {' '.join(flags)}"
+        done.append(name)
+    assert {"grpo", "vepo", "show", "eval"} == set(done) and len(done) >= 9
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "runs/eval/vepo/results.json").exists()
 
 
 def test_vepo_in_trl(tmp_path):
