@@ -30,10 +30,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from plumbing import kernels
-from plumbing.answers import Checker, extract_answer, load_reward
+from plumbing.answers import Checker, extract_answer
 from plumbing.commandline import UserError, cannot_open
 from plumbing.data import Prompt, prompt_text
 from plumbing.kernels import HEAD_CHUNK
+from plumbing.rewards import load_reward
 from plumbing.sharding import grey_picture, inside, is_sharded, on_any_process
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from plumbing.arguments import INSTRUCTION, check_pixels, model_source
 from plumbing.checkpoints import trained_with, write_text
 from plumbing.commandline import UserError, check_numbers, flag, parse_args
 from plumbing.data import Data, plain_text, some_of
+from plumbing.kernels import use_cores
 from plumbing.pictures import Unusable
 from plumbing.rows import load_rows
 from plumbing.sharding import PATIENCE
@@ -326,7 +327,9 @@ class Evaluation:
         self.args, self.output = args, Path(args.output)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE])
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.protocol = self.find_protocol()
+        self.protocol, cores = self.find_protocol(), use_cores()
+        if self.rank == 0:
+            print(cores, file=sys.stderr)
         source = model_source(args)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())

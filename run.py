@@ -29,9 +29,10 @@ from plumbing.arguments import model_source
 from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data, Stream, some_of
+from plumbing.kernels import use_cores
 from plumbing.memory import dry_run
 from plumbing.metrics import Metrics, means
-from plumbing.sharding import full_tensor, local, shard, start_processes, unsharded, use_cores
+from plumbing.sharding import full_tensor, local, shard, start_processes, unsharded
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
 ALWAYS_LOGGED += ["entropy", "loss", "clip_fraction", "approx_kl"]
@@ -47,10 +48,10 @@ class Run:
         if args.dry_run:
             print(dry_run(args))
             raise SystemExit(0)
-        cores, self.accelerator = use_cores(), start_processes(args)
+        self.accelerator = start_processes(args)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        self.say(cores)
+        self.say(use_cores())
         self.metrics = Metrics(self.accelerator, self.output / "metrics.jsonl")
         self.seconds = {}  # of the phases of a step
         folder, state = checkpoints.find_checkpoint(args)
@@ -97,8 +98,7 @@ class Run:
         self.eval_data = self.data.for_evaluation() if args.eval_rows else None
         self.say(f"training on {self.data}")
         if args.eval_rows:
-            none = f"nothing: of {len(self.data)} rows none can be held out, and there is no --eval_data"
-            self.say(f"evaluating on {self.eval_data or none}")
+            self.say(f"evaluating on {self.eval_data or 'nothing: too few rows to hold some out, and no --eval_data'}")
         self.reward_groups = Reward(args)
 
     def make_optimizer(self):
@@ -146,8 +146,7 @@ class Run:
 
     def open_output(self, folder, state):
         """The folder, its lock and log; a resumed run that differs from what it was says so there."""
-        if self.is_main:
-            checkpoints.open_output(self.args, folder, state)
+        self.lock = checkpoints.open_output(self.args, folder, state) if self.is_main else None
         if state and (changed := checkpoints.changes(self.args, state, len(self.data))):
             self.metrics.write({"step": self.step, "changed": changed})
         if self.args.report_to:
@@ -394,6 +393,7 @@ class Run:
             self.say(f"{self.reward_groups.check.timeouts} answers took the maths checker too long and count as wrong")
         if self.is_main:
             draw_curves(read_runs([self.output]), self.output / "curves")
+            self.lock.close()
         self.say(f"{self.output}/: metrics.jsonl, args.json, curves.png, and the model in last/", sys.stdout)
         if self.stopping:
             self.say(f"stopped after step {self.step} of {self.args.steps}: the same command with --resume goes on")

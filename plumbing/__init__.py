@@ -6,8 +6,9 @@ rows        hub data sets and local files -> rows
 pictures    a picture of any mode, opened, looked through, brought to RGB
 data        rows of any usual schema -> prompts, and their order
 answers     is an answer right
+rewards     a reward of the user's own
 sharding    several processes: FSDP2, and what they do together
-kernels     which attention a part of the model uses, and CUDA graphs
+kernels     threads, which attention a part of the model uses, CUDA graphs
 memory      --dry_run: what fits
 checkpoints save, find, restore; what a resumed run may change
 metrics     the log: means over tokens and processes, metrics.jsonl

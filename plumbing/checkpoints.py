@@ -9,7 +9,6 @@ import dataclasses
 import fcntl
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -116,11 +115,14 @@ def refuse_changes(found, args):
 
 
 def open_output(args, folder, state):
-    """Makes --output ready, for a new run or for one that goes on, and keeps other runs out until this process ends."""
+    """Makes --output ready, for a new run or for one that goes on.
+
+    Returns a lock, a file: other runs are kept out until it is closed, or this process ends.
+    """
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
+        lock = open(output / ".lock", "w")  # noqa: SIM115
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,6 +135,7 @@ def open_output(args, folder, state):
             set_aside(output / "metrics.jsonl")  # of a run that died before its first checkpoint
             write_text(output / "metrics.jsonl", "")
         write_text(output / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        return lock
     except OSError as error:
         raise UserError(f"--output {cannot_write(output, error)}.") from None
 

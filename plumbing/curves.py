@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from plumbing.commandline import UserError
+from plumbing.commandline import UserError, cannot_write
 
 PANELS = {  # metric: (title, share of 1)
     "eval_accuracy": ("accuracy on {}", True),  # what the runs say that they were evaluated on
@@ -132,8 +132,12 @@ def draw_curves(runs, output, window=10):
     axes[0, 0].legend(fontsize=7)
     for kind in ("png", "svg"):
         beside = Path(f"{output}.{kind}.unfinished")
-        figure.savefig(beside, dpi=110, format=kind)
-        beside.replace(f"{output}.{kind}")
+        try:
+            figure.savefig(beside, dpi=110, format=kind)
+            beside.replace(f"{output}.{kind}")
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(f"{cannot_write(f'{output}.{kind}', error)}.") from None
     return summary(runs)
 
 

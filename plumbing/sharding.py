@@ -5,9 +5,7 @@ all compute, in the same order. Not here: which process trains on which rows (ru
 """
 
 import contextlib
-import os
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed
@@ -53,27 +51,6 @@ def start_processes(args):
         )
     refuse_what_cannot_fit(args, world_size)
     return accelerator
-
-
-def use_cores():
-    """Gives torch as many threads as this process may use cores, its share where several run here; says so in words.
-
-    More threads than cores wait for each other. A container's limit is no affinity, so torch does not see it.
-    OMP_NUM_THREADS, where it is set, stands.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    if limit.exists() and not limit.read_text().startswith("max"):
-        quota, period = map(int, limit.read_text().split())
-        cores = min(cores, max(1, quota // period))
-    if "OMP_NUM_THREADS" not in os.environ:
-        share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        torch.set_num_threads(min(share, torch.get_num_threads()))
-    said = f"{torch.get_num_threads()} threads on {cores} cores"
-    busy = os.getloadavg()[0]
-    if busy > cores:
-        said += f", for which {busy:.1f} wait already: OMP_NUM_THREADS=1 may be many times as fast"
-    return said
 
 
 def shard(model, source, device, bf16):

@@ -1,13 +1,12 @@
 """plumbing/answers.py: the checker on the cases that decide real scores, and in the face of answers that hang."""
 
 import time
+from pathlib import Path
 
 import pytest
 
-from common import Reward
-from plumbing.answers import Checker, extract_answer
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import UserError
+from common import format_reward
+from plumbing.answers import LONGEST, Checker, extract_answer, letters, normalise
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +88,41 @@ def test_wrong(checker, answer, gold):
     assert not checker(f"<think>so</think> \\boxed{{{answer}}}", gold)
 
 
+TABLE = Path(__file__).with_name("answers.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[f"row{number}" for number in range(2, len(TABLE) + 2)])
+def test_table(checker, row):
+    """answers.tsv: what a careful grader would say, one pair in a row."""
+    answer, gold, verdict, why = row.split("\t")
+    assert checker(f"<think>so</think> \\boxed{{{answer}}}", gold) == {"right": True, "wrong": False}[verdict], why
+
+
+def test_no_pair_stands_twice_in_the_table():
+    assert len({tuple(row.split("\t")[:2]) for row in TABLE}) == len(TABLE) > 200
+
+
+def test_letters_are_a_set_where_a_benchmark_asks_for_all_right_options():
+    assert letters("C, A") == letters("AC") == letters("CA") == letters("A and C") == "AC"
+    assert letters("A. 30") == letters("(A)") == "A" and letters("(A) (C)") == letters("A.C") == "AC"
+    assert letters("30") is letters("A or C") is letters("") is None
+
+
+def test_normalise_leaves_the_value():
+    assert normalise(r"x = 1,500\text{ cm}^2") == normalise("$1500.") == normalise("1 500 %") == "1500"
+    assert normalise("No, it is not.") == "No, it is not"
+
+
 def test_extraction():
     assert extract_answer(r"\boxed{1} then \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     assert extract_answer(r"\boxed{\text{a {nested} one}}") == r"\text{a {nested} one}"
     assert extract_answer(r"<answer>1</answer> <answer> 2 </answer>") == "2"
     assert extract_answer(r"<answer>1</answer> \boxed{3}") == "3"
     assert extract_answer(r"\boxed{3} and an unbalanced \boxed{4") == "3"
+    assert extract_answer(r"{} } \boxed  {1} {") == extract_answer(r"\boxed{2 \boxed{1}") == "1"
+    assert extract_answer(r"\boxed{1} \boxed{}") is None  # the last one counts, and it is empty
+    assert extract_answer("<answer>1</answer> </answer> <answer>2") == "1"
+    assert extract_answer("<answer>1 <answer>2</answer>") == "2"
     for nothing in ("", "5", r"\boxed{}", r"\boxed{ }", r"\boxed{5", "<answer></answer>", "None"):
         assert extract_answer(nothing) is None
 
@@ -114,6 +142,97 @@ def test_a_hanging_answer_costs_its_time_limit(answer):
     assert time.perf_counter() - start < 2.0
     assert checker.equal(r"\sqrt{8}", r"2\sqrt{2}")  # the worker was restarted
     checker.close()
+
+
+REPEATED = ["{", "}", "{}", "}{", r"\text{", r"\text", r"\boxed{", r"\boxed   ", r"\boxed{1}", r"\boxed", r"\frac{"]
+REPEATED += [
+    "$",
+    " ",
+    "\t\n",
+    "a",
+    "A",
+    "A ",
+    "1",
+    "1,",
+    "1,000",
+    "1 000 ",
+    "1.",
+    ".",
+    "x=",
+    "x=1,",
+    "x_1=2 and ",
+    "_",
+    "'",
+]
+REPEATED += [
+    "A. ",
+    "(A) ",
+    "(A),",
+    "(",
+    ")",
+    "[",
+    "|",
+    "1 m ",
+    "m ",
+    "m/",
+    "mm^2 ",
+    "cm per ",
+    "square ",
+    "sq. ",
+    "\\",
+    "\\ ",
+]
+REPEATED += [
+    "^",
+    r"^\circ ",
+    "°",
+    "%",
+    "~",
+    "12:30 ",
+    ":",
+    "-",
+    "−",
+    "√",
+    r"\sqrt(",
+    "sqrt",
+    "pi ",
+    "e1",
+    "10^",
+    "ﷺ",
+    "\u0301\u0323",
+]
+REPEATED += ["<think>", "</think>", "<think></think>", "<answer>", "</answer>", "<answer>1</answer>", "the answer is "]
+FRAMES = [("", ""), (r"\boxed{", "}"), (r"\boxed{1", "x}"), (r"\boxed{A. ", " B}"), (r"\boxed{x=", " cm}")]
+FRAMES += [("<think>", r"</think> \boxed{1}"), (r"<think></think> \boxed{", "}"), ("<answer>", "</answer>")]
+
+
+def seconds(function, *values):
+    """Of this process: what others do in the meantime does not count."""
+    begin = time.process_time()
+    function(*values)
+    return time.process_time() - begin
+
+
+@pytest.mark.parametrize("piece", REPEATED)
+def test_no_response_takes_long_outside_of_sympy(piece, monkeypatch):
+    """The longest ones, and those that are just short enough to be compared, where it is the patterns that work."""
+    checker = Checker()
+    monkeypatch.setattr(checker, "maths", lambda *_: False)
+    for length in (100_000, LONGEST - 20):
+        for start, end in FRAMES:
+            response = start + (piece * length)[:length] + end
+            answer = extract_answer(response) or response
+            calls = [(extract_answer, response), (format_reward, response), (letters, answer), (normalise, answer)]
+            calls += [(checker, response, gold) for gold in ("5 cm", "A, C", "(1, 2)")]
+            for function, *values in calls:
+                assert any(seconds(function, *values) < 0.1 for _ in range(2)), (function, start, end, length)
+
+
+def test_what_is_too_long_for_a_right_answer_is_wrong_and_sympy_is_not_asked(monkeypatch):
+    checker = Checker()
+    monkeypatch.setattr(checker, "maths", lambda *_: True)
+    assert checker.equal("1" + "+0" * 100, r"\frac{2}{2}") and not checker.equal("1" + "+0" * LONGEST, r"\frac{2}{2}")
+    assert checker.equal("1" + " " * 100_000, "1")  # blanks do not count
 
 
 def test_a_worker_that_dies_is_replaced():
@@ -143,8 +262,3 @@ def test_speed_of_plain_answers(checker):
     for i in range(10_000):
         checker.equal(str(i % 7), "3")
     assert time.perf_counter() - start < 10
-
-
-def test_a_reward_file_that_is_not_there():
-    with pytest.raises(UserError, match="my_file.py:function"):
-        Reward(SharedArgs(reward="nowhere.py:f"))

@@ -67,6 +67,12 @@ def test_the_title_says_what_was_evaluated_on(tmp_path):
     assert "accuracy on rows held out of mine.jsonl, toy (test), %" in text
 
 
+def test_curves_that_cannot_be_written(tmp_path):
+    run = write_run(tmp_path / "grpo", [0.4, 0.6])
+    with pytest.raises(UserError, match="nowhere/curves.png could not be written"):
+        draw_curves(read_runs([run]), tmp_path / "nowhere" / "curves")
+
+
 def test_student():
     assert [round(student(n), 3) for n in (3, 5, 30)] == [3.182, 2.571, 2.042]
 

@@ -66,7 +66,12 @@ def test_a_reward_of_ones_own(tmp_path):
         ("def f(problems, responses, answers):\n    return 1 / 0", "f", "failed .ZeroDivisionError"),
         ("import nowhere", "f", "cannot be imported .ModuleNotFoundError"),
         ("def f(", "f", "cannot be imported .SyntaxError"),
-        ("x = 1", "f", "cannot be imported .AttributeError"),
+        ("x = 1", "f", "mine.py has no function f"),
+        ("x = 1", "x", "mine.py has no function x"),
+        ("def f(problems, responses, answers):\n    return [1.0, None, 0, 0]", "f", "failed .TypeError"),
+        ("def f(*_):\n    return [0, float('nan'), 0, 0]", "f", "returned nan for the response 'b' to 'Q'"),
+        ("def f(*_):\n    return [0, 0, 0, float('-inf')]", "f", "returned -inf for the response 'b' to 'Q'"),
+        ("def f(*_):\n    return [0, 0, 1e38, 0]", "f", "returned 1e.38 for the response 'a' .* from -1e.06 to 1e.06"),
     ],
 )
 def test_a_reward_file_with_a_mistake(tmp_path, code, spec, sentence):
@@ -75,3 +80,9 @@ def test_a_reward_file_with_a_mistake(tmp_path, code, spec, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         Reward(SharedArgs(reward=f"{file}:{spec}"))(groups(("1", ("a", "b")), ("1", ("a", "b"))))
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize("spec", ["nowhere.py:f", "nowhere.py", "f", "", ":f", "/tmp:f"])
+def test_a_reward_file_that_is_not_there(spec):
+    with pytest.raises(UserError, match="there is no file .*; write it as my_file.py:function"):
+        Reward(SharedArgs(reward=spec or ":"))

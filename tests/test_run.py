@@ -252,7 +252,7 @@ def test_what_is_shown_and_where(tmp_path, capsys):
     main_of("grpo", tmp_path / "run", monkey)
     out, err = capsys.readouterr()
     assert "accuracy" in out and "toy (test)" in out and "the model in last/" in out
-    assert "right answer" in err and "<image>" not in err and "threads on" in err
+    assert "right answer" in err and "<image>" not in err and "threads: 1, as set" in err
     assert "training on toy (train): 2002 prompts" in err and "evaluating on toy (test): 504 prompts" in err
     assert "Loading weights" not in err and "Generating" not in err
 
@@ -268,7 +268,7 @@ def test_local_data_is_never_evaluated_on_what_it_trains_on(tmp_path, capsys):
     lines = grpo_run(tmp_path / "few", "--steps", 1, "--data", path, "--eval_rows", -1)
     assert not [line for line in lines if "eval_rows" in line]
     assert (
-        "evaluating on nothing: of 5 rows none can be held out, and there is no --eval_data" in capsys.readouterr().err
+        "evaluating on nothing: too few rows to hold some out, and there is no --eval_data" in capsys.readouterr().err
     )
 
 

@@ -1,0 +1,50 @@
+"""A reward of the user's own: a function of a file of theirs, and what it may return.
+
+Not here: the reward that a run has without it (`Reward` in common.py).
+"""
+
+import importlib.util
+from pathlib import Path
+
+from plumbing.commandline import UserError
+
+LARGEST = 1e6  # a group's standard deviation is computed in fp32: the squares of 1e38 are infinite
+
+
+def load_reward(spec):
+    """The function named by `my_file.py:function`: problems, responses, answers -> a list of as many floats.
+
+    Raises UserError, now and whenever it is called, for a mistake in the user's file: for a reward that is not finite,
+    or beyond 1e6, it names prompt and response.
+    """
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise UserError(f"--reward {spec}: there is no file {file or spec}; write it as my_file.py:function.")
+    try:
+        module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises while it is imported
+        raise UserError(f"--reward {spec} cannot be imported ({type(error).__name__}: {error}): mend it.") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--reward {spec}: {file} has no function {name}.")
+
+    def rewards(problems, responses, answers):
+        try:
+            values = [float(value) for value in function(problems, responses, answers)]
+        except Exception as error:  # whatever the user's function raises
+            raise UserError(f"--reward {spec} failed ({type(error).__name__}: {error}).") from None
+        if len(values) != len(responses):
+            raise UserError(
+                f"--reward {spec} returned {len(values)} values for {len(responses)} responses: return one for each."
+            )
+        for value, problem, response in zip(values, problems, responses):
+            if not abs(value) <= LARGEST:
+                raise UserError(
+                    f"--reward {spec} returned {value:g} for the response {response[:200]!r} to {problem[:200]!r}: "
+                    f"return numbers from -{LARGEST:g} to {LARGEST:g}."
+                )
+        return values
+
+    return rewards
