@@ -30,7 +30,7 @@ def groups(*texts):
     made = []
     for answer, pair in texts:
         prompt = tiny_prompt(model, [])
-        prompt.answer = answer
+        prompt.problem, prompt.answer = "Q", answer
         mask = torch.ones(len(pair), 2, dtype=torch.bool)
         made.append(Group(prompt, mask.long(), mask, torch.zeros(len(pair), dtype=torch.bool), list(pair)))
     return made

@@ -267,9 +267,7 @@ def test_local_data_is_never_evaluated_on_what_it_trains_on(tmp_path, capsys):
     path.write_text('{"question": "What is 1?", "answer": "1"}\n' * 5)
     lines = grpo_run(tmp_path / "few", "--steps", 1, "--data", path, "--eval_rows", -1)
     assert not [line for line in lines if "eval_rows" in line]
-    assert (
-        "evaluating on nothing: too few rows to hold some out, and there is no --eval_data" in capsys.readouterr().err
-    )
+    assert "evaluating on nothing: too few rows to hold some out, and no --eval_data" in capsys.readouterr().err
 
 
 def test_seed_decides_everything(tmp_path):
@@ -286,7 +284,7 @@ def test_seed_decides_everything(tmp_path):
         ({"model": "/nowhere", "data": "toy"}, "--model /nowhere cannot be opened"),
         ({"resume": True}, "there is no checkpoint"),
         ({"cuda_graphs": True}, "--cuda_graphs is for one process on a GPU"),
-        ({"reward": "nowhere.py:f"}, "cannot be imported"),
+        ({"reward": "nowhere.py:f"}, "there is no file nowhere.py"),
         ({"report_to": "clouds"}, "--report_to clouds is none of .*, tensorboard, .*wandb"),
         ({"report_to": "wandb"}, "--report_to wandb is not installed: pip install wandb"),
         ({"eval_data": "/nowhere.parquet", "eval_rows": 5}, "--eval_data /nowhere.parquet cannot be opened"),
