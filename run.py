@@ -28,11 +28,12 @@ from plumbing import checkpoints
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, read_runs
-from plumbing.data import Data, Stream, some_of
+from plumbing.data import Data, some_of
 from plumbing.kernels import use_cores
-from plumbing.memory import dry_run
+from plumbing.memory import dry_run, out_of_memory
 from plumbing.metrics import Metrics, means
 from plumbing.sharding import full_tensor, local, shard, start_processes, unsharded
+from plumbing.stream import Stream
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
 ALWAYS_LOGGED += ["entropy", "loss", "clip_fraction", "approx_kl"]
@@ -137,7 +138,7 @@ class Run:
         self.updates, self.step, self.saved, self.stopping, self.skipped_in_a_row = 0, 0, None, False, 0
         self.history, position = {"first_eval": None, "last_eval": None, "seconds": 0.0}, 0
         if state:
-            checkpoints.refuse_changes(checkpoints.changes(self.args, state, len(self.data)), self.args)
+            checkpoints.refuse_changes(checkpoints.changes(self.args, state, self.data.contents), self.args)
             checkpoints.restore_optimizer(folder, self.optimizer, self.parameters)
             self.updates, self.step, self.saved = state.updates, state.step, state.step
             self.history, position = state.history, state.position
@@ -147,7 +148,7 @@ class Run:
     def open_output(self, folder, state):
         """The folder, its lock and log; a resumed run that differs from what it was says so there."""
         self.lock = checkpoints.open_output(self.args, folder, state) if self.is_main else None
-        if state and (changed := checkpoints.changes(self.args, state, len(self.data))):
+        if state and (changed := checkpoints.changes(self.args, state, self.data.contents)):
             self.metrics.write({"step": self.step, "changed": changed})
         if self.args.report_to:
             self.accelerator.init_trackers(self.output.name, config=dataclasses.asdict(self.args))
@@ -191,10 +192,7 @@ class Run:
                 if name == "rollout":
                     torch.cuda.empty_cache()  # the update finds memory in one piece
         except torch.OutOfMemoryError as error:
-            flags = "--tokens_per_row, then --max_pixels"
-            if name == "rollout":
-                flags = "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
-            raise UserError(f"out of memory in the {name} phase: lower {flags} ({str(error)[:120]}).") from None
+            raise out_of_memory(name, error) from None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def draw_prompts(self):
@@ -414,7 +412,7 @@ class Run:
         if self.all_reduce(sum(not local(p).isfinite().all() for p in self.parameters.values())):
             raise UserError(f"after step {self.step} the weights are not finite, and are not saved: {RUINED}.")
         position, script, arguments = self.stream.position, Path(sys.argv[0]).stem, dataclasses.asdict(self.args)
-        counts = {"step": self.step, "updates": self.updates, "position": position, "prompts": len(self.data)}
+        counts = {"step": self.step, "updates": self.updates, "position": position, "prompts": self.data.contents}
         state = checkpoints.State(**counts, history=self.history, script=script, arguments=arguments)
         trained = self.model, self.processor, self.optimizer, self.parameters
         checkpoints.save_checkpoint(self.output / f"step-{self.step}", *trained, state, self.is_main)

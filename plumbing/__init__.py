@@ -4,7 +4,8 @@ arguments   the flags that all scripts share
 commandline how a flag is declared, checked and listed; the sentence that a user's mistake gets
 rows        hub data sets and local files -> rows
 pictures    a picture of any mode, opened, looked through, brought to RGB
-data        rows of any usual schema -> prompts, and their order
+data        rows of any usual schema -> prompts
+stream      the order of the prompts
 answers     is an answer right
 rewards     a reward of the user's own
 sharding    several processes: FSDP2, and what they do together
@@ -18,4 +19,3 @@ curves      the picture that a run draws at its end
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers' own threads do not survive a fork
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of every file that it converts; downloads show theirs

@@ -30,7 +30,7 @@ class State:
     step: int  # the last one that is done
     updates: int
     position: int  # prompts drawn from the data so far
-    prompts: int  # that the data had: another number means other data
+    prompts: str  # the data's number of prompts and their checksum
     history: dict  # first and last evaluation, seconds of training
     script: str
     arguments: dict
@@ -158,7 +158,7 @@ def restore_optimizer(folder, optimizer, parameters):
 def restore_metrics(output, step):
     """metrics.jsonl as it was after `step`: later lines, and half a line at the end, are of a run that was killed."""
     path, kept, broken = output / "metrics.jsonl", [], 0
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)

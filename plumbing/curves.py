@@ -51,8 +51,13 @@ def read_metrics(path):
     try:
         lines = path.read_text().splitlines() if path.exists() else []
         whole = lines if not lines or lines[-1].endswith("}") else lines[:-1]
-        return [json.loads(line) for line in whole]
-    except (OSError, ValueError) as error:
+        found = [json.loads(line) for line in whole]
+        for line in found:
+            for name in ("step", "seconds", *PANELS):
+                if not isinstance(line.get(name, 0), int | float | None):
+                    raise ValueError(f"{name} is no number in {line}")
+        return found
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: a line that is no object
         raise UserError(f"{path} cannot be read ({error}): mend that line, or leave the run out.") from None
 
 
@@ -60,7 +65,7 @@ def series(lines, name):
     """{step: (seconds of training so far, value)} of one run."""
     seconds, found = 0.0, {}
     for line in lines:
-        seconds += line.get("seconds", 0.0)
+        seconds += line.get("seconds") or 0.0
         if line.get(name) is not None:
             found[line["step"]] = (seconds, line[name])
     return found
@@ -112,7 +117,7 @@ def draw_curves(runs, output, window=10):
     axes = figure.subplots(2, 4)
     colours = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
     logged = [line for seeds in runs.values() for lines in seeds for line in lines]
-    data = ", ".join(sorted({line["eval_data"] for line in logged if "eval_data" in line})) or "test data"
+    data = ", ".join(sorted({str(line["eval_data"]) for line in logged if "eval_data" in line})) or "test data"
     for column, (name, (title, percent)) in enumerate(PANELS.items()):
         title = title.format(data)
         steps_averaged = 1 if name == "eval_accuracy" else window

@@ -1,14 +1,13 @@
-"""Rows of any usual schema -> prompts, and the endless order in which training sees them.
+"""Rows of any usual schema -> prompts: columns, the chat template, what is too long or cannot be used.
 
-Columns, the chat template, what is too long or cannot be used. Not here: files and hub sets (rows.py), how a picture is
-opened (pictures.py), what a model makes of a prompt (common.py), and how a benchmark's rows become questions (eval.py).
+Not here: files and hub sets (rows.py), how a picture is opened (pictures.py), the order in which training sees prompts
+(stream.py), what a model makes of one (common.py), and how a benchmark's rows become questions (eval.py).
 """
 
 import copy
-import dataclasses
 import os
 import random
-from collections import deque
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +101,15 @@ class Data:
             if isinstance(feature.feature if as_list else feature, ImageFeature):
                 raw = ImageFeature(decode=False)
                 self.rows = self.rows.cast_column(column, datasets.List(raw) if as_list else raw)
-        rows, self.tokens, self.unusable = len(self.rows), {}, {}
+        rows, self.tokens, self.unusable, self.checksum = len(self.rows), {}, {}, 0
         pool, silent = ThreadPoolExecutor(), os.environ.get("RANK", "0") != "0"
         looked = [pool.submit(self.look, i) for i in range(rows)]
         try:
             for i, row in enumerate(tqdm(looked, self.name, leave=False, delay=2, unit="row", disable=silent)):
                 try:
-                    self.tokens[i] = self.prompt_tokens(*row.result())
+                    problem, sizes, answer = row.result()
+                    self.tokens[i] = self.prompt_tokens(problem, sizes)
+                    self.checksum = zlib.crc32(f"{i} {problem} {answer}".encode(errors="replace"), self.checksum)
                 except Unusable as error:
                     self.unusable[i] = str(error)
         finally:
@@ -125,12 +126,12 @@ class Data:
             )
 
     def look(self, index):
-        """(problem, (height, width) of each picture) of a row whose pictures are whole. Raises Unusable."""
-        problem, images, _ = self.row(index)
+        """(problem, (height, width) of each picture, answer); reads the pictures to their end. Raises Unusable."""
+        problem, images, answer = self.row(index)
         sizes = [(image.height, image.width) for image in images]
         for image in images:
             read_to_the_end(image)
-        return problem, sizes
+        return problem, sizes, answer
 
     def say_unusable(self, verb):
         """How many rows cannot be used, and the first three by number with the reason."""
@@ -140,6 +141,11 @@ class Data:
     def __str__(self):
         said = f"{self.title}: {len(self)} prompts, {self.dropped} dropped as too long"
         return f"{said}; {self.say_unusable('left out')}" if self.unusable else said
+
+    @property
+    def contents(self):
+        """Number of prompts and checksum of all questions and answers: what a resumed run must find again."""
+        return f"{len(self)} ({self.checksum:08x})"
 
     def __len__(self):
         return len(self.indices)
@@ -227,33 +233,3 @@ class Data:
 def some_of(order, rows, seed):
     """So many of a list, chosen by the seed, in their order; all of it where it has no more, and for -1."""
     return sorted(random.Random(seed).sample(order, rows)) if 0 < rows < len(order) else order
-
-
-class Stream:
-    """The endless, seeded order of a data set; each process takes its turn, so the order is that of one process.
-
-    Pictures are opened and cut into patches in threads, one draw ahead.
-    """
-
-    def __init__(self, data, seed, rank=0, world_size=1, position=0):
-        self.data, self.seed, self.rank, self.world_size = data, seed, rank, world_size
-        self.position = position  # prompts drawn so far, all processes together
-        self.pool, self.ahead, self.order = ThreadPoolExecutor(4), deque(), {}
-
-    def index(self, serial):
-        """The row of the data set that the prompt of this number is made of."""
-        epoch, offset = divmod(serial, len(self.data))
-        if epoch not in self.order:
-            shuffled = list(self.data.indices)
-            random.Random(f"{self.seed} {epoch}").shuffle(shuffled)
-            self.order[epoch] = shuffled
-        return self.order[epoch][offset]
-
-    def draw(self, count):
-        """This process's share of the next `count` prompts, each with its number in the stream."""
-        while len(self.ahead) < 2 * count // self.world_size:
-            serial = self.position + len(self.ahead) * self.world_size + self.rank
-            self.ahead.append((serial, self.pool.submit(self.data.prompt, self.index(serial))))
-        self.position += count
-        drawn = [self.ahead.popleft() for _ in range(count // self.world_size)]
-        return [dataclasses.replace(future.result(), serial=serial) for serial, future in drawn]

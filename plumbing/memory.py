@@ -117,6 +117,14 @@ def gpu_memory(args):
     return args.gpu_memory or found
 
 
+def out_of_memory(phase, error):
+    """The sentence for a card that is full, with the flags to turn."""
+    flags = "--tokens_per_row, then --max_pixels"
+    if phase == "rollout":
+        flags = "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
+    return UserError(f"out of memory in the {phase} phase: lower {flags} ({str(error)[:120]}).")
+
+
 def refuse_what_cannot_fit(args, gpus):
     """Raises UserError, before anything is loaded, where weights and optimiser alone are too much for a GPU."""
     if not (torch.cuda.is_available() or args.gpu_memory):

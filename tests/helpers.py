@@ -156,7 +156,9 @@ def measured_once(data):
     key = (type(data), data.name, len(data.rows), args.instruction, args.max_prompt_tokens)
     if data.name != "toy" or key not in MEASURED:
         measure(data)
-        MEASURED[key] = {name: getattr(data, name) for name in ("rows", "indices", "dropped", "tokens", "unusable")}
+        MEASURED[key] = {
+            name: getattr(data, name) for name in ("rows", "indices", "dropped", "tokens", "unusable", "checksum")
+        }
     vars(data).update(MEASURED[key])
 
 

@@ -193,7 +193,10 @@ def test_other_rows_behind_the_same_name_are_noticed(tmp_path):
     flags = ["--data", path, "--eval_rows", -1]
     grpo_run(tmp_path / "run", "--steps", 1, *flags)
     path.write_text("".join(f'{{"question": "{i}?", "answer": "1"}}\n' for i in range(60)))
-    with pytest.raises(UserError, match="begun otherwise .prompts was 36, is 54"):
+    with pytest.raises(UserError, match=r"begun otherwise .prompts was 36 \(\w{8}\), is 54 \("):
+        grpo_run(tmp_path / "run", "--steps", 2, *flags, "--resume")
+    path.write_text("".join(f'{{"question": "{i}?", "answer": "2"}}\n' for i in range(40)))
+    with pytest.raises(UserError, match=r"begun otherwise .prompts was 36 \(\w{8}\), is 36 \("):
         grpo_run(tmp_path / "run", "--steps", 2, *flags, "--resume")
 
 
@@ -227,13 +230,13 @@ def test_two_runs_in_one_folder_at_a_time(tmp_path):
     assert (tmp_path / "run" / "metrics.1.jsonl").exists()  # and what the first one had logged is kept
 
 
-@pytest.mark.parametrize("log", [None, "", '{"step": 1, "loss"\n{"step": 1, "reward": 0.5}\n', "[1]\n"])
+@pytest.mark.parametrize("log", [None, "", "\x00\udcff", '{"step": 1, "loss"\n{"step": 1, "reward": 0.5}\n', "[1]\n"])
 def test_a_log_that_is_missing_or_broken_is_kept_and_named(tmp_path, capsys, log):
     output = tmp_path / "run"
     grpo_run(output, "--steps", 1)
     (output / "metrics.jsonl").unlink()
     if log is not None:
-        (output / "metrics.jsonl").write_text(log)
+        (output / "metrics.jsonl").write_text(log, errors="surrogateescape")
     lines = grpo_run(output, "--steps", 2, "--resume")
     said = capsys.readouterr().err
     if log and "loss" in log:

@@ -11,8 +11,9 @@ from PIL import Image
 from common import load_processor
 from plumbing.arguments import INSTRUCTION, SharedArgs
 from plumbing.commandline import UserError
-from plumbing.data import Data, Stream, prompt_text
+from plumbing.data import Data, prompt_text
 from plumbing.pictures import Unusable, open_picture, to_rgb
+from plumbing.stream import Stream
 
 
 def data_of(toy, name, split="train", **more):
@@ -274,6 +275,8 @@ def test_a_picture_that_is_damaged_later_gets_a_sentence(toy, picture_file):
     [
         ("d.jsonl", b'{"question": "a", "answer": "1"}\n{"question": "b", \n', "d.jsonl is no JSON in UTF-8 in line 2"),
         ("d.jsonl", '{"question": "é", "answer": "1"}\n'.encode("latin-1"), "row 0 is not in UTF-8"),
+        ("d.json", b"null", "must hold rows: one object a line, or a list of objects"),
+        ("d.jsonl", b"\n7\n", "must hold rows: one object a line, or a list of objects"),
         ("d.json", b'[{"question": "a", "answer": "1"},\n{"question" "b"}]', "is no JSON .* line 2"),
     ],
 )
