@@ -49,11 +49,9 @@ def load_rows(name, split, revision="main", option="--data"):
             raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
         if len(splits) > 1 and split not in splits:
             raise UserError(f"{option} {name} has no split {split}; it has {', '.join(splits)}.")
-        for file in files:  # pyarrow dies of a file that says null
-            if (
-                KINDS[file.suffix] == "json"
-                and file.read_bytes()[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in b"{["
-            ):
+        for file in files:
+            begin = file.read_bytes()[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
+            if KINDS[file.suffix] == "json" and begin[:1] not in b"{[":  # pyarrow dies of a file that says null
                 raise UserError(f"{option} {file} must hold rows: one object a line, or a list of objects.")
         return datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
