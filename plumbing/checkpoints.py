@@ -35,6 +35,12 @@ class State:
     script: str
     arguments: dict
 
+    def __post_init__(self):
+        counts = all(type(count) is int and count >= 0 for count in (self.step, self.updates, self.position))
+        known = isinstance(self.history, dict) and {"first_eval", "last_eval", "seconds"} == set(self.history)
+        if not (counts and known and isinstance(self.arguments, dict)):
+            raise ValueError("its trainer_state.json holds other values than a run writes")
+
 
 def write_text(path, text):
     """Writes a file beside and renames it: whoever reads it finds the old one or the new one, whole."""

@@ -420,7 +420,8 @@ def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
     folder = tmp_path / "vepo" / "step-3"
     folder.mkdir(parents=True)
     arguments = {"model": "toy", "data": "toy", "eval_data": None, "instruction": "Hm.", "max_response_tokens": 33}
-    state = State(3, 3, 12, 100, {}, "vepo", arguments)
+    history = {"first_eval": None, "last_eval": None, "seconds": 0.0}
+    state = State(3, 3, 12, "100 (0)", history, "vepo", arguments)
     (folder / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state)))
     args = Args(model=str(folder))
     assert (args.instruction, args.benchmarks, args.min_pixels, args.output) == ("Hm.", "toy", None, "runs/eval/vepo")
