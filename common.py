@@ -90,21 +90,20 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
     return processor
 
 
-def load_model(name, revision="main", meta=False, dtype=torch.float32, bf16=False):
+def load_model(name, revision="main", meta=False, dtype=torch.float32):
     """A Qwen-VL model. Raises UserError for other models.
 
     `dtype`: of the weights, fp32 for training; the model's `.to` would round the frequencies of the positions as well.
-    `bf16`: what it will compute in, so that flash-attn, which takes no fp32, may be used in the vision tower.
     `meta`: shapes, no weights. Weights come from safetensors alone: what is pickled may run code.
     """
-    attention = {"text_config": "shared_prefix", "vision_config": kernels.vision_attention(bf16)}
-    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    options = {"dtype": dtype, "attn_implementation": {"text_config": "shared_prefix"}, "trust_remote_code": False}
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", in each process
     config = load_config(name, revision)
     try:
         if meta:
             with torch.device("meta"):
-                return transformers.AutoModelForImageTextToText.from_config(config, **options)
+                model = transformers.AutoModelForImageTextToText.from_config(config, **options)
+            return kernels.with_windows(model)
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, found = transformers.AutoModelForImageTextToText.from_pretrained(name, revision=revision, **options)
     except Exception as error:  # whatever transformers says of a damaged file, or of a number in a config
@@ -115,7 +114,7 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32, bf16=Fals
     if any(wrong.values()):  # what is missing would be drawn at random
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
         raise UserError(f"--model {name} is damaged, or no model of its config.json: of its tensors {said}.")
-    return model
+    return kernels.with_windows(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -334,7 +334,7 @@ class Evaluation:
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.model = load_model(source, args.model_revision, dtype=dtype, bf16=bf16)
+        self.model = load_model(source, args.model_revision, dtype=dtype)
         self.model.to(self.accelerator.device).eval()
         self.check, self.retries, self.parts = Checker(args.check_seconds), 0, {}
         for name in args.benchmarks.split(","):

@@ -81,7 +81,7 @@ class Run:
     def load(self, name, revision, frozen=False):
         """The model that is trained, or a frozen one; on several processes sharded, and whole on the main one alone."""
         bf16 = self.accelerator.mixed_precision == "bf16"
-        model = load_model(name, revision, meta=self.world_size > 1, bf16=bf16).train(not frozen)
+        model = load_model(name, revision, meta=self.world_size > 1).train(not frozen)
         if frozen:
             model.requires_grad_(False)
         if self.args.freeze_vision:
@@ -89,7 +89,7 @@ class Run:
         if self.args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.world_size > 1:
-            whole = load_model(name, revision, bf16=bf16) if self.is_main else None
+            whole = load_model(name, revision) if self.is_main else None
             shard(model, whole, self.accelerator.device, bf16)
         return model.to(self.accelerator.device)
 

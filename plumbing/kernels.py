@@ -3,22 +3,51 @@
 Not here: what attention attends to (common.py).
 """
 
-import importlib.util
 import os
 import re
 import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 FLEX_ATTENTION = torch.cuda.is_available()  # a packed row skips what its responses do not see, block by block
 HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
 
 
-def vision_attention(bf16):
-    """transformers' name for the attention of the vision tower; flash-attn takes no fp32."""
-    flash = bf16 and torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
-    return "flash_attention_2" if flash else "sdpa"
+def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """Attention of each window's patches to those of the same window, for transformers' vision towers.
+
+    query, key, value (1, H, N, d); cu_seq_lens_q: where the windows begin, and N. Returns (1, N, H, d). One call on
+    CUDA, of flash attention for windows of any length, which torch brings; elsewhere one for each length. transformers
+    itself would call another attention window by window, 2,272 times for a picture of a megapixel.
+    """
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (N, H, d)
+    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
+        cu, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
+        return varlen_attn(query, key, value, cu, cu, longest, longest, scale=scaling)[None], None
+    ends = cu_seq_lens_q.tolist()
+    windows = {}  # length: indices of the patches of all windows of this length
+    for start, end in zip(ends, ends[1:]):
+        windows.setdefault(end - start, []).append(torch.arange(start, end, device=value.device))
+    order = [torch.stack(indices) for indices in windows.values()]  # (windows, length)
+    parts = []
+    for index in order:
+        q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))  # (windows, H, length, d)
+        parts.append(scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+    order = torch.cat([index.flatten() for index in order])
+    return torch.cat(parts)[order.argsort()][None], None
+
+
+def with_windows(model):
+    """The model with `window_attention` in its vision tower; as an argument, transformers would look for a package."""
+    model.model.visual.config._attn_implementation = "flash_windows"
+    return model
+
+
+AttentionInterface.register("flash_windows", window_attention)  # only a "flash" is told where the windows begin
 
 
 def recorded(function, *inputs):

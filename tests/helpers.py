@@ -21,6 +21,7 @@ import run  # noqa: E402
 from common import Group  # noqa: E402
 from plumbing.answers import Checker  # noqa: E402
 from plumbing.data import Data, Prompt  # noqa: E402
+from plumbing.kernels import with_windows  # noqa: E402
 
 torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 transformers.utils.logging.disable_progress_bar()
@@ -70,7 +71,7 @@ def tiny_model(family, seed=0):
         text = text_config(head_dim=8, rope={"mrope_interleaved": True})
         config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
         cls = transformers.Qwen3VLForConditionalGeneration
-    model = cls._from_config(config, attn_implementation={"text_config": "shared_prefix", "vision_config": "sdpa"})
+    model = with_windows(cls._from_config(config, attn_implementation={"text_config": "shared_prefix"}))
     model.generation_config.eos_token_id = END
     return model.float().train()
 

@@ -1,31 +1,54 @@
-"""plumbing/kernels.py: which attention is chosen where, and how many threads."""
+"""plumbing/kernels.py: windows of the vision tower in one call, and how many threads."""
 
-import importlib.util
 import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from helpers import tiny_model
 
-from common import load_model
 from plumbing import kernels
-from plumbing.arguments import TOY
+
+GRIDS = torch.tensor([[1, 4, 6], [1, 10, 12], [1, 2, 2], [1, 10, 12]])  # windows of 4, 8, 12 and 16 patches
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_flash_attention_is_for_bf16_on_a_gpu(monkeypatch, gpu, bf16):
-    given = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # everything is installed
-    loader = transformers.AutoModelForImageTextToText
-    none_wrong = {f"{kind}_keys": [] for kind in ("missing", "unexpected", "mismatched")}
-    monkeypatch.setattr(loader, "from_pretrained", lambda name, **options: (given.update(options), none_wrong))
-    load_model(TOY / "model", bf16=bf16)
-    vision = given["attn_implementation"]["vision_config"]
-    assert vision == ("flash_attention_2" if gpu and bf16 else "sdpa")
+def tower(family, seen=None):
+    """Outputs and gradients of a vision tower, for pictures of several sizes, by `_attn_implementation` seen."""
+    visual = tiny_model(family).double().model.visual
+    visual.config._attn_implementation = seen or visual.config._attn_implementation
+    pixels = torch.randn(
+        int(GRIDS.prod(1).sum()), 1176, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    out = visual(pixels.requires_grad_(), grid_thw=GRIDS).pooler_output
+    out.square().sum().backward()
+    return [out, pixels.grad, *(p.grad for p in visual.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_windows_together_equal_windows_one_by_one(family):
+    assert tiny_model(family).model.visual.config._attn_implementation == "flash_windows"
+    for ours, theirs in zip(tower(family), tower(family, "sdpa"), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_calls_for_a_megapixel(monkeypatch, checkpointing):
+    """Qwen2.5-VL's 32 blocks, 4 of them over the whole picture: one call each, and not one for each window."""
+    calls, attend = [], kernels.scaled_dot_product_attention
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *x, **y: (calls.append(1), attend(*x, **y))[1])
+    config = tiny_model("qwen2_5_vl").config
+    config.vision_config.depth, config.vision_config.window_size = 32, 112
+    config.vision_config.fullatt_block_indexes = [7, 15, 23, 31]
+    config.vision_config._attn_implementation = "sdpa"
+    model = kernels.with_windows(type(tiny_model("qwen2_5_vl"))._from_config(config)).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    grid = torch.tensor([[1, 72, 72]])  # 1,008 x 1,008 pixels
+    out = model.model.visual(torch.randn(5184, 1176), grid_thw=grid).pooler_output
+    forward = len(calls)
+    out.sum().backward()
+    assert forward == 32 and len(calls) == (64 if checkpointing else 32)
 
 
 @pytest.mark.parametrize(
