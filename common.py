@@ -20,11 +20,10 @@ from functools import partial
 
 import torch
 import transformers
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -196,7 +195,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     """
     if isinstance(attention_mask, BlockMask):
         query, key = query.to(value.dtype), key.to(value.dtype)
-        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        out = kernels.flex()(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
     if isinstance(key, torch.Tensor):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (prefix_k, suffix_k), (prefix_v, suffix_v) = key, value
@@ -427,8 +427,8 @@ def pack(row, device):
     def sees(batch, head, q, k):
         return ((owner[q] == owner[k]) | (owner[k] == 0)) & (q >= k)
 
-    if kernels.FLEX_ATTENTION:
-        visible = create_block_mask(sees, None, None, len(owner), len(owner), device=device)
+    if kernels.takes_block_mask(owner.device):
+        visible = kernels.block_mask(owner, sees)
     else:
         index = torch.arange(len(owner), device=device)
         visible = sees(None, None, index[:, None], index)[None, None]

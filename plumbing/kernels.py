@@ -3,18 +3,50 @@
 Not here: what attention attends to (common.py).
 """
 
+import functools
 import os
 import re
 import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-FLEX_ATTENTION = torch.cuda.is_available()  # a packed row skips what its responses do not see, block by block
+BLOCK = 128  # tokens: what a packed row's responses do not see is skipped in blocks of so many
 HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
+
+
+@functools.cache
+def flex():
+    """Flex attention, compiled for rows of any length: too many compilations raise, and do not build L x L scores."""
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def takes_block_mask(device):
+    return device.type == "cuda"  # flex attention has no backward pass on a CPU
+
+
+def block_mask(owner, sees):
+    """The block mask of a packed row from owner (L,), ascending, 0 for the prompt; nothing of size L x L exists.
+
+    A block of keys is read where it holds a part of the prompt, or ends with the response that the block of queries
+    begins with; it needs no mask where all of it is the prompt, or both are of one response.
+    """
+    L = len(owner)
+    first, last = owner[::BLOCK], torch.cat([owner[BLOCK - 1 :: BLOCK], owner[-1:]])[: -(-L // BLOCK)]
+    earlier = torch.ones(len(first), len(first), dtype=torch.bool, device=owner.device).tril(-1)
+    own = last[None] == first[:, None]  # (blocks of queries, blocks of keys)
+    full = earlier & ((last == 0)[None] | (own & (first == last)[None] & (first == last)[:, None]))
+    part = earlier & ((first == 0)[None] | own) & ~full
+    part.fill_diagonal_(True)
+    blocks = []
+    for chosen in (part, full):
+        order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+        blocks += [chosen.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]]
+    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(L, L))
 
 
 def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):

@@ -1,10 +1,13 @@
 """The packed row against a plain padded batch, and the chunked head against plain logits."""
 
 import copy
+from random import Random
 
 import pytest
 import torch
 from helpers import SHAPES, padded_inputs, tiny_group, tiny_model, tiny_prompt
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import forward, pack, response_and_image_states, split_group, token_logps, unpack
@@ -54,21 +57,70 @@ def test_packed_row_equals_padded_batch(family, images, temperature):
             assert torch.allclose(p.grad, q.grad, atol=1e-4 * max(1, q.grad.abs().max())), name
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("images", SHAPES)
-def test_flex_attention_equals_the_boolean_mask(family, images, monkeypatch):
-    """The GPU's kernel, run eagerly; a row longer than its blocks of 128 tokens. (It has no backward pass on a CPU.)"""
-    model = tiny_model(family)
-    group = tiny_group(tiny_prompt(model, SHAPES[images]), [130, 1, 140, 150])
-    with torch.no_grad():
-        want = forward(model, group)
-        monkeypatch.setattr(kernels, "FLEX_ATTENTION", True)
-        mask = pack(group, model.device)["attention_mask"]
-        with torch.compiler.set_stance("force_eager"):
-            got = forward(model, group)
-    assert mask.sparsity() > 10  # blocks that are skipped, in percent
-    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(got, want))
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """Flex attention, traced and differentiated as on a GPU, its kernel replaced by plain operations."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    compiled = torch.compile(flex_attention, backend="aot_eager", dynamic=True, fullgraph=True)
+    monkeypatch.setattr(kernels, "flex", lambda: compiled)
+    monkeypatch.setattr(kernels, "takes_block_mask", lambda _: True)
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def outputs_and_gradients(model, group):
+    model.zero_grad()
+    logps, entropy, _ = forward(model, group)
+    (logps.sum() + entropy.sum()).backward()
+    return [logps, entropy, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flex_attention_equals_the_boolean_mask(family, checkpointing, request):
+    """Forward and backward; a row longer than the blocks of 128 tokens."""
+    model, checkpointed = tiny_model(family), {"use_reentrant": False}
+    if checkpointing:
+        model.activation_checkpointing_enable(checkpointed)
+    group = tiny_group(tiny_prompt(model, SHAPES["one image"]), [130, 1, 140, 150])
+    want = outputs_and_gradients(model, group)
+    request.getfixturevalue("flex_on_cpu")
+    assert pack(group, model.device)["attention_mask"].sparsity() > 10  # blocks that are skipped, in percent
+    for ours, theirs in zip(outputs_and_gradients(model, group), want, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5 * max(1, theirs.abs().max().item()))
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_the_block_mask_is_that_of_every_pair_of_tokens():
+    random = Random(0)
+    for _ in range(60):
+        lengths = [random.randint(1, 600), *(random.randint(1, 400) for _ in range(random.randint(1, 8)))]
+        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+        def sees(batch, head, q, k, owner=owner):
+            return ((owner[q] == owner[k]) | (owner[k] == 0)) & (q >= k)
+
+        ours = kernels.block_mask(owner, sees)
+        plain = create_block_mask(sees, None, None, len(owner), len(owner), device="cpu")
+        assert torch.equal(ours.to_dense(), plain.to_dense()) and ours.shape == plain.shape
+        pairs = sees(None, None, torch.arange(len(owner))[:, None], torch.arange(len(owner)))
+        for q, count in enumerate(ours.full_kv_num_blocks[0, 0].tolist()):  # where no mask is looked at, all is seen
+            for k in ours.full_kv_indices[0, 0, q, :count].tolist():
+                assert pairs[128 * q : 128 * q + 128, 128 * k : 128 * k + 128].all()
+
+
+def test_rows_of_any_length_share_few_compilations(flex_on_cpu):
+    random = Random(0)
+    for _ in range(100):
+        lengths = [random.randint(1, 60), *(random.randint(1, 60) for _ in range(random.randint(1, 6)))]
+        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+        def sees(batch, head, q, k, owner=owner):
+            return ((owner[q] == owner[k]) | (owner[k] == 0)) & (q >= k)
+
+        query, key, value = torch.randn(3, 1, 2, len(owner), 8)
+        kernels.flex()(query, key, value, block_mask=kernels.block_mask(owner, sees), enable_gqa=True)
+    assert counters["stats"]["unique_graphs"] <= 6
 
 
 def test_the_oracle_notices_a_wrong_position():
