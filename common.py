@@ -21,7 +21,7 @@ from functools import partial
 import torch
 import transformers
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -410,6 +410,24 @@ def split_group(group, budget):
     return [*rows, group[start:]]
 
 
+def filler(group):
+    """A row that counts nothing, of a group's first response: for a process that has none while others have."""
+    row = group[:1]
+    zeros = torch.zeros(row.mask.shape, device=row.mask.device)
+    row.prompt, row.advantages = dataclasses.replace(row.prompt, serial=-1), zeros[:, 0]
+    row.loss_mask = zeros.bool()
+    row.old_logps = row.ref_logps = row.scores = row.weights = zeros
+    return row
+
+
+def longest(prompt, args):
+    """The longest row that the settings allow to a prompt: to see, before the first step, whether it fits."""
+    G, T = args.group_size, args.max_response_tokens
+    tokens, mask = torch.zeros(G, T, dtype=torch.long), torch.ones(G, T, dtype=torch.bool)
+    group = Group(prompt, tokens, mask, truncated=torch.ones(G), texts=[""] * G)
+    return max(split_group(group, args.tokens_per_row), key=lambda row: row.mask.sum())
+
+
 def pack(row, device):
     """The row [prompt | response 1 | ... | response G] as model inputs.
 
@@ -499,7 +517,7 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
     """
 
     def head(hidden, targets):
-        logps = ((hidden @ weight.to(hidden.dtype).T).float() / temperature).log_softmax(-1)
+        logps = (linear(hidden, weight).float() / temperature).log_softmax(-1)  # autocast casts the weight once
         return logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
 
     parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
@@ -519,7 +537,7 @@ def compare_logits(function, model, row, *hidden, temperature=1.0, chunk=HEAD_CH
     def compute(model):
         weight = model.lm_head.weight
         parts = [
-            function(*((states[index] @ weight.to(states.dtype).T).float() / temperature for states in hidden))
+            function(*(linear(states[index], weight).float() / temperature for states in hidden))
             for index in source.split(max(1, chunk // len(hidden)))
         ]
         return [torch.cat(part) for part in zip(*parts)]

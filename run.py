@@ -23,7 +23,7 @@ import transformers
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from common import Group, Reward, forward, load_model, load_processor, loss_denominator, rollout, split_group
+from common import Reward, filler, forward, load_model, load_processor, longest, loss_denominator, rollout, split_group
 from plumbing import checkpoints
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError
@@ -105,9 +105,9 @@ class Run:
     def make_optimizer(self):
         args = self.args
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), args.learning_rate, betas=(0.9, args.beta2), weight_decay=args.weight_decay
-        )
+        settings = {"betas": (0.9, args.beta2), "weight_decay": args.weight_decay}
+        fused = self.accelerator.device.type == "cuda"  # foreach would need another copy of the parameters
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), args.learning_rate, fused=fused, **settings)
         shape = "constant_with_warmup" if args.schedule == "constant" else args.schedule
         spans = args.warmup_steps * args.updates_per_step, args.steps * args.updates_per_step
         self.schedule = transformers.get_scheduler(shape, self.optimizer, *spans).lr_lambdas[0]  # of the updates so far
@@ -117,10 +117,7 @@ class Run:
 
         Its learning rate is 0 and its optimiser state is forgotten, so that the run does not remember it.
         """
-        G, T = self.args.group_size, self.args.max_response_tokens
-        tokens, mask = torch.zeros(G, T, dtype=torch.long), torch.ones(G, T, dtype=torch.bool)
-        group = Group(self.data.prompt(self.data.longest_row), tokens, mask, truncated=torch.ones(G), texts=[""] * G)
-        row = max(split_group(group, self.args.tokens_per_row), key=lambda row: row.mask.sum())
+        row = longest(self.data.prompt(self.data.longest_row), self.args)
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p)
         for settings in self.optimizer.param_groups:
@@ -229,13 +226,21 @@ class Run:
         return torch.stack([g.rewards for g in self.groups]) if self.groups else torch.zeros(0, self.args.group_size)
 
     def pack_rows(self, advantages):
-        """The step's groups as packed rows: one per group, more where a group is longer than --tokens_per_row."""
-        rows = []
+        """The step's groups as packed rows: one per group, more where a group is longer than --tokens_per_row.
+
+        Groups of equal rewards have no gradient and are left out, unless KL term or entropy bonus give them one. They
+        count in the denominator.
+        """
+        rows, trained = [], 0
+        self.zero_advantage, terms = [], self.args.kl_coef or self.args.entropy_coef
         for group, group_advantage in zip(self.groups, advantages):
             group.advantages = group_advantage.to(group.mask.device)
             group.loss_mask = group.mask & ~group.truncated[:, None] if self.args.drop_truncated else group.mask
-            rows += split_group(group, self.args.tokens_per_row)
-        self.groups_are_cut = self.all_reduce(len(rows) - len(self.groups)) > 0  # some, on some process
+            if terms or group.advantages.any():
+                rows, trained = rows + split_group(group, self.args.tokens_per_row), trained + 1
+            else:
+                self.zero_advantage.append(group)
+        self.groups_are_cut = self.all_reduce(len(rows) - trained) > 0  # some, on some process
         if len(self.serials) < self.args.prompts_per_step:
             self.say(f"step {self.step + 1}: {len(self.serials)} prompts of mixed success in {self.tries} draws")
         return self.with_fillers(rows)
@@ -245,31 +250,29 @@ class Run:
         size = math.ceil(len(self.serials) / self.args.updates_per_step)
         for start in range(0, len(self.serials), max(size, 1)):
             serials = self.serials[start : start + size]
+            self.not_trained = [group for group in self.zero_advantage if group.prompt.serial in serials]
             yield self.with_fillers([row for row in rows if row.prompt.serial in serials])
 
+    def counted(self, rows):
+        """All that the loss of a mini-batch is a mean over: its rows, and the groups that were left out of it."""
+        return [*rows, *self.not_trained]
+
     def with_fillers(self, rows):
-        """As many rows on each process, since sharded weights are gathered by all together; a filler counts nothing."""
-        most = max(gather_object([len(rows)]))
-        filler = self.sampled[0][:1]
-        filler.prompt = dataclasses.replace(filler.prompt, serial=-1)
-        filler.advantages = torch.zeros(1, device=filler.mask.device)
-        filler.loss_mask = torch.zeros_like(filler.mask)
-        zeros = torch.zeros(filler.mask.shape, device=filler.mask.device)
-        filler.old_logps = filler.ref_logps = filler.scores = filler.weights = zeros
-        return rows + [filler] * (most - len(rows))
+        """As many rows on each process, since sharded weights are gathered by all together; a filler counts nothing.
+
+        The longest come first on each: all processes wait for the longest row of a turn.
+        """
+        rows = sorted(rows, key=lambda row: -len(row.prompt.input_ids) - int(row.mask.sum()))
+        return rows + [filler(self.sampled[0])] * (max(gather_object([len(rows)])) - len(rows))
 
     def denominator(self, rows):
         """Tokens (or responses) that the loss of a mini-batch is divided by: over all its rows and all processes."""
-        return self.all_reduce(sum(loss_denominator(row.loss_mask, self.args.aggregation) for row in rows))
+        aggregation = self.args.aggregation
+        return self.all_reduce(sum(loss_denominator(row.loss_mask, aggregation) for row in self.counted(rows)))
 
     def backward(self, loss, info, row, mask):
-        """Gradients of one row; `info` goes to the log as the mean over the tokens in `mask`, weighted by their number.
-
-        A group of equal rewards has no gradient: on one process its backward pass is left out.
-        """
-        flat = not (row.advantages.any() or self.args.kl_coef or self.args.entropy_coef)
-        if self.world_size > 1 or not flat:
-            self.accelerator.backward(loss)
+        """Gradients of one row; `info` goes to the log as the mean over tokens in `mask`, weighted by their number."""
+        self.accelerator.backward(loss)
         self.metrics.add("loss", loss.detach(), 0)
         self.metrics.add_means(info, mask)
 
@@ -282,10 +285,11 @@ class Run:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.args.learning_rate * self.schedule(self.updates)
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm))
-        if norm.isfinite():
+        foreach = self.optimizer.defaults["fused"]  # where there is one kernel for all, sharded or not
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm, foreach=foreach)
+        torch.clear_autocast_cache()  # bf16 copies of the weights as they were: not beside the optimiser's peak
+        if (norm := full_tensor(norm)).isfinite():
             self.optimizer.step()
-            torch.clear_autocast_cache()  # bf16 copies of the weights as they were
             self.norms.append(norm.item())
             self.skipped_in_a_row = 0
         else:

@@ -12,6 +12,7 @@ from helpers import QUICK, ROOT, main_of, same, train, weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import grpo
 import run
 from common import Reward, forward, group_advantages, load_processor, rollout
 from plumbing.commandline import UserError
@@ -148,17 +149,26 @@ def test_equal_rewards_leave_the_gradient_at_zero(monkeypatch, tmp_path):
     assert line["grad_norm"] == 0 and line["loss"] == 0 and line["zero_advantage_groups"] == 1
 
 
-def test_leaving_out_a_backward_pass_of_zeros_changes_nothing(monkeypatch, tmp_path):
-    """Groups of equal rewards are skipped in the backward pass; the weights are those of the full pass, to the bit."""
-    flags = ["--steps", 3, "--prompts_per_step", 4, "--seed", 3]
+@pytest.mark.parametrize("updates", [1, 2])
+def test_leaving_out_groups_of_equal_rewards_changes_nothing(monkeypatch, tmp_path, updates):
+    """They have no gradient; the weights are those of a run that makes all passes, to the bit."""
+    flags = ["--steps", 3, "--prompts_per_step", 4, "--seed", 3, "--updates_per_step", updates]
+    passes = []
+    monkeypatch.setattr(grpo, "forward", lambda *x: (passes.append(1), forward(*x))[1])
     lines = grpo_run(tmp_path / "a", *flags)
-    assert 0 < sum(line["zero_advantage_groups"] for line in lines) < 3  # there are some, and there are others
+    flat = round(4 * sum(line["zero_advantage_groups"] for line in lines))
+    assert 0 < flat < 12 and len(passes) == (12 - flat) * updates  # there are some, and there are others
+    pack_rows = Run.pack_rows
 
-    def everything(run, loss, info, row, mask):
-        run.accelerator.backward(loss)
+    def all_rows(run, advantages):
+        run.args.kl_coef = 1e-30  # as if a KL term needed them
+        rows = pack_rows(run, advantages)
+        run.args.kl_coef = 0.0
+        return rows
 
-    monkeypatch.setattr(Run, "backward", everything)
+    monkeypatch.setattr(Run, "pack_rows", all_rows)
     grpo_run(tmp_path / "b", *flags)
+    assert len(passes) == (12 - flat + 12) * updates
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
 
 
