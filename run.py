@@ -51,7 +51,7 @@ class Run:
             raise SystemExit(0)
         self.accelerator = start_processes(args)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.is_main = self.accelerator.is_main_process
+        self.is_main = self.rank == 0
         self.say(use_cores())
         self.metrics = Metrics(self.accelerator, self.output / "metrics.jsonl")
         self.seconds = {}  # of the phases of a step
@@ -231,16 +231,15 @@ class Run:
         Groups of equal rewards have no gradient and are left out, unless KL term or entropy bonus give them one. They
         count in the denominator.
         """
-        rows, trained = [], 0
-        self.zero_advantage, terms = [], self.args.kl_coef or self.args.entropy_coef
+        rows, self.zero_advantage, terms = [], [], self.args.kl_coef or self.args.entropy_coef
         for group, group_advantage in zip(self.groups, advantages):
             group.advantages = group_advantage.to(group.mask.device)
             group.loss_mask = group.mask & ~group.truncated[:, None] if self.args.drop_truncated else group.mask
             if terms or group.advantages.any():
-                rows, trained = rows + split_group(group, self.args.tokens_per_row), trained + 1
+                rows += split_group(group, self.args.tokens_per_row)
             else:
                 self.zero_advantage.append(group)
-        self.groups_are_cut = self.all_reduce(len(rows) - trained) > 0  # some, on some process
+        self.groups_are_cut = self.all_reduce(len(rows) + len(self.zero_advantage) - len(self.groups)) > 0  # anywhere
         if len(self.serials) < self.args.prompts_per_step:
             self.say(f"step {self.step + 1}: {len(self.serials)} prompts of mixed success in {self.tries} draws")
         return self.with_fillers(rows)
