@@ -14,6 +14,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plumbing.commandline import UserError
@@ -95,28 +96,40 @@ def load_shards(model, source, device):
 
 @contextlib.contextmanager
 def unsharded(model):
-    """Every process holds all weights: sampling needs no word from the others, whose responses end elsewhere."""
+    """Every process holds all weights: sampling needs no word from the others, whose responses end elsewhere.
+
+    FSDP2's hooks, which look in every layer and for every token whether its weights are there, are off meanwhile.
+    """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    places = [place for unit in units for place in (unit._forward_pre_hooks, unit._forward_hooks)]
+    hooks = [dict(place) for place in places]
     for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.set_reshard_after_backward(False, recurse=False)  # a method may differentiate here, by no parameter
-        unit.set_requires_gradient_sync(False, recurse=False)
         unit.unshard()
-    yield
-    for unit in units:
-        unit.reshard()
-        unit.set_reshard_after_forward(unit is not model, recurse=False)
-        unit.set_reshard_after_backward(True, recurse=False)
-        unit.set_requires_gradient_sync(True, recurse=False)
+    for place in places:
+        for key in [key for key, hook in place.items() if isinstance(getattr(hook, "__self__", None), FSDPState)]:
+            del place[key]
+    try:
+        yield
+    finally:
+        for place, found in zip(places, hooks):
+            place.clear()
+            place.update(found)
+        for unit in units:
+            unit.reshard()
 
 
 def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
+def is_gathered(model):
+    """Whether all weights are here: those of one process, or inside of `unsharded`."""
+    return not is_sharded(model) or not any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def inside(model, function):
     """`function(model)`; where weights are sharded, embeddings and head, the root's own, are gathered for it."""
-    return model.inside(function) if is_sharded(model) else function(model)
+    return function(model) if is_gathered(model) else model.inside(function)
 
 
 def full_tensor(tensor):
