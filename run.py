@@ -71,8 +71,7 @@ class Run:
 
     def load_models(self, checkpoint):
         """Processor, the model that is trained, from a checkpoint where there is one, and the reference model."""
-        args = self.args
-        source = model_source(args)
+        args, source = self.args, model_source(self.args)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         self.tokenizer = self.processor.tokenizer
         self.model = self.load(checkpoint or source, "main" if checkpoint else args.model_revision)
