@@ -224,13 +224,13 @@ class Run:
         """(P, G) rewards of the step's groups on this process."""
         return torch.stack([g.rewards for g in self.groups]) if self.groups else torch.zeros(0, self.args.group_size)
 
-    def pack_rows(self, advantages):
+    def pack_rows(self, advantages, own_term=False):
         """The step's groups as packed rows: one per group, more where a group is longer than --tokens_per_row.
 
-        Groups of equal rewards have no gradient and are left out, unless KL term or entropy bonus give them one. They
-        count in the denominator.
+        Groups of equal rewards have no gradient and are left out, unless KL term, entropy bonus or a method's
+        `own_term` gives them one. They count in the denominator.
         """
-        rows, self.zero_advantage, terms = [], [], self.args.kl_coef or self.args.entropy_coef
+        rows, self.zero_advantage, terms = [], [], own_term or self.args.kl_coef or self.args.entropy_coef
         for group, group_advantage in zip(self.groups, advantages):
             group.advantages = group_advantage.to(group.mask.device)
             group.loss_mask = group.mask & ~group.truncated[:, None] if self.args.drop_truncated else group.mask

@@ -160,13 +160,7 @@ def test_leaving_out_groups_of_equal_rewards_changes_nothing(monkeypatch, tmp_pa
     assert 0 < flat < 12 and len(passes) == (12 - flat) * updates  # there are some, and there are others
     pack_rows = Run.pack_rows
 
-    def all_rows(run, advantages):
-        run.args.kl_coef = 1e-30  # as if a KL term needed them
-        rows = pack_rows(run, advantages)
-        run.args.kl_coef = 0.0
-        return rows
-
-    monkeypatch.setattr(Run, "pack_rows", all_rows)
+    monkeypatch.setattr(Run, "pack_rows", lambda run, advantages: pack_rows(run, advantages, own_term=True))
     grpo_run(tmp_path / "b", *flags)
     assert len(passes) == (12 - flat + 12) * updates
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
@@ -248,7 +242,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch, tmp_p
 def test_a_run_that_learns_nothing_any_more_ends(monkeypatch, tmp_path):
     """20 updates in a row without a finite gradient: one sentence, and no checkpoint of it. 19 are survived."""
     good = iter([*[False] * 19, True, *[False] * 100])
-    norm = lambda *_: torch.tensor(1.0 if next(good) else torch.inf)  # noqa: E731
+    norm = lambda *_, **__: torch.tensor(1.0 if next(good) else torch.inf)  # noqa: E731
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
     with pytest.raises(UserError, match="20 updates in a row had no finite gradient, the last in step 40: "):
         grpo_run(tmp_path / "run", "--steps", 60, "--prompts_per_step", 1, "--max_response_tokens", 3)
