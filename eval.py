@@ -253,6 +253,8 @@ BENCHMARKS = {
 class Questions(Data):
     """One split of a benchmark, as prompts: built where training builds them."""
 
+    has_images = True
+
     def __init__(self, name, split, args, processor, rope_index):
         benchmark = BENCHMARKS[name]
         source, self.option = args.data or benchmark.id, "--data" if args.data else "--benchmarks"

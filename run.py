@@ -37,7 +37,7 @@ from plumbing.stream import Stream
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
 ALWAYS_LOGGED += ["entropy", "loss", "clip_fraction", "approx_kl"]
-RUINED = "the checkpoints are as they were; look at grad_norm and entropy in metrics.jsonl, lower --learning_rate"
+RUINED = "the checkpoints are as they were; look at skipped_updates in metrics.jsonl, and lower --learning_rate"
 
 
 class Run:
@@ -244,7 +244,7 @@ class Run:
         return self.with_fillers(rows)
 
     def minibatches(self, rows):
-        """--updates_per_step lists of rows, each of an equal share of the step's prompts in the order of the data."""
+        """Lists of rows, --updates_per_step at most, each of an equal share of the step's prompts in stream order."""
         size = math.ceil(len(self.serials) / self.args.updates_per_step)
         for start in range(0, len(self.serials), max(size, 1)):
             serials = self.serials[start : start + size]
@@ -283,7 +283,7 @@ class Run:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.args.learning_rate * self.schedule(self.updates)
-        foreach = self.optimizer.defaults["fused"]  # where there is one kernel for all, sharded or not
+        foreach = self.accelerator.device.type == "cuda"  # one kernel for all, sharded or not
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm, foreach=foreach)
         torch.clear_autocast_cache()  # bf16 copies of the weights as they were: not beside the optimiser's peak
         if (norm := full_tensor(norm)).isfinite():
@@ -320,7 +320,7 @@ class Run:
         line = {"step": self.step, **means(sums)}
         line["loss"] /= max(len(self.norms) + self.skipped, 1)
         line |= {
-            "grad_norm": sum(self.norms) / max(len(self.norms), 1),
+            "grad_norm": sum(self.norms) / len(self.norms) if self.norms or not self.skipped else math.nan,
             "skipped_updates": self.skipped,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": seconds,

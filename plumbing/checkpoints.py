@@ -1,8 +1,8 @@
 """Save, find, restore: Hugging Face folders with the training state beside the weights, whole at any moment.
 
-Every file is written under another name and renamed; what is there already is set aside, never overwritten. Nothing is
-pickled, and no state of a random generator is kept: every random number comes from the seed, the step, the row of the
-data and its number in the stream. Not here: when a run saves (run.py).
+Checkpoints are written under another name and renamed; a step-N that is there is set aside. A resumed run rewrites
+args.json, and cuts metrics.jsonl back to its step. Nothing is pickled, and no state of a random generator is kept: each
+random number comes from seed, step, row of the data and its number in the stream. Not here: when a run saves (run.py).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class State:
     """Where a run stands: trainer_state.json of a checkpoint."""
 
     step: int  # the last one that is done
-    updates: int
+    updates: int  # so far, skipped ones too: the place in the schedule
     position: int  # prompts drawn from the data so far
     prompts: str  # the data's number of prompts and their checksum
     history: dict  # first and last evaluation, seconds of training

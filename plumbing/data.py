@@ -80,7 +80,7 @@ class Data:
     def __init__(self, name, split, args, processor, rope_index, option="--data"):
         self.name, self.args, self.processor, self.rope_index, self.option = name, args, processor, rope_index, option
         self.title = f"{Path(name).name} ({split})" if name == "toy" or not Path(name).is_file() else Path(name).name
-        self.rows = load_rows(name, split, args.data_revision, option)
+        self.rows = load_rows(name, split, args.data_revision if name == args.data else "main", option)
         self.folder = Path(name) if Path(name).is_dir() else Path(name).parent
         self.columns = {}
         for what, usual in COLUMNS.items():
@@ -93,6 +93,10 @@ class Data:
                 )
             self.columns[what] = found[0] if found else None
         self.measure()
+
+    @property
+    def has_images(self):
+        return self.columns["image"] is not None
 
     def measure(self):
         """Reads every row: what cannot be used is left out, up to 1 % of the rows, what is too long is dropped."""
@@ -140,11 +144,12 @@ class Data:
 
     def __str__(self):
         said = f"{self.title}: {len(self)} prompts, {self.dropped} dropped as too long"
+        said += "" if self.has_images else ", no column of images"
         return f"{said}; {self.say_unusable('left out')}" if self.unusable else said
 
     @property
     def contents(self):
-        """Number of prompts and checksum of all questions and answers: what a resumed run must find again."""
+        """Number of prompts, and a checksum of all texts, not of pictures: for a resumed run to find again."""
         return f"{len(self)} ({self.checksum:08x})"
 
     def __len__(self):
@@ -165,7 +170,9 @@ class Data:
         None where a local file has fewer than 10 rows: none can be spared.
         """
         args, name = self.args, self.args.eval_data or self.name
-        if self.args.eval_data or name == "toy" or not Path(name).exists() or args.eval_split in local_splits(name):
+        splits = local_splits(name)  # of a single one all rows are trained on, whatever it is called
+        has_split = len(splits) > 1 and args.eval_split in splits
+        if args.eval_data or name == "toy" or not Path(name).exists() or has_split:
             split = "test" if name == "toy" else args.eval_split
             return Data(name, split, args, self.processor, self.rope_index, "--eval_data")
         return self.hold_out(min(len(self) // 10, 500), args.seed) if len(self) >= 10 else None
@@ -231,5 +238,5 @@ class Data:
 
 
 def some_of(order, rows, seed):
-    """So many of a list, chosen by the seed, in their order; all of it where it has no more, and for -1."""
+    """So many of a list, chosen by the seed, in their order; all of it where it has no more, and for 0 and -1."""
     return sorted(random.Random(seed).sample(order, rows)) if 0 < rows < len(order) else order

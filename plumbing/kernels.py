@@ -105,7 +105,7 @@ def use_cores():
 
     Torch counts cores, neither a container's limit nor who else is at work, and a thread without a core of its own
     keeps the others waiting: with two threads on one free core a step of the toy took 4 to 9 times as long as with one.
-    OMP_NUM_THREADS, where it is set, stands. Runs of as many threads are equal to the bit.
+    OMP_NUM_THREADS, where it is set, stands: set it for runs that are to be equal to the bit on a machine with others.
     """
     if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
         return f"threads: {torch.get_num_threads()}, as set"
@@ -119,7 +119,7 @@ def use_cores():
         time.sleep(0.2)
         after = idle_seconds()
         free = sum(after[core] - before[core] > 0.1 for core in cores)
-    share = min(most // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free)
+    share = min(most, free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, min(share, torch.get_num_threads())))
     return f"threads: {torch.get_num_threads()}, as {min(free, most)} of {most} cores are free; OMP_NUM_THREADS sets it"
 

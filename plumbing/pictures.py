@@ -13,7 +13,7 @@ class Unusable(Exception):
 
 
 def open_picture(source, folder):
-    """A PIL image, turned as its EXIF data says; its pixels are not decoded yet.
+    """A PIL image, turned as its EXIF data says (not looked for in a PNG); not decoded yet, unless it had to be turned.
 
     `source`: an image, the bytes of a file, a path relative to `folder`, or a dict of bytes and path, as the datasets
     library has them. Raises Unusable.

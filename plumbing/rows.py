@@ -31,7 +31,7 @@ def local_splits(name):
 
 
 def load_rows(name, split, revision="main", option="--data"):
-    """Rows of a hub data set (`id` or `id:config`), or of a local file or folder; what has one split has no other.
+    """Rows of a hub data set (`id` or `id:config`), or of a local file or folder: its only split, or the one asked for.
 
     `option` is the flag that a UserError names.
     """
@@ -50,8 +50,9 @@ def load_rows(name, split, revision="main", option="--data"):
         if len(splits) > 1 and split not in splits:
             raise UserError(f"{option} {name} has no split {split}; it has {', '.join(splits)}.")
         for file in files:
-            begin = file.read_bytes()[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
-            if KINDS[file.suffix] == "json" and begin[:1] not in b"{[":  # pyarrow dies of a file that says null
+            with file.open("rb") as opened:
+                begin = opened.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+            if KINDS[file.suffix] == "json" and begin not in b"{[":  # pyarrow dies of a file that says null
                 raise UserError(f"{option} {file} must hold rows: one object a line, or a list of objects.")
         return datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
@@ -75,7 +76,7 @@ def mistake_in_json(files):
         for number, line in enumerate(lines, 1):
             try:
                 json.loads(line or b"{}")
-            except ValueError as error:  # of a file of one line, or of a list, the line says nothing
+            except ValueError as error:  # of a list the line says nothing
                 listed = content.lstrip().startswith(b"[")
                 return whole if listed else f"{file} is no JSON in UTF-8 in line {number} ({error})"
     return None

@@ -297,12 +297,19 @@ def test_files_of_a_folder_are_of_the_split_that_their_names_say(toy, tmp_path):
     assert len(data.for_evaluation()) == 4 and len(data) == 5
 
 
+def test_a_folder_of_test_files_alone_is_not_evaluated_on_what_it_trains_on(toy, tmp_path):
+    rows_file(tmp_path, [{"question": f"{i}?", "answer": "1"} for i in range(30)], "test-00000.jsonl")
+    data = data_of(toy, tmp_path)
+    held = data.for_evaluation()
+    assert len(held) == 3 and len(data) == 27 and not set(held.indices) & set(data.indices)
+
+
 def test_a_local_file_is_split_by_the_seed(toy, tmp_path):
     path = rows_file(tmp_path, [{"question": f"{i}?", "answer": "1"} for i in range(57)])
     data, again, other = (data_of(toy, path, seed=seed) for seed in (0, 0, 1))
     held = data.for_evaluation()
     assert len(held) == 5 and len(data) == 52 and not set(held.indices) & set(data.indices)
-    assert str(held) == "rows held out of d.jsonl: 5 prompts, 0 dropped as too long"
+    assert str(held).startswith("rows held out of d.jsonl: 5 prompts, 0 dropped as too long, no column of images")
     assert again.for_evaluation().indices == held.indices != other.for_evaluation().indices
     few = data_of(toy, rows_file(tmp_path, [{"question": f"{i}?", "answer": "1"} for i in range(9)]))
     assert few.for_evaluation() is None and len(few) == 9
