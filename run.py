@@ -320,7 +320,7 @@ class Run:
         line = {"step": self.step, **means(sums)}
         line["loss"] /= max(len(self.norms) + self.skipped, 1)
         line |= {
-            "grad_norm": sum(self.norms) / len(self.norms) if self.norms or not self.skipped else math.nan,
+            "grad_norm": math.nan if self.skipped and not self.norms else sum(self.norms) / max(len(self.norms), 1),
             "skipped_updates": self.skipped,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
