@@ -148,41 +148,45 @@ class Group:
         return dataclasses.replace(self, **rows)
 
 
-WINDOW = 128  # the responses' cache is read in steps of so many tokens: shapes stay the same while they grow
+WINDOW = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between
 
 
 class SharedPrefixCache(transformers.DynamicCache):
-    """Keys and values of P prompts (a usual padded cache), and of the G responses of each in a buffer of T tokens.
+    """Keys and values of P prompts (a usual padded cache), and of the G responses to each, which have room to grow.
 
-    The prompts' part is computed once, some prompts at a time, and never copied while responses grow. The buffer is
-    written at `written`, a tensor, and read up to `window`, a number that seldom changes; 0 as long as prompts come.
+    The prompts' part is computed once, some prompts at a time, and never copied while responses grow. The responses'
+    part is written at `written`, a tensor, and read up to `room`, a number that seldom changes; 0 as long as prompts
+    come.
     """
 
-    def __init__(self, layers, max_tokens, device):
+    def __init__(self, layers, device):
         super().__init__()
-        self.prefix, self.suffix = [[] for _ in range(layers)], [None] * layers
-        self.max_tokens, self.window = max_tokens, 0
+        self.prefix, self.suffix, self.room = [[] for _ in range(layers)], [None] * layers, 0
         self.written = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
 
     def update(self, keys, values, layer, *args, **kwargs):
         keys = keys.to(values.dtype)  # autocast computes rotary embeddings in fp32
-        if not self.window:  # some of the prompts: (p, heads, Lp, d)
+        if not self.room:  # some of the prompts: (p, heads, Lp, d)
             self.prefix[layer].append((keys, values))
             return keys, values
-        if self.suffix[layer] is None:  # one more token of each response: (P, heads, G, d)
-            self.prefix[layer] = tuple(map(torch.cat, zip(*self.prefix[layer])))
-            size = (*keys.shape[:3], self.max_tokens, keys.shape[3])
-            self.suffix[layer] = (keys.new_zeros(size), values.new_zeros(size))
-        for buffer, new in zip(self.suffix[layer], (keys, values)):
-            buffer.index_copy_(3, self.written, new[:, :, :, None])
-        return [
-            (prefix, buffer[:, :, :, : self.window]) for prefix, buffer in zip(self.prefix[layer], self.suffix[layer])
-        ]
+        for suffix, new in zip(self.suffix[layer], (keys, values)):  # one more token of each response: (P, heads, G, d)
+            suffix.index_copy_(3, self.written, new[:, :, :, None])
+        return list(zip(self.prefix[layer], self.suffix[layer]))
+
+    def grow(self, group_size, room):
+        """Makes room for so many tokens of each response, when all prompts are there."""
+        more = room - self.room
+        for i, prefix in enumerate(self.prefix):  # one layer at a time is there twice, here and below
+            if not self.room:
+                self.prefix[i] = prefix = tuple(map(torch.cat, zip(*prefix)))
+                self.suffix[i] = tuple(x.new_zeros(*x.shape[:2], group_size, 0, x.shape[3]) for x in prefix)
+            self.suffix[i] = tuple(pad(x, (0, 0, 0, more)) for x in self.suffix[i])
+        self.room = room
 
     def select(self, prompts):
         """Forgets all prompts but these, when the others' responses have all ended."""
         for layers in (self.prefix, self.suffix):
-            for i, pair in enumerate(layers):  # one layer at a time is there twice
+            for i, pair in enumerate(layers):
                 layers[i] = tuple(x[prompts] for x in pair)
 
 
@@ -249,22 +253,22 @@ def token_chooser(model, temperature, top_p, top_k):
 
 @torch.no_grad()
 def generate(
-    model, prompts, group_size, max_tokens, choose, uniforms, eos, pad_id, budget=1, sharded=False, graphs=False
+    model, prompts, group_size, choose, uniforms, eos, pad_id, window=WINDOW, budget=1, sharded=False, graphs=False
 ):
     """G responses to each of P prompts, in one batch.
 
-    Args: `uniforms` (P * G, max_tokens) in [0, 1), one for each token to come; `choose` from `token_chooser`;
-    `budget`: prompts are computed so many tokens at a time, or one by one; `sharded`: weights are gathered layer by
-    layer, so that all processes go on as long as one of them does; `graphs`: a token's kernels are recorded once for
-    each batch and window, and replayed.
-    Returns responses (P * G, T) and their mask, True up to and including the first of the `eos` tokens.
+    Args: `uniforms` (P * G, T) in [0, 1), one for each token to come; `choose` from `token_chooser`; `window`: the
+    cache grows by so many tokens; `budget`: prompts are computed so many tokens at a time, or one by one; `sharded`:
+    weights are gathered layer by layer, so that all processes go on as long as one of them does; `graphs`: a token's
+    kernels are recorded once for each batch and window, and replayed.
+    Returns responses (P * G, t) and their mask, True up to and including the first of the `eos` tokens.
     """
-    P, G, device = len(prompts), group_size, model.device
+    P, G, T, device = len(prompts), group_size, uniforms.shape[1], model.device
     width = max(len(p.input_ids) for p in prompts)
     ids = torch.stack([pad(p.input_ids, (width - len(p.input_ids), 0), value=pad_id) for p in prompts]).to(device)
     positions = torch.stack([pad(p.position_ids, (width - len(p.input_ids), 0)) for p in prompts], 1).to(device)
     real = torch.stack([torch.arange(width) >= width - len(p.input_ids) for p in prompts]).to(device)  # (P, Lp)
-    cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, max_tokens, device)
+    cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, device)
 
     def next_logits(prompts, **inputs):
         pictures = picture_inputs(prompts, device)
@@ -283,32 +287,37 @@ def generate(
     logits = torch.cat([next_logits(prompts[p], **x) for p, x in zip(parts, inputs)])  # (P, 1, V)
     logits = logits[:, 0].repeat_interleave(G, 0)  # (P * G, V)
     after = positions.amax((0, 2)) + 1  # (P,) the position of a response's first token
-    slots = torch.arange(max_tokens, device=device)
 
     def decode(tokens, real, after):  # waits for no value of a tensor, so that it can be recorded
-        own = (slots[: cache.window] <= cache.written).expand(len(tokens), -1)
-        sees = torch.cat([real, own], 1)[:, None, None]  # (P, 1, 1, Lp + window)
+        own = (torch.arange(cache.room, device=device) <= cache.written).expand(len(tokens), -1)
+        sees = torch.cat([real, own], 1)[:, None, None]  # (P, 1, 1, Lp + room)
         at = (after + cache.written)[:, None].expand(3, -1, G)
         return next_logits([], input_ids=tokens, attention_mask=sees, position_ids=at).flatten(0, 1)
 
-    responses = torch.full((P, G, max_tokens), pad_id, device=device)
+    responses = torch.full((P, G, T), pad_id, device=device)
     uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
     ended = torch.zeros(P, G, dtype=torch.bool, device=device)
     alive = torch.arange(P, device=device)  # prompts in the batch: those whose responses have all ended leave it
-    for t in range(max_tokens):
+    record, between = kernels.recorder() if graphs else partial, kernels.tokens_between_questions(device)
+    for t in range(T):
         tokens = choose(logits, uniforms[alive, :, t].flatten()).view(-1, G)
         responses[alive, :, t] = torch.where(ended[alive], pad_id, tokens)
         ended[alive] |= torch.isin(tokens, eos)
-        going = ~ended[alive].all(1)
-        if t + 1 == max_tokens or not on_any_process(going.any(), sharded):
+        if t + 1 == T:
             break
-        if shrinks := t > 0 and bool(0 < going.sum() <= len(alive) // 2):
-            alive, tokens, real, after = alive[going], tokens[going], real[going], after[going]
-            cache.select(going)
-        if t % WINDOW == 0 or shrinks:
-            cache.window = min((t // WINDOW + 1) * WINDOW, max_tokens)
+        shrinks = False
+        if t > 0 and t % between == 0:  # nowhere else does the host wait for the device
+            going = ~ended[alive].all(1)
+            if not on_any_process(going.any(), sharded):
+                break
+            if shrinks := 0 < int(going.sum()) <= len(alive) // 2:
+                alive, tokens, real, after = alive[going], tokens[going], real[going], after[going]
+                cache.select(going)
+        if t % window == 0:
+            cache.grow(G, t + window)
+        if t % window == 0 or shrinks:
             feed = tokens.clone()
-            step = kernels.recorded(decode, feed, real, after) if graphs else partial(decode, feed, real, after)
+            step = record(decode, feed, real, after)
         feed.copy_(tokens)
         logits = step()
         cache.written += 1
@@ -328,10 +337,11 @@ def picture_inputs(prompts, device):
     }
 
 
-def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature=None):
+def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature=None, window=None):
     """G responses to each prompt, as a list of `Group`s, or a part of these G; equal for any batch and any processes.
 
     Every token's random number comes from --seed, the step and the prompt (its row, and its number in the stream).
+    `window`: the cache grows by so many tokens; None: by 128, or by as many as a response may have.
     """
     G = len(range(args.group_size)[part])
     temperature = args.temperature if temperature is None else temperature
@@ -339,15 +349,15 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
     eos = model.generation_config.eos_token_id
     eos, groups = [eos] if isinstance(eos, int) else eos, []
     training, _ = model.training, model.eval()
-    sharded = args.reshard_while_sampling and is_sharded(model)
+    sampling = {"eos": eos, "pad_id": tokenizer.pad_token_id, "window": window or min(WINDOW, args.max_response_tokens)}
+    sampling |= {"budget": args.tokens_per_row, "graphs": args.cuda_graphs}
+    sampling["sharded"] = args.reshard_while_sampling and is_sharded(model)
     for start in range(0, len(prompts), args.rollout_prompts):
         batch = prompts[start : start + args.rollout_prompts]
         size = (args.group_size, args.max_response_tokens)
         tables = [torch.rand(size, generator=seeded(args.seed, step, p.index, p.serial)) for p in batch]
         uniforms = torch.cat([table[part] for table in tables])
-        sampling = (args.max_response_tokens, choose, uniforms, eos, tokenizer.pad_token_id)
-        options = {"budget": args.tokens_per_row, "sharded": sharded, "graphs": args.cuda_graphs}
-        responses, mask = generate(model, batch, G, *sampling, **options)
+        responses, mask = generate(model, batch, G, choose, uniforms, **sampling)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
         for i, prompt in enumerate(batch):
             own = slice(i * G, (i + 1) * G)

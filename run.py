@@ -29,10 +29,10 @@ from plumbing.arguments import model_source
 from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data, some_of
-from plumbing.kernels import use_cores
+from plumbing.kernels import products_in_bf16, use_cores
 from plumbing.memory import dry_run, out_of_memory
 from plumbing.metrics import Metrics, means
-from plumbing.sharding import full_tensor, local, shard, start_processes, unsharded
+from plumbing.sharding import full_tensor, local, shard, start_processes, total, unsharded
 from plumbing.stream import Stream
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
@@ -59,7 +59,7 @@ class Run:
         self.load_models(folder)
         self.load_data()
         self.make_optimizer()
-        self.rehearse_update()
+        self.rehearse()
         self.start_or_restore(folder, state)
         self.on_signals(self.stop)
         self.open_output(folder, state)
@@ -90,6 +90,8 @@ class Run:
         if self.world_size > 1:
             whole = load_model(name, revision) if self.is_main else None
             shard(model, whole, self.accelerator.device, bf16)
+        elif frozen and bf16:
+            products_in_bf16(model)
         return model.to(self.accelerator.device)
 
     def load_data(self):
@@ -111,23 +113,26 @@ class Run:
         spans = args.warmup_steps * args.updates_per_step, args.steps * args.updates_per_step
         self.schedule = transformers.get_scheduler(shape, self.optimizer, *spans).lr_lambdas[0]  # of the updates so far
 
-    def rehearse_update(self):
-        """A first update, for nothing, on the largest row that the settings allow: memory runs out now or never.
+    def rehearse(self):
+        """An update, for nothing, on the largest row that the settings allow, and a token sampled with a full cache.
 
-        Its learning rate is 0 and its optimiser state is forgotten, so that the run does not remember it.
+        Memory runs out now or never. Learning rate and gradients are 0, and so is the optimiser state afterwards.
         """
-        row = longest(self.data.prompt(self.data.longest_row), self.args)
+        args, prompt = self.args, self.data.prompt(self.data.longest_row)
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = 0.0
+        self.optimizer.param_groups[0]["lr"] = 0.0
         with self.phase("update"):
-            self.optimizer.step()  # the optimiser state is there when the forward pass begins, as in every later update
-            self.optimizer.zero_grad()
-            logps, entropy, _ = forward(self.model, row, self.args.temperature)
+            self.optimizer.step()  # its state is there when a forward pass begins, and gradients of the rows before
+            for state in self.optimizer.state.values():
+                state["step"].zero_()
+            logps, entropy, _ = forward(self.model, longest(prompt, args), args.temperature)
             (0 * (logps + entropy).sum()).backward()
-        self.optimizer.zero_grad()
-        self.optimizer.state.clear()
+            self.optimizer.zero_grad()
+        prompts = [prompt] * min(args.rollout_prompts, args.prompts_per_step // self.world_size)
+        short = dataclasses.replace(args, max_response_tokens=2)
+        with self.phase("rollout"):
+            rollout(self.model, self.tokenizer, prompts, short, "rehearsal", window=args.max_response_tokens)
 
     def start_or_restore(self, folder, state):
         """Counters, history and the place in the data: of a new run, or as a checkpoint has them."""
@@ -159,8 +164,7 @@ class Run:
             for step in range(self.step + 1, self.args.steps + 1):
                 self.begin = time.perf_counter()
                 self.seconds = {"rollout": 0.0, "score": 0.0, "update": 0.0}
-                self.groups, self.serials, self.tries = [], [], 0
-                self.norms, self.skipped = [], 0
+                self.groups, self.serials, self.tries, self.norms, self.skipped = [], [], 0, [], 0
                 yield step
                 self.step = step
                 self.log()
@@ -281,8 +285,7 @@ class Run:
         """
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = self.args.learning_rate * self.schedule(self.updates)
+        self.optimizer.param_groups[0]["lr"] = self.args.learning_rate * self.schedule(self.updates)
         foreach = self.accelerator.device.type == "cuda"  # one kernel for all, sharded or not
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm, foreach=foreach)
         torch.clear_autocast_cache()  # bf16 copies of the weights as they were: not beside the optimiser's peak
@@ -300,10 +303,7 @@ class Run:
 
     def all_reduce(self, value):
         """The sum of a number over all processes."""
-        if self.world_size == 1:
-            return value
-        value = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(value, "sum").item()
+        return total(value, self.accelerator)
 
     def say(self, text, file=None):
         """A line on the console, by one process: on stderr, where the bar is, but for results."""
@@ -413,8 +413,7 @@ class Run:
         self.saved = self.step
         if self.all_reduce(sum(not local(p).isfinite().all() for p in self.parameters.values())):
             raise UserError(f"after step {self.step} the weights are not finite, and are not saved: {RUINED}.")
-        position, script, arguments = self.stream.position, Path(sys.argv[0]).stem, dataclasses.asdict(self.args)
-        counts = {"step": self.step, "updates": self.updates, "position": position, "prompts": self.data.contents}
-        state = checkpoints.State(**counts, history=self.history, script=script, arguments=arguments)
-        trained = self.model, self.processor, self.optimizer, self.parameters
-        checkpoints.save_checkpoint(self.output / f"step-{self.step}", *trained, state, self.is_main)
+        place = self.step, self.updates, self.stream.position, self.data.contents, self.world_size
+        state = checkpoints.State(*place, self.history, Path(sys.argv[0]).stem, dataclasses.asdict(self.args))
+        trained, folder = (self.model, self.processor, self.optimizer, self.parameters), f"step-{self.step}"
+        checkpoints.save_checkpoint(self.output / folder, *trained, state, self.is_main, self.args.keep)

@@ -75,9 +75,7 @@ class RolloutArgs:
     reshard_while_sampling: bool = flag(
         False, "gather weights layer by layer for every token: slow, for what fits no card", may_change=True
     )
-    cuda_graphs: bool = flag(
-        False, "replay the kernels of a token as one launch (one process on a GPU)", may_change=True
-    )
+    cuda_graphs: bool = flag(False, "replay the kernels of a sampled token as one launch, on a GPU", may_change=True)
 
 
 @dataclass
@@ -150,6 +148,7 @@ class RunArgs:
     save_every: int = flag(
         20, "steps between checkpoints; there is also one after the last step", least=0, may_change=True
     )
+    keep: int = flag(2, "checkpoints that stay, the newest ones; 0: all", least=0, may_change=True)
     resume: bool = flag(False, "go on from <output>/last", may_change=True)
     allow_changed: bool = flag(False, "--resume with other flags than the run was begun with", may_change=True)
     dry_run: int = flag(

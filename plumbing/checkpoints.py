@@ -1,6 +1,7 @@
 """Save, find, restore: Hugging Face folders with the training state beside the weights, whole at any moment.
 
-Checkpoints are written under another name and renamed; a step-N that is there is set aside. A resumed run rewrites
+Checkpoints are written under another name and renamed; a step-N that is there is set aside. Of the optimiser each
+process writes its part, in safetensors, and any number of processes reads what is theirs. A resumed run rewrites
 args.json, and cuts metrics.jsonl back to its step. Nothing is pickled, and no state of a random generator is kept: each
 random number comes from seed, step, row of the data and its number in the stream. Not here: when a run saves (run.py).
 """
@@ -12,15 +13,19 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm.auto import tqdm
 
 from plumbing.commandline import UserError, cannot_write
-from plumbing.sharding import full_tensor, like
+from plumbing.sharding import full_tensor
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is right on one process
 
 
 @dataclass
@@ -31,12 +36,14 @@ class State:
     updates: int  # so far, skipped ones too: the place in the schedule
     position: int  # prompts drawn from the data so far
     prompts: str  # the data's number of prompts and their checksum
+    processes: int  # that wrote the checkpoint: files in its optimizer/
     history: dict  # first and last evaluation, seconds of training
     script: str
     arguments: dict
 
     def __post_init__(self):
-        counts = all(type(count) is int and count >= 0 for count in (self.step, self.updates, self.position))
+        counts = (self.step, self.updates, self.position, self.processes)
+        counts = all(type(count) is int and count >= 0 for count in counts)
         known = isinstance(self.history, dict) and {"first_eval", "last_eval", "seconds"} == set(self.history)
         if not (counts and known and isinstance(self.arguments, dict)):
             raise ValueError("its trainer_state.json holds other values than a run writes")
@@ -93,9 +100,12 @@ def find_checkpoint(args):
         return None, None
     if (folder := newest(output)) is None:
         raise UserError(f"--resume: there is no checkpoint in {output}; start without it, or set --output.")
-    state = read_state(folder)
+    state, parts = read_state(folder), list(folder.glob("optimizer/*.safetensors"))
     try:
-        safe_open(folder / "optimizer.safetensors", "pt")  # is it there, and whole
+        for part in parts:
+            safe_open(part, "pt")  # is it whole
+        if len(parts) != state.processes:
+            raise OSError(f"its optimizer/ holds {len(parts)} files of {state.processes}")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} is not a whole checkpoint ({error}): point {output}/last to another.") from None
     refuse_changes(changes(args, state), args)
@@ -146,19 +156,21 @@ def open_output(args, folder, state):
         raise UserError(f"--output {cannot_write(output, error)}.") from None
 
 
+def moments(optimizer, parameters):
+    """{name: tensor} of AdamW's state of the {name: parameter}."""
+    return {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+
+
 def restore_optimizer(folder, optimizer, parameters):
-    """AdamW's moments of the {name: parameter} as they were; raises UserError where they are of other weights."""
-    moments = safe_open(folder / "optimizer.safetensors", "pt")  # read tensor by tensor
-    keys = moments.keys()
-    if {key.rpartition(".")[0] for key in keys} != set(parameters):
+    """AdamW's state as it was, in place of what it has; raises UserError where it is of other weights."""
+    reader, found = HuggingFaceStorageReader(folder / "optimizer"), moments(optimizer, parameters)
+    saved = {name: value.size for name, value in reader.read_metadata().state_dict_metadata.items()}
+    if saved != {name: value.shape for name, value in found.items()}:
         raise UserError(
             f"--resume: the optimiser state in {folder} is of other weights than this run trains: "
             f"give the same --model and --freeze_vision, or start anew with another --output."
         )
-    for key in keys:
-        name, _, what = key.rpartition(".")
-        p, value = parameters[name], moments.get_tensor(key)
-        optimizer.state[p][what] = value if what == "step" else like(value.to(p.device), p)
+    dcp.load(found, storage_reader=reader)
 
 
 def restore_metrics(output, step):
@@ -180,32 +192,49 @@ def restore_metrics(output, step):
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main):
+def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main, keep):
     """`folder`, called step-N, and the link `last` beside it; `state` is the State that `find_checkpoint` gives back.
 
-    All processes take part, the main one writes. Raises UserError where the disk is full; the checkpoint before stays.
+    All processes take part: each writes its part of the optimiser, the main one the weights and all else. `keep`: so
+    many checkpoints stay, 0 for all. Raises UserError where the disk is full; the checkpoint before stays.
     """
     once = dict(model.named_parameters())  # a head that is the embeddings stands here once
     weights = collect({name: value for name, value in model.state_dict().items() if name in once}, is_main)
-    moments = {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
-    moments = collect(moments, is_main)
-    if not is_main:
-        return
     beside, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        model.save_pretrained(beside, state_dict=weights)
-        processor.save_pretrained(beside)
-        save_file(moments, beside / "optimizer.safetensors")
-        write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
-        set_aside(folder)
-        beside.rename(folder)
-        last.unlink(missing_ok=True)
-        last.symlink_to(folder.name)
-        last.replace(folder.with_name("last"))
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+            model.save_pretrained(beside, state_dict=weights)
+            processor.save_pretrained(beside)
+            write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+        del weights
+        writer = HuggingFaceStorageWriter(beside / "optimizer", save_distributed=True)
+        dcp.save(moments(optimizer, parameters), storage_writer=writer)
+        if is_main:
+            set_aside(folder)
+            beside.rename(folder)
+            last.unlink(missing_ok=True)
+            last.symlink_to(folder.name)
+            last.replace(folder.with_name("last"))
+            remove_older(folder, keep)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, CheckpointException):  # of any process; all of them hear of it
+            error, _ = next(iter(error.failures.values()))
         raise UserError(f"{cannot_write(folder, error)}; the checkpoint before it is whole, for --resume.") from None
+
+
+def remove_older(folder, keep):
+    """Removes the checkpoints before `folder`, a step-N, but for the last ones of them, so that `keep` are there."""
+    step, older = int(folder.name[5:]), {}
+    for found in folder.parent.glob("step-*"):
+        if re.fullmatch(r"step-\d+", found.name) and int(found.name[5:]) < step:
+            older[int(found.name[5:])] = found
+    for number in sorted(older, reverse=True)[keep - 1 :] if keep else []:
+        older[number].rename(f"{older[number]}.unfinished")  # half a checkpoint never has a checkpoint's name
+    for found in folder.parent.glob("step-*.unfinished"):
+        shutil.rmtree(found, ignore_errors=True)
 
 
 def collect(tensors, is_main):

@@ -82,22 +82,51 @@ def with_windows(model):
 AttentionInterface.register("flash_windows", window_attention)  # only a "flash" is told where the windows begin
 
 
-def recorded(function, *inputs):
-    """`function(*inputs)` as a CUDA graph, to be called without arguments: `inputs` and the result stay in place."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(*inputs)  # libraries set themselves up, and autocast fills its cache, before the recording
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function(*inputs)
+def products_in_bf16(model):
+    """The frozen model with the weights of its products in bf16, as autocast would make them anew at each use.
 
-    def replay():
-        graph.replay()
-        return out
+    Autocast keeps its copies of what has a gradient alone. Norms and embeddings stay, so that the results are equal.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
+            for name, p in list(module.named_parameters(recurse=False)):  # a head that is the embeddings gets its own
+                setattr(module, name, torch.nn.Parameter(p.bfloat16(), requires_grad=False))
+    return model
 
-    return replay
+
+def tokens_between_questions(device):
+    """After how many tokens sampling asks whether all responses have ended: a GPU stands still while it is asked."""
+    return 16 if device.type == "cuda" else 1
+
+
+def recorder():
+    """`record(function, *inputs)` for a batch: a CUDA graph of `function(*inputs)`, to be called without arguments.
+
+    `inputs` and the result stay in place, the result until the next recording: all share one pool of memory.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), capture_stream()
+
+    def record(function, *inputs):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*inputs)  # libraries set themselves up, and autocast fills its cache, before the recording
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # NCCL's threads ask
+            out = function(*inputs)
+
+        def replay():
+            graph.replay()
+            return out
+
+        return replay
+
+    return record
+
+
+@functools.cache
+def capture_stream():
+    return torch.cuda.Stream()
 
 
 def use_cores():

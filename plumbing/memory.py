@@ -16,9 +16,10 @@ def plan(args, gpus):
 
     Returns {"kept" | "sampling" | "update": {part: bytes}}, for prompts and responses of the full length. Activations
     are what autograd keeps of a layer, per token: 6 D around norms and residuals, 5 of all heads around attention, 4 of
-    the MLP's width; with gradient checkpointing that of one layer, and D for every layer; in sampling, of one layer for
-    the prompts that are computed at a time. While the backward pass frees activations it makes gradients: the update
-    holds the larger of the two.
+    the MLP's width; with gradient checkpointing that of one layer, and D for every layer. Sampling computes some of the
+    prompts at a time, 2 D and 6 of all heads or 3 of the MLP, before the responses' cache is there. Gradients are those
+    of the rows before. On several GPUs the update gathers two layers at a time, and the root (embeddings and head),
+    whose gradients exist whole when activations are gone.
     """
     try:
         source = {"revision": args.model_revision, "trust_remote_code": False}
@@ -28,8 +29,10 @@ def plan(args, gpus):
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
     text, vision = config.text_config, config.vision_config
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = parameters - args.freeze_vision * sum(p.numel() for p in model.model.visual.parameters())
+    parameters = size(model)
+    trained = parameters - args.freeze_vision * size(model.model.visual)
+    layers = [size(layer) for layer in [*model.model.language_model.layers, *model.model.visual.blocks]]
+    root = parameters - sum(layers)
     bytes_each = 4 if args.dtype == "float32" else 2  # bytes of one, in compute
     G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
     row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
@@ -42,41 +45,47 @@ def plan(args, gpus):
         layer = 6 * D + 5 * heads + 4 * mlp
         return tokens * bytes_each * (depth * D + layer if args.gradient_checkpointing else depth * layer)
 
+    def temporaries(tokens, D, heads, mlp):
+        return tokens * bytes_each * (2 * D + max(6 * heads, 3 * mlp))
+
     D = model.model.visual.blocks[0].norm1.weight.numel()
     vision_shape = D, D, getattr(vision, "intermediate_size", 4 * D)
     text_shape = text.hidden_size, text.num_attention_heads * head, text.intermediate_size
     at_once = min(batch, max(1, args.tokens_per_row // prompt))  # prompts that are computed at a time
-    prefill = max(activations(at_once * patches, 1, *vision_shape), activations(at_once * prompt, 1, *text_shape))
+    prefill = max(temporaries(at_once * patches, *vision_shape), temporaries(at_once * prompt, *text_shape))
     vision_bytes = activations(patches, vision.depth, *vision_shape)
-    mask = row**2 * (1 + bytes_each)  # of attention, as booleans and as numbers
-    text_bytes = activations(row, text.num_hidden_layers, *text_shape) + mask
+    text_bytes = activations(row, text.num_hidden_layers, *text_shape)
     logits = HEAD_CHUNK * text.vocab_size * 4 * 4 + embeddings * 4  # four copies of a chunk, and the head's gradient
-    one_layer = bytes_each * (embeddings + parameters // text.num_hidden_layers)
+    by_layer = bytes_each * (root + 2 * max(layers))
     whole_weights = bytes_each * parameters if gpus > 1 or bytes_each == 2 else 0
+    reference = 4 * parameters / gpus if gpus > 1 or bytes_each == 4 else 2 * parameters + 4 * embeddings
+    cached = 2 * text.num_key_value_heads * head * bytes_each  # keys and values of a token in a layer
+    grown = batch * G * T * (text.num_hidden_layers + 1) * cached  # one layer is there twice while it grows
+    attention = batch * G * text.num_attention_heads * (prompt + T) * 12
     return {
         "kept": {
             "weights": 4 * parameters / gpus,
             "optimiser": 8 * trained / gpus,
-            "reference": 4 * parameters / gpus if args.kl_coef else 0,
+            "reference": reference if args.kl_coef else 0,
         },
         "sampling": {
-            "gathered weights": one_layer if args.reshard_while_sampling and gpus > 1 else whole_weights,
-            "key-value cache": batch
-            * (prompt + G * T)
-            * text.num_hidden_layers
-            * 2
-            * text.num_key_value_heads
-            * head
-            * bytes_each,
+            "gathered weights": by_layer if args.reshard_while_sampling and gpus > 1 else whole_weights,
+            "key-value cache": batch * prompt * text.num_hidden_layers * cached + grown,
+            "attention": attention,
             "logits": batch * G * text.vocab_size * 24,
-            "prompts": prefill,
+            "prompts": max(0, prefill - grown - attention),
         },
         "update": {
-            "gathered weights": one_layer if gpus > 1 else whole_weights,
-            "activations": max(vision_bytes + text_bytes, 4 * trained / gpus - logits),
+            "gathered weights": by_layer if gpus > 1 else whole_weights,
+            "gradients": 4 * trained / gpus,
+            "activations": max(vision_bytes + text_bytes, (gpus > 1) * (bytes_each + 4) * root - logits),
             "head": logits,
         },
     }
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def dry_run(args):
@@ -90,10 +99,11 @@ def dry_run(args):
         shown = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items() if value)
         lines.append(f"  {peak:9s}{total:7.1f}   {'fits' if total < memory else 'DOES NOT FIT'}   ({shown})")
         kept = sum(peaks["kept"].values()) / 1e9
+        fixed = kept + sum(peaks["update"][part] for part in ("gathered weights", "gradients", "head")) / 1e9
         if total < memory:
             continue
-        if kept >= memory:
-            turn = "none helps: weights and optimiser alone are too much; take more GPUs"
+        if fixed >= memory:
+            turn = "none helps: weights, gradients and optimiser alone are too much; take more GPUs"
         elif peak == "sampling" and gpus > 1 and kept + peaks[peak]["gathered weights"] / 1e9 >= memory:
             turn = "--reshard_while_sampling"
         elif peak == "sampling":
@@ -101,6 +111,10 @@ def dry_run(args):
         else:
             turn = "--tokens_per_row" if args.gradient_checkpointing else "--gradient_checkpointing"
         lines.append(f"  first flag to turn: {turn}")
+    batch = min(args.rollout_prompts, args.prompts_per_step // gpus)
+    each = sum(peaks["sampling"][part] for part in ("key-value cache", "attention", "logits")) / batch
+    free = 1e9 * memory - sum(peaks["kept"].values()) - sum(peaks["sampling"].values()) + batch * each
+    lines.append(f"  {max(0, int(free / each))} prompts fit together while sampling, all responses of full length")
     sampled = args.prompts_per_step * args.group_size * args.max_response_tokens
     rows = args.prompts_per_step * (args.max_prompt_tokens + args.group_size * args.max_response_tokens)
     passes = 1 + (args.updates_per_step > 1) + bool(args.kl_coef)
@@ -129,9 +143,10 @@ def refuse_what_cannot_fit(args, gpus):
     """Raises UserError, before anything is loaded, where weights and optimiser alone are too much for a GPU."""
     if not (torch.cuda.is_available() or args.gpu_memory):
         return
-    need, memory = sum(plan(args, gpus)["kept"].values()) / 1e9, gpu_memory(args)
+    peaks, memory = plan(args, gpus), gpu_memory(args)
+    need = (sum(peaks["kept"].values()) + peaks["update"]["gradients"]) / 1e9
     if need >= memory:
         raise UserError(
-            f"weights and optimiser of {args.model} need {need:.1f} GB on each of {gpus} GPUs that have "
+            f"weights, gradients and optimiser of {args.model} need {need:.1f} GB on each of {gpus} GPUs that have "
             f"{memory:.1f} GB: take more GPUs; --dry_run 8 says what 8 need."
         )

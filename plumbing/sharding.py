@@ -43,8 +43,10 @@ def start_processes(args):
     if gpu:
         torch.set_float32_matmul_precision("high")  # TF32, where a product is not in bf16
     world_size = accelerator.num_processes
-    if args.cuda_graphs and not (gpu and world_size == 1):
-        raise UserError("--cuda_graphs is for one process on a GPU: leave it out.")
+    if args.cuda_graphs and not gpu:
+        raise UserError("--cuda_graphs needs a GPU: leave it out.")
+    if args.cuda_graphs and args.reshard_while_sampling:
+        raise UserError("--cuda_graphs and --reshard_while_sampling exclude each other: leave one out.")
     if args.prompts_per_step % world_size:
         raise UserError(
             f"--prompts_per_step {args.prompts_per_step} cannot be split over {world_size} processes: "
@@ -145,6 +147,14 @@ def local(tensor):
 def like(tensor, other):
     """A whole tensor, sharded as `other` is, or as it is."""
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+def total(value, accelerator):
+    """The sum of a number over all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    value = torch.tensor(value, dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(value, "sum").item()
 
 
 def on_any_process(flag, sharded):

@@ -214,8 +214,12 @@ def timeless(lines):
 
 def weights(folder):
     """Weights and optimiser state of a checkpoint."""
-    state = load_file(folder / "optimizer.safetensors")
-    return load_file(folder / "model.safetensors") | {f"optimizer.{name}": value for name, value in state.items()}
+    state = {}
+    for part in sorted(folder.glob("optimizer/*.safetensors")):  # rows of each tensor, process by process
+        for name, value in load_file(part).items():
+            state.setdefault(f"optimizer.{name}", []).append(value)
+    state = {name: torch.cat(parts) if parts[0].dim() else parts[0] for name, parts in state.items()}
+    return load_file(folder / "model.safetensors") | state
 
 
 def same(a, b):

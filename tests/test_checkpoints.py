@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pair import free_port
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import grpo
+from plumbing.arguments import SharedArgs
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError
 from run import Run
@@ -124,6 +126,41 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     errors = (tmp_path / "run.log").read_text()
     assert process.exitcode == 130 and "--resume" in errors and "Traceback" not in errors
     assert (tmp_path / "run" / "last" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("keep, left", [(0, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
+def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch, keep, left):
+    output, rename, seen = tmp_path / "run", Path.rename, []
+
+    def watched(path, name):
+        if re.fullmatch(r"step-\d+", path.name):  # goes: the newest one is whole, and found
+            seen.append(json.loads((output / "last/trainer_state.json").read_text())["step"] > int(path.name[5:]))
+        return rename(path, name)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    (output / "step-2.unfinished").mkdir(parents=True)  # of a run that was killed while it wrote or removed one
+    (output / "step-1.1").mkdir()  # set aside, of an earlier run: not ours to remove
+    grpo_run(output, "--steps", 4, "--save_every", 1, "--keep", keep)
+    names = sorted(path.name for path in output.glob("step-*"))
+    assert names == sorted([*(f"step-{step}" for step in left), "step-1.1"])
+    assert len(seen) == 4 - len(left) and all(seen) and (output / "last").resolve().name == "step-4"
+
+
+def test_keep_is_two_where_nothing_is_said():
+    assert SharedArgs().keep == 2
+
+
+def test_a_first_update_that_was_skipped_leaves_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    update = Run.update
+
+    def skips(run):
+        next(iter(run.parameters.values())).grad.fill_(torch.nan)
+        update(run)
+
+    monkeypatch.setattr(Run, "update", skips)
+    assert grpo_run(tmp_path / "run", "--steps", 1)[0]["skipped_updates"] == 1
+    monkeypatch.setattr(Run, "update", update)
+    assert grpo_run(tmp_path / "run", "--steps", 2, "--resume")[1]["skipped_updates"] == 0
 
 
 def test_disk_full_while_saving_keeps_the_checkpoint_before(tmp_path):
@@ -253,7 +290,7 @@ def test_a_checkpoint_of_another_trainer_or_without_its_keys(tmp_path):
         grpo_run(tmp_path / "run", "--steps", 2, "--resume")
     with pytest.raises(UserError, match="is not a whole checkpoint"):
         trained_with(tmp_path / "run/last")
-    state = {"step": 1, "updates": 1, "position": 2, "prompts": "", "script": "grpo", "arguments": {}}
+    state = {"step": 1, "updates": 1, "position": 2, "prompts": "", "processes": 1, "script": "grpo", "arguments": {}}
     state["history"] = {"first_eval": None, "last_eval": None, "seconds": 0.0}
     for name, value in {"step": "1", "updates": None, "position": 1.5, "history": {}, "arguments": None}.items():
         (tmp_path / "run/last/trainer_state.json").write_text(json.dumps(state | {name: value}))
@@ -302,12 +339,13 @@ def test_checkpoints_that_are_mixed_or_not_whole(tmp_path):
     grpo_run(tmp_path / "run", "--steps", 1, "--freeze_vision")
     with pytest.raises(UserError, match="optimiser state .* of other weights .*--freeze_vision"):
         grpo_run(tmp_path / "run", "--steps", 2, "--resume", "--allow_changed")
-    for name, sentence in (("model", "cannot be opened"), ("optimizer", "is not a whole checkpoint")):
-        os.truncate(tmp_path / f"run/last/{name}.safetensors", 50_000)
+    (part,) = (tmp_path / "run/last/optimizer").glob("*.safetensors")
+    for path, sentence in ((tmp_path / "run/last/model.safetensors", "cannot be opened"), (part, "is not a whole")):
+        os.truncate(path, 50_000)
         with pytest.raises(UserError, match=f"{sentence} .*not fully covered"):
             grpo_run(tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
-    (tmp_path / "run/last/optimizer.safetensors").unlink()
-    with pytest.raises(UserError, match="is not a whole checkpoint .*optimizer.safetensors"):
+    part.unlink()
+    with pytest.raises(UserError, match="is not a whole checkpoint .its optimizer/ holds 0 files of 1.: point .*/last"):
         grpo_run(tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
     (tmp_path / "run/last/trainer_state.json").write_text("{")
     with pytest.raises(UserError, match="is not a whole checkpoint"):

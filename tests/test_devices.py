@@ -147,7 +147,7 @@ def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates):
         return H, [x * float("nan") if group.prompt.serial == 1 else x for x in found], kept
 
     monkeypatch.setattr(saei, "entropy_gradient", failing_once)
-    monkeypatch.setattr(run.Run, "rehearse_update", lambda r, do=run.Run.rehearse_update: (runs.append(r), do(r)))
+    monkeypatch.setattr(run.Run, "rehearse", lambda r, do=run.Run.rehearse: (runs.append(r), do(r)))
     with Devices():
         main_of(module.__name__, tmp_path / "run", f"{flags} {size} {parts}".split())
     assert all(there(p) for p in runs[0].model.parameters()) and not there(runs[0].groups[0].rewards)

@@ -1,13 +1,17 @@
 """plumbing/kernels.py: windows of the vision tower in one call, and how many threads."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import QUICK, main_of, tiny_group, tiny_model, tiny_prompt
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import run
+from common import forward, generate, token_chooser
 from plumbing import kernels
 
 GRIDS = torch.tensor([[1, 4, 6], [1, 10, 12], [1, 2, 2], [1, 10, 12]])  # windows of 4, 8, 12 and 16 patches
@@ -49,6 +53,61 @@ def test_calls_for_a_megapixel(monkeypatch, checkpointing):
     forward = len(calls)
     out.sum().backward()
     assert forward == 32 and len(calls) == (64 if checkpointing else 32)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of a model's weights to bf16."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights, self.count = {p.data_ptr() for p in model.parameters()}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ == "_to_copy" and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.count += args[0].data_ptr() in self.weights
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("freeze_vision", [False, True])
+def test_no_weight_is_cast_anew_for_a_sampled_token(freeze_vision):
+    model = tiny_model("qwen2_5_vl").eval()
+    model.model.visual.requires_grad_(not freeze_vision)
+    prompts, choose = [tiny_prompt(model, [(4, 6)])] * 2, token_chooser(model, 1.0, 1.0, 0)
+
+    def casts(tokens):
+        with torch.autocast("cpu", torch.bfloat16), Casts(model) as counted:
+            generate(model, prompts, 2, choose, torch.rand(4, tokens), [], 0)
+        return counted.count
+
+    assert casts(20) == casts(1) > 20
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_weights_of_a_frozen_models_products_are_bf16_already_and_nothing_else_changes(family):
+    def measured(model):
+        group = tiny_group(tiny_prompt(model, [(4, 6)]), [7, 1, 4])
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), Casts(model) as counted:
+            logps, entropy, hidden = forward(model, group)
+        return logps, entropy, hidden, counted.count
+
+    *want, casts = measured(tiny_model(family))
+    frozen = kernels.products_in_bf16(tiny_model(family).requires_grad_(False))
+    *got, none = measured(frozen)
+    assert casts > 20 and none == 0 and not any(p.requires_grad for p in frozen.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    embeddings = frozen.get_input_embeddings().weight
+    assert embeddings.dtype == torch.float32 and frozen.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_of_a_run_on_one_process(tmp_path, monkeypatch, dtype):
+    made = []
+    monkeypatch.setattr(run.Run, "rehearse", lambda self: made.append(self))
+    monkeypatch.setattr(run.Run, "start_or_restore", lambda *_: sys.exit(0))
+    with pytest.raises(SystemExit):
+        main_of("grpo", tmp_path / "run", [*QUICK, "--kl_coef", 0.1, "--dtype", dtype])
+    dtypes = {str(p.dtype)[6:] for p in made[0].reference.parameters()}
+    assert dtypes == {"float32", dtype} and {p.dtype for p in made[0].model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -50,33 +50,44 @@ def plain(model, prompt, G, max_tokens, choose, uniforms):
 
 
 class Waits(TorchDispatchMode):
-    """Refuses operations whose result has a shape or a Python value that depends on data: no CUDA graph has them."""
+    """Counts operations whose result has a shape or a Python value that depends on data: no CUDA graph has them."""
+
+    def __enter__(self):
+        self.found = []
+        return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select"), function
-        masks = args[1] if function.overloadpacket.__name__ == "index" else []
-        assert not any(mask is not None and mask.dtype == torch.bool for mask in masks), function
+        name = function.overloadpacket.__name__
+        masks = args[1] if name in ("index", "index_put_") else []
+        by_mask = any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.found.append(name)
         return function(*args, **(kwargs or {}))
 
 
-def as_a_graph(function, *inputs):
-    """What a CUDA graph does: the recorded inputs are read, and the recorded output is written, in their place."""
-    with Waits():
-        out = function(*inputs)
+def as_graphs():
+    """What CUDA graphs do: the recorded inputs are read, and the recorded output is written, in their place."""
 
-    def replay():
-        return out.copy_(function(*inputs))
+    def record(function, *inputs):
+        with Waits() as waits:
+            out = function(*inputs)
+        assert not waits.found
 
-    return replay
+        def replay():
+            return out.copy_(function(*inputs))
+
+        return replay
+
+    return record
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.8, 0.9, 0), (1.2, 1.0, 5), (0.0, 1.0, 0)])
-@pytest.mark.parametrize("graphs", [False, True])
-def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs, monkeypatch):
-    """Through several windows of the cache and a batch that gets smaller, and as a CUDA graph would go through them."""
-    monkeypatch.setattr(common, "WINDOW", 5)
-    monkeypatch.setattr(kernels, "recorded", as_a_graph)
+@pytest.mark.parametrize("graphs, between", [(False, 1), (True, 1), (False, 3), (True, 7), (False, 100)])
+def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs, between, monkeypatch):
+    """Through several windows of the cache and a batch that gets smaller, and as CUDA graphs would go through them."""
+    monkeypatch.setattr(kernels, "tokens_between_questions", lambda device: between)
+    monkeypatch.setattr(kernels, "recorder", as_graphs)
     model, G, max_tokens = tiny_model(family).eval(), 5, 16
     prompts = [  # different lengths, sizes and numbers of images, one without
         tiny_prompt(model, [(4, 6)]),
@@ -86,7 +97,7 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
     ]
     choose = token_chooser(model, temperature, top_p, top_k)
     uniforms = torch.rand(len(prompts) * G, max_tokens, generator=seeded(1, 2))
-    responses, mask = generate(model, prompts, G, max_tokens, choose, uniforms, ENDS, 0, graphs=graphs)
+    responses, mask = generate(model, prompts, G, choose, uniforms, ENDS, 0, window=5, graphs=graphs)
     responses = torch.nn.functional.pad(responses, (0, max_tokens - responses.shape[1]))
     mask = torch.nn.functional.pad(mask, (0, max_tokens - mask.shape[1]))
     for i, prompt in enumerate(prompts):
@@ -98,6 +109,45 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
     if temperature > 0:  # groups did leave the batch while others went on
         longest = mask.view(len(prompts), G, -1).sum(2).amax(1)
         assert len(set(mask.sum(1).tolist())) > 3 and longest.min() < longest.max()
+
+
+@pytest.mark.parametrize("between, questions", [(16, 3), (10, 6), (100, 0)])
+def test_the_host_waits_for_the_device_when_it_asks_whether_all_have_ended_and_never_else(
+    between, questions, monkeypatch
+):
+    monkeypatch.setattr(kernels, "tokens_between_questions", lambda device: between)
+    model = tiny_model("qwen2_5_vl").eval()
+    choose, prompts = token_chooser(model, 1.0, 0.9, 5), [tiny_prompt(model, [(4, 6)])] * 3
+
+    def waits(tokens, eos):
+        with Waits() as waits:
+            generate(model, prompts, 2, choose, torch.rand(6, tokens, generator=seeded(1)), eos, 0)
+        return len(waits.found)
+
+    assert waits(64, []) - waits(1, []) == 2 * questions  # are any left, and how many
+
+
+def test_the_cache_grows_by_windows_and_no_graph_is_recorded_between(monkeypatch):
+    """And it ends with the responses: no room is made for tokens that none of them has."""
+    rooms, recorded, grow = [], [], common.SharedPrefixCache.grow
+
+    def watched(cache, group_size, room):
+        grow(cache, group_size, room)
+        rooms.append([tuple(x.shape[2:4]) for x in cache.suffix[0]])
+
+    def recorder():
+        return lambda function, *inputs: recorded.append(inputs) or (lambda: function(*inputs))
+
+    monkeypatch.setattr(common.SharedPrefixCache, "grow", watched)
+    monkeypatch.setattr(kernels, "recorder", recorder)
+    model, G = tiny_model("qwen2_5_vl").eval(), 3
+    choose, prompts = token_chooser(model, 1.0, 1.0, 0), [tiny_prompt(model, [], words=(20 + i,)) for i in range(4)]
+    uniforms = torch.rand(4 * G, 400, generator=seeded(5))
+    _, mask = generate(model, prompts, G, choose, uniforms, [13, *range(40, 45)], 0, window=4, graphs=True)
+    longest = mask.shape[1]
+    assert 8 < longest < 100
+    assert rooms == [[(G, room)] * 2 for room in range(4, longest + 3, 4)]
+    assert len(rooms) < len(recorded) <= len(rooms) + 2  # also when half of the prompts, then three of four, have left
 
 
 @pytest.mark.parametrize("fit, sizes", [(0, [1] * 4), (1.5, [1] * 4), (2, [2, 2]), (3, [3, 1]), (100, [4])])
@@ -113,12 +163,12 @@ def test_prompts_are_computed_in_parts_and_only_their_last_place_has_logits(fit,
             lambda _, args, kwargs: reads.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
         ),
     ]
-    responses, mask = generate(model, prompts, G, 6, choose, uniforms, END, 0, budget=int(fit * width))
+    responses, mask = generate(model, prompts, G, choose, uniforms, END, 0, budget=int(fit * width))
     for hook in hooks:
         hook.remove()
     assert reads[: len(sizes) + 1] == [(size, width) for size in sizes] + [(4, G)]
     assert heads[: len(sizes) + 1] == [(size, 1) for size in sizes] + [(4, G)]
-    want, wanted = generate(model, prompts, G, 6, choose, uniforms, END, 0, budget=10**6)
+    want, wanted = generate(model, prompts, G, choose, uniforms, END, 0, budget=10**6)
     assert torch.equal(responses, want) and torch.equal(mask, wanted)
 
 
@@ -188,7 +238,7 @@ def test_sampler_and_forward_agree_on_the_distribution():
     prompt = tiny_prompt(model, [(4, 6)])
     choose = token_chooser(model, 0.0, 1.0, 0)
 
-    responses, mask = generate(model, [prompt], 2, 12, choose, torch.zeros(2, 12), END, 0)
+    responses, mask = generate(model, [prompt], 2, choose, torch.zeros(2, 12), END, 0)
     group = Group(prompt, responses, mask, torch.zeros(2, dtype=torch.bool), [""] * 2)
     logps, entropy, _ = forward(model, group)
     assert (logps[mask] >= -entropy[mask] * 3 - 3).all() and (logps[mask].exp() > 1 / 96).all()

@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import grpo
 import run
-from common import Reward, forward, group_advantages, load_processor, rollout
+from common import Reward, SharedPrefixCache, forward, group_advantages, load_processor, rollout
 from plumbing.commandline import UserError
 from run import Run
 
@@ -174,11 +174,43 @@ def test_the_first_update_is_rehearsed_on_the_largest_row_and_forgotten(args, mo
     assert len(rows[0].prompt.input_ids) == max(made.data.tokens[i] for i in made.data.indices)
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "toy" / "model")
     assert all(torch.equal(p, q) for p, q in zip(made.model.parameters(), before.parameters(), strict=True))
-    assert not made.optimizer.state and all(p.grad is None for p in made.model.parameters())
+    assert len(made.optimizer.state) == len(made.parameters) and all(p.grad is None for p in made.model.parameters())
+    assert not any(value.any() for state in made.optimizer.state.values() for value in state.values())
     args.tokens_per_row = 300
     args.output += "2"
     Run(args)
     assert len(rows[1].prompt.input_ids) + rows[1].mask.sum() <= 300
+
+
+def test_sampling_is_rehearsed_with_a_full_cache(args, monkeypatch):
+    """All prompts that are sampled together, the longest ones, and a token when every response is as long as may be."""
+    rooms, grow, sampled = [], SharedPrefixCache.grow, []
+    monkeypatch.setattr(
+        SharedPrefixCache, "grow", lambda cache, *size: (grow(cache, *size), rooms.append(cache.suffix[-1][0].shape))
+    )
+
+    def spy(model, tokenizer, prompts, *rest, **more):
+        sampled.append([len(prompt.input_ids) for prompt in prompts])
+        return rollout(model, tokenizer, prompts, *rest, **more)
+
+    monkeypatch.setattr(run, "rollout", spy)
+    args.rollout_prompts, args.prompts_per_step, args.max_response_tokens = 3, 4, 200
+    made = Run(args)
+    assert sampled == [[made.data.longest_tokens] * 3]
+    assert [(shape[0], shape[2], shape[3]) for shape in rooms] == [(3, args.group_size, 200)]
+    assert made.model.training and not made.seconds.keys() - {"update", "rollout"}
+
+
+def test_gradients_of_earlier_rows_are_there_when_the_update_is_rehearsed(args, monkeypatch):
+    seen = []
+
+    def spy(model, row, *rest):
+        seen.append(all(p.grad is not None for p in model.parameters()))
+        return forward(model, row, *rest)
+
+    monkeypatch.setattr(run, "forward", spy)
+    Run(args)
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("phase, flag", [("rollout", "--rollout_prompts"), ("update", "--tokens_per_row")])
@@ -287,7 +319,7 @@ def test_seed_decides_everything(tmp_path):
         ({"model": "nobody/nothing", "data": "toy"}, "--model nobody/nothing cannot be opened"),
         ({"model": "/nowhere", "data": "toy"}, "--model /nowhere cannot be opened"),
         ({"resume": True}, "there is no checkpoint"),
-        ({"cuda_graphs": True}, "--cuda_graphs is for one process on a GPU"),
+        ({"cuda_graphs": True}, "--cuda_graphs needs a GPU: leave it out"),
         ({"reward": "nowhere.py:f"}, "there is no file nowhere.py"),
         ({"report_to": "clouds"}, "--report_to clouds is none of .*, tensorboard, .*wandb"),
         ({"report_to": "wandb"}, "--report_to wandb is not installed: pip install wandb"),

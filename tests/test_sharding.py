@@ -139,13 +139,13 @@ patch(common.Reward, "__call__", reward)
 
 
 FP32_ANGLES = """
-def checked(run, rehearse=run.Run.rehearse_update):
+def checked(run, rehearse=run.Run.rehearse):
     def angles(_, args, kwargs):
         assert all(x.dtype == torch.float32 for x in kwargs["position_embeddings"])
     run.model.model.visual.blocks[0].attn.register_forward_pre_hook(angles, with_kwargs=True)
     assert torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 7200
     rehearse(run)
-patch(run.Run, "rehearse_update", checked)
+patch(run.Run, "rehearse", checked)
 """
 
 
@@ -187,6 +187,35 @@ def test_resume_on_another_number_of_processes(tmp_path, first, then, alone, sta
     assert codes == [1] * first and "power cut" in console
     assert (tmp_path / "cut/last").resolve().name == "step-1"
     assert_equal(alone(*flags), finished(then, tmp_path / "cut", *flags, "--resume"))
+
+
+FULL_ON_THE_SECOND = """
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+write = HuggingFaceStorageWriter.write_data
+def full(writer, *rest):
+    if os.environ["RANK"] == "1" and "step-2" in str(writer.path):
+        raise OSError(28, "No space left on device")
+    return write(writer, *rest)
+patch(HuggingFaceStorageWriter, "write_data", full)
+"""
+
+
+def test_each_process_writes_its_own_part_of_the_optimiser(tmp_path, finished, start):
+    output = tmp_path / "run"
+    whole, _ = finished(2, output, "--eval_rows", 0, "--steps", 1)
+    parts = [load_file(path) for path in sorted((output / "last/optimizer").glob("*.safetensors"))]
+    assert len(parts) == 2
+    for name, value in whole.items():
+        if name.startswith("optimizer.") and value.dim():
+            rows = [len(part[name[10:]]) for part in parts]
+            assert rows[0] == -(-len(value) // 2) and sum(rows) == len(value)
+    codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume", patch=FULL_ON_THE_SECOND)
+    assert codes == [2, 2] and "No space left on device): make room on the disk; the checkpoint before it" in console
+    assert "Traceback" not in console and not list(output.glob("step-2*"))
+    assert (output / "last").resolve().name == "step-1"
+    (output / "last/optimizer/shard-00002-model-00001-of-00001.safetensors").unlink()
+    codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume")
+    assert codes == [2, 2] and "its optimizer/ holds 1 files of 2" in console
 
 
 def written(folder):
