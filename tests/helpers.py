@@ -188,6 +188,7 @@ def main_of(script, output, flags):
         try:
             importlib.import_module(script).main()
         finally:
+            accelerate.state.AcceleratorState._reset_state(True)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

@@ -421,7 +421,7 @@ def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
     folder.mkdir(parents=True)
     arguments = {"model": "toy", "data": "toy", "eval_data": None, "instruction": "Hm.", "max_response_tokens": 33}
     history = {"first_eval": None, "last_eval": None, "seconds": 0.0}
-    state = State(3, 3, 12, "100 (0)", history, "vepo", arguments)
+    state = State(3, 3, 12, "100 (0)", 1, history, "vepo", arguments)
     (folder / "trainer_state.json").write_text(json.dumps(dataclasses.asdict(state)))
     args = Args(model=str(folder))
     assert (args.instruction, args.benchmarks, args.min_pixels, args.output) == ("Hm.", "toy", None, "runs/eval/vepo")
