@@ -1,8 +1,10 @@
-"""Speed as ratios of one run: python tests/bench.py [--repeats 5]
+"""Speed as ratios of one run: python tests/bench.py [--repeats 5] [--image_tokens 1024]
 
 Shape: a random Qwen2.5-VL of 28M parameters with 8,192 tokens, 2 prompts of one 448-pixel picture (256 image
 tokens), G = 8, 64 response tokens. Every figure is a ratio of medians of interleaved runs, so that a machine that is
 slow today is slow for both sides. The last one runs the same step in TRL's GRPOTrainer (tests/requirements.txt).
+
+On a card: python tests/bench.py --gpu 3b, or 7b. Milliseconds, in the shape of the real model (tests/gpu.py).
 """
 
 import argparse
@@ -10,6 +12,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,11 +25,13 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gpu  # noqa: E402
+
 from common import Reward, forward, group_advantages, load_processor, picture_inputs, policy_loss, rollout  # noqa: E402
 from plumbing.arguments import INSTRUCTION, TOY, SharedArgs  # noqa: E402
 from plumbing.data import Data  # noqa: E402
 
-P, G, PIXELS = 2, 8, 448
+P, G = 2, 8
 METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1, "saei": 2.0}  # what a step may cost, in GRPO's
 
 
@@ -46,13 +51,13 @@ def make_model():
     return model.float().train()
 
 
-def make_rows(count):
-    """Pictures of noise and a question each, in the schema of geometry3k."""
+def make_rows(count, image_tokens):
+    """Square pictures of noise and a question each, in the schema of geometry3k."""
     from PIL import Image
 
     return [
         {
-            "images": [Image.effect_noise((PIXELS, PIXELS), 40 + i).convert("RGB")],
+            "images": [Image.effect_noise((28 * math.isqrt(image_tokens),) * 2, 40 + i).convert("RGB")],
             "problem": f"<image>How many things are there in picture {i}?",
             "answer": "3",
         }
@@ -60,11 +65,11 @@ def make_rows(count):
     ]
 
 
-def make_data(args, processor, model):
+def make_data(args, processor, model, image_tokens):
     import datasets
 
     with tempfile.TemporaryDirectory() as folder:
-        datasets.Dataset.from_list(make_rows(P)).to_parquet(f"{folder}/rows.parquet")
+        datasets.Dataset.from_list(make_rows(P, image_tokens)).to_parquet(f"{folder}/rows.parquet")
         data = Data(f"{folder}/rows.parquet", "train", args, processor, model.model.get_rope_index)
         return [data.prompt(i) for i in range(P)]
 
@@ -144,7 +149,7 @@ def our_step(model, tokenizer, prompts, args, reward, optimizer, step):
     optimizer.zero_grad()
 
 
-def method_steps(model, processor, tokens, repeats):
+def method_steps(model, processor, image_tokens, tokens, repeats):
     """Prints the whole step of each method's own script against that of grpo.py: two counted steps in each run."""
     import datasets
 
@@ -152,7 +157,7 @@ def method_steps(model, processor, tokens, repeats):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
         processor.save_pretrained(f"{folder}/model")
-        datasets.Dataset.from_list(make_rows(P)).to_parquet(f"{folder}/rows.parquet")
+        datasets.Dataset.from_list(make_rows(P, image_tokens)).to_parquet(f"{folder}/rows.parquet")
         Path(folder, "reward.py").write_text("def mixed(p, r, a): return [hash(text) % 7 for text in r]")
         flags = f"--model {folder}/model --data {folder}/rows.parquet --reward {folder}/reward.py:mixed --eval_rows 0"
         flags += f" --prompts_per_step {P} --max_response_tokens {tokens} --updates_per_step 1"
@@ -177,7 +182,7 @@ def method_steps(model, processor, tokens, repeats):
         print(f"{f'{what} / grpo.py':46s} {a / b:6.2f} x   ({spread}) bar {bar}")
 
 
-def trl_step_seconds(processor, tokens, steps):
+def trl_step_seconds(processor, image_tokens, tokens, steps):
     """Seconds of each step of GRPOTrainer at the same settings."""
     import datasets
     from trl import GRPOConfig, GRPOTrainer
@@ -198,7 +203,7 @@ def trl_step_seconds(processor, tokens, steps):
             "image": row["images"][0],
             "answer": row["answer"],
         }
-        for row in make_rows(P)
+        for row in make_rows(P, image_tokens)
     ]
     model, clock = make_model(), Clock()
     model.set_attn_implementation("sdpa")
@@ -259,16 +264,29 @@ print(int(re.search("VmHWM: *\\t*(.*) kB", open("/proc/self/status").read())[1])
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
-    parser.add_argument("--response_tokens", type=int, default=64, help="tokens of every response")
+    parser.add_argument("--image_tokens", type=int, default=256, help="of the picture of a prompt: a square number")
+    parser.add_argument("--response_tokens", type=int, help="tokens of every response (default: 64; on a card 512)")
+    parser.add_argument("--gpu", choices=list(gpu.SHAPES), nargs="?", const="3b", help="measure this shape on a card")
     parser.add_argument("--methods", action="store_true", help="nothing but the methods' steps")
     parser.add_argument("--no_trl", action="store_true", help="leave TRL's step out")
     options = parser.parse_args()
+    image_tokens = options.image_tokens
+    if math.isqrt(image_tokens) ** 2 != image_tokens:
+        parser.error(f"--image_tokens {image_tokens} is no square number: take 256 or 1024.")
     transformers.utils.logging.set_verbosity_error()
-    tokens = options.response_tokens
-    args = SharedArgs(group_size=G, max_response_tokens=tokens, max_pixels=10**6)
-    processor = load_processor(TOY / "model", max_pixels=10**6)
+    tokens = options.response_tokens or (512 if options.gpu else 64)
+    args = SharedArgs(group_size=G, max_response_tokens=tokens, max_prompt_tokens=10**4)
+    processor = load_processor(TOY / "model", max_pixels=10**8)
+    if options.gpu:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = gpu.random_model(options.gpu, device)
+        args.rollout_prompts = P if options.gpu == "tiny" else 32
+        args.updates_per_step = 4
+        prompt = make_data(args, processor, model, image_tokens)[0]
+        gpu.report(model, processor.tokenizer, options.gpu, prompt, args, options.repeats)
+        return
     model = make_model()
-    prompts = make_data(args, processor, model)
+    prompts = make_data(args, processor, model, image_tokens)
     model.generation_config.eos_token_id = [8191]  # the random model hardly ever ends: equal lengths for all
     groups = rollout(model, processor.tokenizer, prompts, args, 0)
     Lp, Lr = len(prompts[0].input_ids), int(groups[0].mask[0].sum())
@@ -292,7 +310,7 @@ def main():
             lambda: rollout(model, processor.tokenizer, prompts, args, 0),
             options.repeats,
         )
-    method_steps(model, processor, tokens, options.repeats)
+    method_steps(model, processor, image_tokens, tokens, options.repeats)
     if options.methods:
         return
     for length in (512, 1024, 2048):
@@ -306,7 +324,7 @@ def main():
         seconds(lambda step=step: our_step(model, processor.tokenizer, prompts, args, reward, optimizer, step))
         for step in range(options.repeats + 1)
     ][1:]
-    theirs = trl_step_seconds(processor, tokens, options.repeats + 1)
+    theirs = trl_step_seconds(processor, image_tokens, tokens, options.repeats + 1)
     a, b = statistics.median(theirs), statistics.median(ours)
     spread = f"{min(theirs) / max(ours):.2f} to {max(theirs) / min(ours):.2f}; {a:.2f} s against {b:.2f} s"
     print(f"{'whole step: TRL / ours':46s} {a / b:6.2f} x   ({spread}) bar 4")

@@ -4,7 +4,9 @@ Nothing here imports torch before a test asks for it: pytest's first process, wh
 """
 
 import json
+import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("test_gpu" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also of the processes that run the tests: CPU tests are that everywhere
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+from gpu import config_of
 from helpers import ROOT
 
 from common import load_processor
@@ -16,33 +17,9 @@ from plumbing.memory import dry_run, plan
 from plumbing.rows import load_rows
 from run import Run
 
-SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct: hidden, mlp, layers, heads, kv heads, vocabulary, tied
-    "3B": (2048, 11008, 36, 16, 2, 151_936, True, 3420),
-    "7B": (3584, 18944, 28, 28, 4, 152_064, False, 3420),
-    "32B": (5120, 27648, 64, 40, 8, 152_064, False, 3456),
-}
-
 
 def write_config(size, folder):
-    hidden, mlp, layers, heads, kv, vocabulary, tied, vision_mlp = SHAPES[size]
-    text = {
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tied,
-    }
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": vision_mlp, "num_heads": 16}
-    vision |= {
-        "out_hidden_size": hidden,
-        "patch_size": 14,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    }
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    config.save_pretrained(folder / size)
+    config_of(size.lower()).save_pretrained(folder / size)
     return folder / size / "config.json"
 
 

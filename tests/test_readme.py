@@ -27,7 +27,15 @@ def test_its_flags_exist():
     classes = [importlib.import_module(name).Args for name in METHODS]
     classes += [eval.Args, show.TokenArgs, show.CurveArgs]
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    known |= {"help", "methods", "repeats", "report", "check"}  # of python, tests/bench.py, toy/compare.py, ruff
+    known |= {
+        "help",
+        "methods",
+        "repeats",
+        "image_tokens",
+        "gpu",
+        "report",
+        "check",
+    }  # of python, tests/bench.py, toy/compare.py, ruff
     known |= {
         "nproc_per_node",
         "nnodes",

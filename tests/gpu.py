@@ -1,0 +1,173 @@
+"""Random models in Qwen2.5-VL's shapes, and what a card makes of them: `python tests/bench.py --gpu 3b`.
+
+Nothing is downloaded and nothing is trained: the weights are random and bf16, as a process holds them while it computes
+in a run on several cards, and every response is as long as it may be. Runs on a CPU too, in the shape "tiny".
+"""
+
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import Group, forward, policy_loss, rollout, split_group  # noqa: E402
+from plumbing.arguments import TOY  # noqa: E402
+from plumbing.kernels import with_windows  # noqa: E402
+
+SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and two small ones:
+    # hidden, mlp, layers, heads, kv heads, vocabulary, tied; vision: hidden, mlp, depth, heads
+    "tiny": (64, 128, 2, 2, 1, 512, True, 32, 64, 2, 2),
+    "1b": (1536, 6144, 16, 12, 2, 151_936, True, 1280, 3420, 12, 16),
+    "3b": (2048, 11008, 36, 16, 2, 151_936, True, 1280, 3420, 32, 16),
+    "7b": (3584, 18944, 28, 28, 4, 152_064, False, 1280, 3420, 32, 16),
+    "32b": (5120, 27648, 64, 40, 8, 152_064, False, 1280, 3456, 32, 16),
+}
+TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # of dense bf16 products, by NVIDIA's data sheets
+
+
+def config_of(size):
+    """A Qwen2.5-VL configuration of that shape, with the token ids of the toy's tokenizer."""
+    hidden, mlp, layers, heads, kv, vocabulary, tied, vision_hidden, vision_mlp, depth, vision_heads = SHAPES[size]
+    config = transformers.Qwen2_5_VLConfig.from_pretrained(TOY / "model")
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = hidden, mlp, layers
+    text.num_attention_heads, text.num_key_value_heads, text.vocab_size = heads, kv, vocabulary
+    text.layer_types, text.initializer_range = ["full_attention"] * layers, 0.02
+    half = hidden // heads // 2
+    section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]  # 16, 24, 24 of 64
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": section}
+    config.tie_word_embeddings = text.tie_word_embeddings = tied
+    vision.hidden_size, vision.intermediate_size, vision.depth = vision_hidden, vision_mlp, depth
+    vision.num_heads, vision.out_hidden_size, vision.window_size = vision_heads, hidden, 112
+    vision.fullatt_block_indexes = list(range(7, depth, 8)) or [depth - 1]
+    return config
+
+
+def random_model(size, device):
+    torch.manual_seed(0)
+    options = {"dtype": torch.bfloat16, "attn_implementation": {"text_config": "shared_prefix"}}
+    with torch.device(device):
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config_of(size), **options)
+    model.generation_config.eos_token_id = []  # no response ends before it must
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return with_windows(model).train()
+
+
+def seconds(function, repeats):
+    """The median of some runs, after one that does not count; a GPU is waited for."""
+    times = []
+    for _ in range(repeats + 1):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def card(device, repeats):
+    """(name, bytes a second that it copies, FLOP a second of a large bf16 product, those of its data sheet or None)."""
+    cuda = device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    n = 8192 if cuda else 512
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    large = torch.empty(2**30 if cuda else 2**24, dtype=torch.uint8, device=device)
+    product, copy = seconds(lambda: a @ b, repeats), seconds(lambda: large.clone(), repeats)
+    said = next((1e12 * value for known, value in TFLOPS.items() if known in name), None)
+    return name, 2 * len(large) / copy, 2 * n**3 / product, said
+
+
+def size_of(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def flops(model, row):
+    """Of an update on a packed row, without what is recomputed: 6 a weight and token, 12 a pair of tokens that see
+    each other, head and layer. The attention of the vision tower is left out."""
+    text, layers = model.config.text_config, model.model.language_model.layers
+    shared, lengths = len(row.prompt.input_ids), row.mask.sum(1).tolist()
+    pairs = shared**2 / 2 + sum(length * (shared + length / 2) for length in lengths)
+    products = size_of(layers) * (shared + sum(lengths)) + text.vocab_size * text.hidden_size * sum(lengths)
+    patches, visual = 0 if row.prompt.pixel_values is None else len(row.prompt.pixel_values), model.model.visual
+    once = size_of(visual) - size_of(visual.merger) * 3 / 4 - size_of(visual.patch_embed) / 3
+    products += once * patches  # the merger sees four as one, and pixels get no gradient
+    return 6 * products + 12 * pairs * text.hidden_size * len(layers)
+
+
+def token_bytes(model, prompts, args):
+    """What is read at least for one more token of all responses, half of their length there: weights, and caches."""
+    text, layers = model.config.text_config, model.model.language_model.layers
+    cached = 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * len(layers)
+    tokens = sum(len(p.input_ids) + args.group_size * args.max_response_tokens / 2 for p in prompts)
+    return 2 * (size_of(layers) + text.vocab_size * text.hidden_size + cached * tokens)
+
+
+def report(model, tokenizer, size, prompt, args, repeats, groups=64, cards=8):
+    """Prints what a step of `groups` prompts on each of `cards` cards takes, phase by phase."""
+    device, G, T = model.device.type, args.group_size, args.max_response_tokens
+    name, bandwidth, product, said = card(device, repeats)
+    prompts = [dataclasses.replace(prompt, serial=i) for i in range(args.rollout_prompts)]
+
+    def sample(tokens, graphs):
+        short = dataclasses.replace(args, max_response_tokens=tokens, cuda_graphs=graphs)
+        return seconds(lambda: rollout(model, tokenizer, prompts, short, 0, window=min(128, T)), repeats)
+
+    first, kinds = sample(1, False), [False, True] if device == "cuda" else [False]
+    sampling = {graphs: sample(T, graphs) for graphs in kinds}
+    token = {graphs: (whole - first) / max(T - 1, 1) for graphs, whole in sampling.items()}
+    least = token_bytes(model, prompts, args) / bandwidth
+
+    tokens = torch.randint(100, 400, (G, T), device=device)
+    group = Group(prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(G), [""] * G)
+    rows = split_group(group, args.tokens_per_row)
+
+    def score():
+        with torch.no_grad():
+            for row in rows:
+                forward(model, row)
+
+    def update():
+        for row in rows:
+            logps, _, _ = forward(model, row)
+            loss, _ = policy_loss(logps, logps.detach(), torch.linspace(-1, 1, len(row.mask), device=device), row.mask)
+            loss.backward()
+
+    scoring, updating = seconds(score, repeats), seconds(update, repeats)
+    model.zero_grad()
+    speed = sum(flops(model, row) for row in rows) / updating
+    part = torch.zeros(size_of(model) // cards, device=device, requires_grad=True)  # fp32, what a card keeps of it
+    part.grad = torch.zeros_like(part)
+    stepping = seconds(torch.optim.AdamW([part], fused=True).step, repeats)
+
+    batches = math.ceil(groups / len(prompts))
+    phases = {"sampling": batches * min(sampling.values()), "scoring": groups * scoring, "update": groups * updating}
+    phases["update"] += args.updates_per_step * stepping
+    Lp, image = len(prompt.input_ids), int(prompt.image_mask.sum())
+    print(
+        f"Qwen2.5-VL in the shape {size}: {size_of(model) / 1e9:.2f} billion random weights, bf16, on one {name}\n"
+        f"{len(prompts)} prompts x {G}, Lp = {Lp} of which {image} image tokens, Lr = {T}; torch {torch.__version__}\n"
+        f"{bandwidth / 1e12:.2f} TB/s are copied, {product / 1e12:.0f} TFLOP/s reached in a large bf16 product\n"
+    )
+    for graphs, value in token.items():
+        what = f"a token of {len(prompts) * G} responses{', with --cuda_graphs' if graphs else ''}"
+        print(f"{what:46s}{1e3 * value:7.1f} ms   {value / least:.1f} x its bytes / bandwidth, {1e3 * least:.1f} ms")
+    share = f", {speed / said:.0%} MFU by the data sheet" if said else ""
+    print(f"{'update of a group':46s}{1e3 * updating:7.0f} ms   {speed / product:.0%} of the large product{share}")
+    print(f"{'forward pass of a group':46s}{1e3 * scoring:7.0f} ms")
+    print(f"{'AdamW of an eighth of the weights':46s}{1e3 * stepping:7.1f} ms")
+    print(f"\nseconds of a step of {groups * cards} prompts x {G} on {cards} such cards, without gathering, rewards:")
+    print(", ".join(f"{phase} {value:.1f}" for phase, value in phases.items()))
+    graphs = f"{1e3 * token[True]:.1f}" if True in token else "-"
+    mfu = f"{speed / said:.0%}" if said else "-"
+    seconds_of = " | ".join(f"{value:.0f}" for value in phases.values())
+    print(f"\n| {size} | {name} | {1e3 * token[False]:.1f} | {graphs} | {1e3 * least:.1f} | {mfu} | {seconds_of} |")

@@ -1,0 +1,72 @@
+"""tests/bench.py and tests/gpu.py: what they count, and that they run where there is no card."""
+
+import sys
+
+import bench
+import gpu
+import pytest
+import torch
+from helpers import tiny_group
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import forward, load_processor, pack
+from plumbing.arguments import TOY, SharedArgs
+
+
+def prompt_of(model, image_tokens):
+    processor = load_processor(TOY / "model", max_pixels=10**8)
+    return bench.make_data(SharedArgs(max_prompt_tokens=10**4), processor, model, image_tokens)[0]
+
+
+@pytest.mark.parametrize("size, billions", [("1b", 1.05), ("3b", 3.75), ("7b", 8.29), ("32b", 33.45)])
+def test_the_shapes_have_their_names_sizes(size, billions):
+    with torch.device("meta"):
+        model = gpu.transformers.Qwen2_5_VLForConditionalGeneration(gpu.config_of(size))
+    assert gpu.size_of(model) / 1e9 == pytest.approx(billions, rel=0.01)
+    text = model.config.text_config
+    section = text.rope_parameters["mrope_section"]
+    assert sum(section) == text.hidden_size // text.num_attention_heads // 2 and section[1] == section[2]
+
+
+@pytest.mark.parametrize("image_tokens", [16, 256])
+def test_the_operations_of_an_update_are_those_that_torch_counts(image_tokens):
+    """But for attention, which torch does not count on a CPU: that is held to the pairs of tokens below."""
+    model = gpu.random_model("tiny", "cpu").float()
+    model.activation_checkpointing_disable()
+    row = tiny_group(prompt_of(model, image_tokens), [50, 60, 70, 80])
+    with FlopCounterMode(display=False) as counted:
+        logps, entropy, _ = forward(model, row)
+        (logps + entropy).sum().backward()
+    recomputed = 2 * int(row.mask.sum()) * 512 * 64  # the head, in chunks
+    seen = pack(row, model.device)["attention_mask"].sum().item() - int(row.mask.sum()) / 2  # half of the diagonal
+    seen -= len(row.prompt.input_ids) / 2
+    assert gpu.flops(model, row) - 12 * seen * 64 * 2 == pytest.approx(counted.get_total_flops() - recomputed, rel=0.03)
+
+
+def test_bytes_of_a_token_by_hand():
+    model = gpu.random_model("tiny", "cpu")
+    prompt, args = prompt_of(model, 16), SharedArgs(group_size=4, max_response_tokens=100)
+    layer = 64 * 64 + 64 + 2 * (64 * 32 + 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64  # q, k and v, o, mlp, norms
+    cached = 2 * 2 * 32  # keys and values, layers, one head of 32
+    tokens = 3 * (len(prompt.input_ids) + 4 * 50)
+    assert gpu.token_bytes(model, [prompt] * 3, args) == 2 * (2 * layer + 512 * 64 + cached * tokens)
+
+
+def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["bench.py", "--gpu", "tiny", "--response_tokens", "5", "--image_tokens", "16", "--repeats", "1"]
+    )
+    bench.main()
+    said = capsys.readouterr().out
+    assert "2 prompts x 8, Lp = 79 of which 16 image tokens, Lr = 5" in said
+    assert "a step of 512 prompts x 8 on 8 such cards" in said and "x its bytes / bandwidth" in said
+    assert said.splitlines()[-1].startswith("| tiny | CPU | ") and said.splitlines()[-1].count("|") == 10
+
+
+def test_image_tokens_that_are_no_square(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--image_tokens", "1000"])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert (
+        stop.value.code == 2 and "--image_tokens 1000 is no square number: take 256 or 1024" in capsys.readouterr().err
+    )
