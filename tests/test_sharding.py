@@ -5,6 +5,7 @@ Most runs are jobs of two processes that stay (tests/pair.py); where a process m
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,40 @@ patch(common.Reward, "__call__", reward)
     two = finished(2, tmp_path / "two", *flags, patch=patch)
     assert_equal(one, two)
     assert one[1][0]["filtered_groups"] == 0.5
+
+
+FLAT = """
+import grpo
+def reward(self, groups):
+    for group in groups:  # one of two on each process
+        mixed = torch.tensor([1.0, 0.0, 0.0, 1.0])
+        group.rewards = group.accuracy = group.format = mixed * (group.prompt.serial // 2 % 2)
+patch(common.Reward, "__call__", reward)
+plain, close, passes = grpo.forward, run.Run.close, []
+patch(grpo, "forward", lambda *rest: (passes.append(rest), plain(*rest))[1])
+patch(run.Run, "close", lambda self: (close(self), print(len(passes), "passes")))
+"""
+ALL_ROWS = """
+pack = run.Run.pack_rows
+patch(run.Run, "pack_rows", lambda self, advantages: pack(self, advantages, own_term=True))
+"""
+
+
+@pytest.mark.parametrize("flags, share", [([], 1 / 2), (["--kl_coef", 0.1], 1), (["--updates_per_step", 2], 1 / 2)])
+def test_groups_of_equal_rewards_come_to_no_pass_of_any_process(tmp_path, flags, share, start):
+    """Fewer passes, the same losses and weights: what is left out counts in the denominator."""
+    done, passes = [], []
+    for processes, more in ((2, ""), (2, ALL_ROWS), (1, "")):
+        output = tmp_path / f"{processes}{bool(more)}"
+        codes, console = start(processes, output, "--eval_rows", 0, "--steps", 1, *flags, patch=FLAT + more)
+        assert codes == [0] * processes, console[-2000:]
+        passes.append(int(re.search(r"(\d+) passes", console)[1]))
+        (line,) = read_metrics(output)
+        line = {name: line[name] for name in ("loss", "grad_norm", "reward", "zero_advantage_groups")}
+        done.append((weights(output / "last"), [line]))
+    assert passes[0] == share * passes[1] == passes[2] / 2
+    assert_equal(done[0], done[1])
+    assert_equal(done[0], done[2])
 
 
 FP32_ANGLES = """
