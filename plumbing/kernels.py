@@ -102,7 +102,8 @@ def tokens_between_questions(device):
 def recorder():
     """`record(function, *inputs)` for a batch: a CUDA graph of `function(*inputs)`, to be called without arguments.
 
-    `inputs` and the result stay in place, the result until the next recording: all share one pool of memory.
+    `inputs` and the result stay in place, the result until the next recording: all of a batch share one pool of memory,
+    which torch refuses to use again when its last graph is gone.
     """
     pool, stream = torch.cuda.graph_pool_handle(), capture_stream()
 
