@@ -268,6 +268,7 @@ def main():
     parser.add_argument("--response_tokens", type=int, help="tokens of every response (default: 64; on a card 512)")
     parser.add_argument("--gpu", choices=list(gpu.SHAPES), nargs="?", const="3b", help="measure this shape on a card")
     parser.add_argument("--methods", action="store_true", help="nothing but the methods' steps")
+    parser.add_argument("--no_methods", action="store_true", help="leave the methods' steps out")
     parser.add_argument("--no_trl", action="store_true", help="leave TRL's step out")
     options = parser.parse_args()
     image_tokens = options.image_tokens
@@ -310,7 +311,8 @@ def main():
             lambda: rollout(model, processor.tokenizer, prompts, args, 0),
             options.repeats,
         )
-    method_steps(model, processor, image_tokens, tokens, options.repeats)
+    if not options.no_methods:
+        method_steps(model, processor, image_tokens, tokens, options.repeats)
     if options.methods:
         return
     for length in (512, 1024, 2048):
