@@ -255,8 +255,8 @@ class Run:
             self.not_trained = [group for group in self.zero_advantage if group.prompt.serial in serials]
             yield self.with_fillers([row for row in rows if row.prompt.serial in serials])
 
-    def counted(self, rows):
-        """All that the loss of a mini-batch is a mean over: its rows, and the groups that were left out of it."""
+    def whole(self, rows):
+        """All that the loss of the mini-batch yielded last is a mean over: its rows, and the groups left out of it."""
         return [*rows, *self.not_trained]
 
     def with_fillers(self, rows):
@@ -270,7 +270,7 @@ class Run:
     def denominator(self, rows):
         """Tokens (or responses) that the loss of a mini-batch is divided by: over all its rows and all processes."""
         aggregation = self.args.aggregation
-        return self.all_reduce(sum(loss_denominator(row.loss_mask, aggregation) for row in self.counted(rows)))
+        return self.all_reduce(sum(loss_denominator(row.loss_mask, aggregation) for row in self.whole(rows)))
 
     def backward(self, loss, info, row, mask):
         """Gradients of one row; `info` goes to the log as the mean over tokens in `mask`, weighted by their number."""

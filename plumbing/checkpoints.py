@@ -35,7 +35,7 @@ class State:
     step: int  # the last one that is done
     updates: int  # so far, skipped ones too: the place in the schedule
     position: int  # prompts drawn from the data so far
-    prompts: str  # the data's number of prompts and their checksum
+    contents: str  # the data's number of prompts and their checksum
     processes: int  # that wrote the checkpoint: files in its optimizer/
     history: dict  # first and last evaluation, seconds of training
     script: str
@@ -112,10 +112,10 @@ def find_checkpoint(args):
     return folder, state
 
 
-def changes(args, state, prompts=None):
+def changes(args, state, contents=None):
     """{what: (then, now)} of all that would make a resumed run train something else than it was begun with."""
-    compared = [f.name for f in dataclasses.fields(args) if not f.metadata["limits"]["may_change"]]
-    found = {"script": (state.script, Path(sys.argv[0]).stem), "prompts": (state.prompts, prompts or state.prompts)}
+    compared = [f.name for f in dataclasses.fields(args) if not f.metadata["may_change"]]
+    found = {"script": (state.script, Path(sys.argv[0]).stem), "prompts": (state.contents, contents or state.contents)}
     found |= {name: (state.arguments[name], getattr(args, name)) for name in compared if name in state.arguments}
     return {what: values for what, values in found.items() if values[0] != values[1]}
 

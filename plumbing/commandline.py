@@ -50,8 +50,9 @@ def flag(default, help, above=None, least=None, most=None, below=None, may_chang
     A number must lie above `above` or be at least `least`, and so on. A flag that `may_change` may differ when a run is
     resumed: it changes no result, or is there to be changed.
     """
-    limits = {"above": above, "least": least, "most": most, "below": below, "may_change": may_change}
-    return field(default=default, metadata={"help": help, "limits": limits, "options": options})
+    limits = {"above": above, "least": least, "most": most, "below": below}
+    metadata = {"help": help, "limits": limits, "may_change": may_change, "options": options}
+    return field(default=default, metadata=metadata)
 
 
 def check_numbers(args):

@@ -290,7 +290,7 @@ def test_a_checkpoint_of_another_trainer_or_without_its_keys(tmp_path):
         grpo_run(tmp_path / "run", "--steps", 2, "--resume")
     with pytest.raises(UserError, match="is not a whole checkpoint"):
         trained_with(tmp_path / "run/last")
-    state = {"step": 1, "updates": 1, "position": 2, "prompts": "", "processes": 1, "script": "grpo", "arguments": {}}
+    state = {"step": 1, "updates": 1, "position": 2, "contents": "", "processes": 1, "script": "grpo", "arguments": {}}
     state["history"] = {"first_eval": None, "last_eval": None, "seconds": 0.0}
     for name, value in {"step": "1", "updates": None, "position": 1.5, "history": {}, "arguments": None}.items():
         (tmp_path / "run/last/trainer_state.json").write_text(json.dumps(state | {name: value}))
