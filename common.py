@@ -148,7 +148,7 @@ class Group:
         return dataclasses.replace(self, **rows)
 
 
-WINDOW = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between
+ROOM = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between
 
 
 class SharedPrefixCache(transformers.DynamicCache):
@@ -253,14 +253,14 @@ def token_chooser(model, temperature, top_p, top_k):
 
 @torch.no_grad()
 def generate(
-    model, prompts, group_size, choose, uniforms, eos, pad_id, window=WINDOW, budget=1, sharded=False, graphs=False
+    model, prompts, group_size, choose, uniforms, eos, pad_id, room=ROOM, prefill_tokens=1, sharded=False, graphs=False
 ):
     """G responses to each of P prompts, in one batch.
 
-    Args: `uniforms` (P * G, T) in [0, 1), one for each token to come; `choose` from `token_chooser`; `window`: the
-    cache grows by so many tokens; `budget`: prompts are computed so many tokens at a time, or one by one; `sharded`:
+    Args: `uniforms` (P * G, T) in [0, 1), one for each token to come; `choose` from `token_chooser`; `room`: the cache
+    grows by so many tokens; `prefill_tokens`: prompts are computed so many tokens at a time, or one by one; `sharded`:
     weights are gathered layer by layer, so that all processes go on as long as one of them does; `graphs`: a token's
-    kernels are recorded once for each batch and window, and replayed.
+    kernels are recorded whenever a shape has changed, and replayed.
     Returns responses (P * G, t) and their mask, True up to and including the first of the `eos` tokens.
     """
     P, G, T, device = len(prompts), group_size, uniforms.shape[1], model.device
@@ -281,7 +281,7 @@ def generate(
 
         return inside(model, compute) if sharded else compute(model)
 
-    size = P if sharded else max(1, budget // width)  # sharded weights are gathered as often by all processes
+    size = P if sharded else max(1, prefill_tokens // width)  # sharded weights are gathered as often by all processes
     parts = [slice(start, start + size) for start in range(0, P, size)]
     inputs = [{"input_ids": ids[p], "attention_mask": real[p], "position_ids": positions[:, p]} for p in parts]
     logits = torch.cat([next_logits(prompts[p], **x) for p, x in zip(parts, inputs)])  # (P, 1, V)
@@ -298,25 +298,27 @@ def generate(
     uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
     ended = torch.zeros(P, G, dtype=torch.bool, device=device)
     alive = torch.arange(P, device=device)  # prompts in the batch: those whose responses have all ended leave it
-    record, between = kernels.recorder() if graphs else partial, kernels.tokens_between_questions(device)
+    record = kernels.recorded if graphs else partial
+    between, step = kernels.tokens_between_checks(device), None
     for t in range(T):
         tokens = choose(logits, uniforms[alive, :, t].flatten()).view(-1, G)
         responses[alive, :, t] = torch.where(ended[alive], pad_id, tokens)
         ended[alive] |= torch.isin(tokens, eos)
         if t + 1 == T:
             break
-        shrinks = False
-        if t > 0 and t % between == 0:  # nowhere else does the host wait for the device
-            going = ~ended[alive].all(1)
-            if not on_any_process(going.any(), sharded):
+        changed = t % room == 0
+        if t > 0 and t % between == 0:  # between two recordings, nowhere else does the host wait for the device
+            going = (~ended[alive].all(1)).nonzero()[:, 0]
+            if not on_any_process(len(going), sharded, device):
                 break
-            if shrinks := 0 < int(going.sum()) <= len(alive) // 2:
+            if 0 < len(going) <= len(alive) // 2:
                 alive, tokens, real, after = alive[going], tokens[going], real[going], after[going]
                 cache.select(going)
-        if t % window == 0:
-            cache.grow(G, t + window)
-        if t % window == 0 or shrinks:
-            feed = tokens.clone()
+                changed = True
+        if t % room == 0:
+            cache.grow(G, t + room)
+        if changed:
+            feed, step = tokens.clone(), None  # the graph before is gone when the next one takes memory
             step = record(decode, feed, real, after)
         feed.copy_(tokens)
         logits = step()
@@ -337,11 +339,11 @@ def picture_inputs(prompts, device):
     }
 
 
-def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature=None, window=None):
+def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature=None, room=None):
     """G responses to each prompt, as a list of `Group`s, or a part of these G; equal for any batch and any processes.
 
     Every token's random number comes from --seed, the step and the prompt (its row, and its number in the stream).
-    `window`: the cache grows by so many tokens; None: by 128, or by as many as a response may have.
+    `room`: the cache grows by so many tokens; None: by 128, or by as many as a response may have.
     """
     G = len(range(args.group_size)[part])
     temperature = args.temperature if temperature is None else temperature
@@ -349,8 +351,8 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
     eos = model.generation_config.eos_token_id
     eos, groups = [eos] if isinstance(eos, int) else eos, []
     training, _ = model.training, model.eval()
-    sampling = {"eos": eos, "pad_id": tokenizer.pad_token_id, "window": window or min(WINDOW, args.max_response_tokens)}
-    sampling |= {"budget": args.tokens_per_row, "graphs": args.cuda_graphs}
+    sampling = {"eos": eos, "pad_id": tokenizer.pad_token_id, "room": room or min(ROOM, args.max_response_tokens)}
+    sampling |= {"prefill_tokens": args.tokens_per_row, "graphs": args.cuda_graphs}
     sampling["sharded"] = args.reshard_while_sampling and is_sharded(model)
     for start in range(0, len(prompts), args.rollout_prompts):
         batch = prompts[start : start + args.rollout_prompts]

@@ -116,7 +116,7 @@ class Run:
     def rehearse(self):
         """An update, for nothing, on the largest row that the settings allow, and a token sampled with a full cache.
 
-        Memory runs out now or never. Learning rate and gradients are 0, and so is the optimiser state afterwards.
+        Memory runs out now, but for what a method adds. Learning rate and gradients are 0, the state is 0 afterwards.
         """
         args, prompt = self.args, self.data.prompt(self.data.longest_row)
         for p in self.parameters.values():
@@ -132,7 +132,7 @@ class Run:
         prompts = [prompt] * min(args.rollout_prompts, args.prompts_per_step // self.world_size)
         short = dataclasses.replace(args, max_response_tokens=2)
         with self.phase("rollout"):
-            rollout(self.model, self.tokenizer, prompts, short, "rehearsal", window=args.max_response_tokens)
+            rollout(self.model, self.tokenizer, prompts, short, "rehearsal", room=args.max_response_tokens)
 
     def start_or_restore(self, folder, state):
         """Counters, history and the place in the data: of a new run, or as a checkpoint has them."""

@@ -6,6 +6,7 @@ args.json, and cuts metrics.jsonl back to its step. Nothing is pickled, and no s
 random number comes from seed, step, row of the data and its number in the stream. Not here: when a run saves (run.py).
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from tqdm.auto import tqdm
 
 from plumbing.commandline import UserError, cannot_write
-from plumbing.sharding import full_tensor
+from plumbing.sharding import from_main, full_tensor
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is right on one process
 
@@ -42,8 +43,8 @@ class State:
     arguments: dict
 
     def __post_init__(self):
-        counts = (self.step, self.updates, self.position, self.processes)
-        counts = all(type(count) is int and count >= 0 for count in counts)
+        numbers = (self.step, self.updates, self.position, self.processes)
+        counts = all(type(number) is int and number >= 0 for number in numbers)
         known = isinstance(self.history, dict) and {"first_eval", "last_eval", "seconds"} == set(self.history)
         if not (counts and known and isinstance(self.arguments, dict)):
             raise ValueError("its trainer_state.json holds other values than a run writes")
@@ -87,8 +88,13 @@ def newest(output):
     if last.exists():
         own = f"step-{read_state(last).step}"
         raise UserError(f"{last} is a folder, not a link to {own}: rename it to {own}, or remove it if that is there.")
-    steps = [folder for folder in output.glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
-    return max(steps, key=lambda folder: int(folder.name[5:]), default=None)
+    steps = steps_in(output)
+    return steps[max(steps)] if steps else None
+
+
+def steps_in(output):
+    """{number: folder} of the checkpoints in a run's folder."""
+    return {int(path.name[5:]): path for path in output.glob("step-*") if re.fullmatch(r"step-\d+", path.name)}
 
 
 def find_checkpoint(args):
@@ -198,41 +204,55 @@ def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_m
     All processes take part: each writes its part of the optimiser, the main one the weights and all else. `keep`: so
     many checkpoints stay, 0 for all. Raises UserError where the disk is full; the checkpoint before stays.
     """
+    beside, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last.unfinished")
+
+    def write_weights():
+        shutil.rmtree(beside, ignore_errors=True)
+        model.save_pretrained(beside, state_dict=weights)
+        processor.save_pretrained(beside)
+        write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+
+    def write_optimizer():
+        writer = HuggingFaceStorageWriter(beside / "optimizer", save_distributed=True)
+        dcp.save(moments(optimizer, parameters), storage_writer=writer)  # what fails anywhere is raised everywhere
+
+    def put_in_place():
+        set_aside(folder)
+        beside.rename(folder)
+        last.unlink(missing_ok=True)
+        last.symlink_to(folder.name)
+        last.replace(folder.with_name("last"))
+
     once = dict(model.named_parameters())  # a head that is the embeddings stands here once
     weights = collect({name: value for name, value in model.state_dict().items() if name in once}, is_main)
-    beside, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last.unfinished")
+    failed = from_main(failure(write_weights) if is_main else None)
+    failed = failed or failure(write_optimizer)
+    failed = failed or from_main(failure(put_in_place) if is_main else None)
+    if failed:
+        if is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"{cannot_write(folder, failed)}; the checkpoint before it is whole, for --resume.")
+    if is_main:
+        remove_older(folder, keep)
+
+
+def failure(write):
+    """Why writing failed, in words, or None."""
     try:
-        if is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-            model.save_pretrained(beside, state_dict=weights)
-            processor.save_pretrained(beside)
-            write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
-        del weights
-        writer = HuggingFaceStorageWriter(beside / "optimizer", save_distributed=True)
-        dcp.save(moments(optimizer, parameters), storage_writer=writer)
-        if is_main:
-            set_aside(folder)
-            beside.rename(folder)
-            last.unlink(missing_ok=True)
-            last.symlink_to(folder.name)
-            last.replace(folder.with_name("last"))
-            remove_older(folder, keep)
-    except (OSError, SafetensorError, CheckpointException) as error:
-        if is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, CheckpointException):  # of any process; all of them hear of it
-            error, _ = next(iter(error.failures.values()))
-        raise UserError(f"{cannot_write(folder, error)}; the checkpoint before it is whole, for --resume.") from None
+        write()
+    except CheckpointException as error:
+        return str(next(iter(error.failures.values()))[0])
+    except (OSError, SafetensorError) as error:
+        return str(error)
 
 
 def remove_older(folder, keep):
-    """Removes the checkpoints before `folder`, a step-N, but for the last ones of them, so that `keep` are there."""
-    step, older = int(folder.name[5:]), {}
-    for found in folder.parent.glob("step-*"):
-        if re.fullmatch(r"step-\d+", found.name) and int(found.name[5:]) < step:
-            older[int(found.name[5:])] = found
-    for number in sorted(older, reverse=True)[keep - 1 :] if keep else []:
-        older[number].rename(f"{older[number]}.unfinished")  # half a checkpoint never has a checkpoint's name
+    """Removes checkpoints before `folder`, a step-N, the oldest ones, until `keep` are left; 0 keeps all."""
+    saved = steps_in(folder.parent)
+    older = sorted(number for number in saved if number < int(folder.name[5:]))
+    for number in older[: max(0, len(older) + 1 - keep)] if keep else []:
+        with contextlib.suppress(OSError):  # one that cannot be removed stays
+            saved[number].rename(f"{saved[number]}.unfinished")  # half a checkpoint never has a checkpoint's name
     for found in folder.parent.glob("step-*.unfinished"):
         shutil.rmtree(found, ignore_errors=True)
 

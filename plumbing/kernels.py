@@ -94,35 +94,30 @@ def products_in_bf16(model):
     return model
 
 
-def tokens_between_questions(device):
+def tokens_between_checks(device):
     """After how many tokens sampling asks whether all responses have ended: a GPU stands still while it is asked."""
     return 16 if device.type == "cuda" else 1
 
 
-def recorder():
-    """`record(function, *inputs)` for a batch: a CUDA graph of `function(*inputs)`, to be called without arguments.
+def recorded(function, *inputs):
+    """`function(*inputs)` as a CUDA graph, to be called without arguments: `inputs` and the result stay in place.
 
-    `inputs` and the result stay in place, the result until the next recording: all of a batch share one pool of memory,
-    which torch refuses to use again when its last graph is gone.
+    Its memory is a pool of its own, which is given back when it is gone: torch refuses a pool without a living graph.
     """
-    pool, stream = torch.cuda.graph_pool_handle(), capture_stream()
+    stream = capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(*inputs)  # libraries set themselves up, and autocast fills its cache, before the recording
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's watchdog asks after events meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+        out = function(*inputs)
 
-    def record(function, *inputs):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(*inputs)  # libraries set themselves up, and autocast fills its cache, before the recording
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # NCCL's threads ask
-            out = function(*inputs)
+    def replay():
+        graph.replay()
+        return out
 
-        def replay():
-            graph.replay()
-            return out
-
-        return replay
-
-    return record
+    return replay
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 Arithmetic; tests/test_memory.py holds it to memory that was measured. Not here: what saves the memory (common.py).
 """
 
+import math
+
 import torch
 import transformers
 
@@ -18,8 +20,8 @@ def plan(args, gpus):
     are what autograd keeps of a layer, per token: 6 D around norms and residuals, 5 of all heads around attention, 4 of
     the MLP's width; with gradient checkpointing that of one layer, and D for every layer. Sampling computes some of the
     prompts at a time, 2 D and 6 of all heads or 3 of the MLP, before the responses' cache is there. Gradients are those
-    of the rows before. On several GPUs the update gathers two layers at a time, and the root (embeddings and head),
-    whose gradients exist whole when activations are gone.
+    of the rows before. On several GPUs the update gathers two layers at a time, and the root (embeddings and head);
+    the gradients of one layer exist whole, and those of the root when activations are gone.
     """
     try:
         source = {"revision": args.model_revision, "trust_remote_code": False}
@@ -34,6 +36,7 @@ def plan(args, gpus):
     layers = [size(layer) for layer in [*model.model.language_model.layers, *model.model.visual.blocks]]
     root = parameters - sum(layers)
     bytes_each = 4 if args.dtype == "float32" else 2  # bytes of one, in compute
+    stream = bytes_each if gpus > 1 else 4  # of what goes from layer to layer: autocast leaves sums and norms in fp32
     G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
     row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
     patches = args.max_pixels // vision.patch_size**2 if args.max_pixels else prompt * vision.spatial_merge_size**2
@@ -42,11 +45,11 @@ def plan(args, gpus):
     embeddings = text.vocab_size * text.hidden_size
 
     def activations(tokens, depth, D, heads, mlp):
-        layer = 6 * D + 5 * heads + 4 * mlp
-        return tokens * bytes_each * (depth * D + layer if args.gradient_checkpointing else depth * layer)
+        layer = 6 * D * stream + (5 * heads + 4 * mlp) * bytes_each
+        return tokens * (depth * D * stream + layer if args.gradient_checkpointing else depth * layer)
 
     def temporaries(tokens, D, heads, mlp):
-        return tokens * bytes_each * (2 * D + max(6 * heads, 3 * mlp))
+        return tokens * (2 * D * stream + max(6 * heads, 3 * mlp) * bytes_each)
 
     D = model.model.visual.blocks[0].norm1.weight.numel()
     vision_shape = D, D, getattr(vision, "intermediate_size", 4 * D)
@@ -55,13 +58,14 @@ def plan(args, gpus):
     prefill = max(temporaries(at_once * patches, *vision_shape), temporaries(at_once * prompt, *text_shape))
     vision_bytes = activations(patches, vision.depth, *vision_shape)
     text_bytes = activations(row, text.num_hidden_layers, *text_shape)
-    logits = HEAD_CHUNK * text.vocab_size * 4 * 4 + embeddings * 4  # four copies of a chunk, and the head's gradient
+    logits = HEAD_CHUNK * text.vocab_size * 4 * 4 + embeddings * 4  # four fp32 copies of a chunk, the head's gradient
     by_layer = bytes_each * (root + 2 * max(layers))
     whole_weights = bytes_each * parameters if gpus > 1 or bytes_each == 2 else 0
     reference = 4 * parameters / gpus if gpus > 1 or bytes_each == 4 else 2 * parameters + 4 * embeddings
     cached = 2 * text.num_key_value_heads * head * bytes_each  # keys and values of a token in a layer
-    grown = batch * G * T * (text.num_hidden_layers + 1) * cached  # one layer is there twice while it grows
-    attention = batch * G * text.num_attention_heads * (prompt + T) * 12
+    room = math.ceil(T / min(T, 128)) * min(T, 128)  # of common.py's ROOM
+    grown = batch * G * room * (text.num_hidden_layers + 1) * cached  # one layer is there twice while it grows
+    attention = batch * G * text.num_attention_heads * (prompt + room) * 12  # scores: 2 x bf16, 2 x fp32
     return {
         "kept": {
             "weights": 4 * parameters / gpus,
@@ -72,11 +76,11 @@ def plan(args, gpus):
             "gathered weights": by_layer if args.reshard_while_sampling and gpus > 1 else whole_weights,
             "key-value cache": batch * prompt * text.num_hidden_layers * cached + grown,
             "attention": attention,
-            "logits": batch * G * text.vocab_size * 24,
+            "logits": batch * G * text.vocab_size * 24,  # 2 x fp32, and 2 x fp64 to add up probabilities
             "prompts": max(0, prefill - grown - attention),
         },
         "update": {
-            "gathered weights": by_layer if gpus > 1 else whole_weights,
+            "gathered weights": by_layer + (bytes_each + 4) * max(layers) if gpus > 1 else whole_weights,
             "gradients": 4 * trained / gpus,
             "activations": max(vision_bytes + text_bytes, (gpus > 1) * (bytes_each + 4) * root - logits),
             "head": logits,
@@ -90,9 +94,10 @@ def size(module):
 
 def dry_run(args):
     """What a run needs, as text, with the first flag to turn where it does not fit."""
-    gpus, peaks = args.dry_run, plan(args, args.dry_run)
-    memory = gpu_memory(args)
-    lines = [f"{args.model} on {gpus} GPUs of {memory:.0f} GB, GB on each:"]
+    gpus, memory = args.dry_run, gpu_memory(args)
+    refuse_uneven(args, gpus)
+    peaks = plan(args, gpus)
+    lines = [f"{args.model} on {gpus} GPUs of {memory:.0f} GB; GB on each, without what CUDA and fragments take:"]
     for peak in ("sampling", "update"):
         parts = {**peaks["kept"], **peaks[peak]}
         total = sum(parts.values()) / 1e9
@@ -114,7 +119,8 @@ def dry_run(args):
     batch = min(args.rollout_prompts, args.prompts_per_step // gpus)
     each = sum(peaks["sampling"][part] for part in ("key-value cache", "attention", "logits")) / batch
     free = 1e9 * memory - sum(peaks["kept"].values()) - sum(peaks["sampling"].values()) + batch * each
-    lines.append(f"  {max(0, int(free / each))} prompts fit together while sampling, all responses of full length")
+    fit = max(0, min(int(free / each), args.prompts_per_step // gpus))
+    lines.append(f"  {fit} of {args.prompts_per_step // gpus} prompts fit together while sampling, at full length")
     sampled = args.prompts_per_step * args.group_size * args.max_response_tokens
     rows = args.prompts_per_step * (args.max_prompt_tokens + args.group_size * args.max_response_tokens)
     passes = 1 + (args.updates_per_step > 1) + bool(args.kl_coef)
@@ -129,6 +135,15 @@ def gpu_memory(args):
     """GB of a GPU: as given, or of the card found, or 80."""
     found = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
     return args.gpu_memory or found
+
+
+def refuse_uneven(args, processes):
+    """Raises UserError where the prompts of a step cannot be split evenly."""
+    if args.prompts_per_step % processes:
+        raise UserError(
+            f"--prompts_per_step {args.prompts_per_step} cannot be split over {processes} processes: "
+            f"make it a multiple of {processes}."
+        )
 
 
 def out_of_memory(phase, error):

@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plumbing.commandline import UserError
-from plumbing.memory import refuse_what_cannot_fit
+from plumbing.memory import refuse_uneven, refuse_what_cannot_fit
 
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of processes with one that still downloads or samples
 
@@ -47,11 +47,7 @@ def start_processes(args):
         raise UserError("--cuda_graphs needs a GPU: leave it out.")
     if args.cuda_graphs and args.reshard_while_sampling:
         raise UserError("--cuda_graphs and --reshard_while_sampling exclude each other: leave one out.")
-    if args.prompts_per_step % world_size:
-        raise UserError(
-            f"--prompts_per_step {args.prompts_per_step} cannot be split over {world_size} processes: "
-            f"make it a multiple of {world_size}."
-        )
+    refuse_uneven(args, world_size)
     refuse_what_cannot_fit(args, world_size)
     return accelerator
 
@@ -157,11 +153,20 @@ def total(value, accelerator):
     return accelerator.reduce(value, "sum").item()
 
 
-def on_any_process(flag, sharded):
-    """Whether a boolean tensor is true on this process or, where weights are `sharded` while sampling, on any."""
+def on_any_process(count, sharded, device):
+    """Whether a number is not 0 on this process or, where weights are `sharded` while sampling, on any."""
     if sharded:
-        torch.distributed.all_reduce(flag := flag.int(), torch.distributed.ReduceOp.MAX)
-    return bool(flag)
+        count = torch.tensor(count, device=device)
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)  # in place
+    return bool(count)
+
+
+def from_main(value):
+    """What the main process says, on all of them."""
+    said = [value]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(said, 0)
+    return said[0]
 
 
 def grey_picture(model):

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-if "PYTEST_XDIST_WORKER" not in os.environ and not any("test_gpu" in argument for argument in sys.argv):
+named = [Path(argument.split("::")[0]).name for argument in sys.argv]
+if "PYTEST_XDIST_WORKER" not in os.environ and "test_gpu.py" not in named:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also of the processes that run the tests: CPU tests are that everywhere
 
 

@@ -146,6 +146,19 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch, k
     assert len(seen) == 4 - len(left) and all(seen) and (output / "last").resolve().name == "step-4"
 
 
+def test_a_checkpoint_that_cannot_be_removed_stays(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def refuses(path, name):
+        if path.name == "step-1":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(path, name)
+
+    monkeypatch.setattr(Path, "rename", refuses)
+    grpo_run(tmp_path / "run", "--steps", 3, "--save_every", 1, "--keep", 1)
+    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-1", "step-3"]
+
+
 def test_keep_is_two_where_nothing_is_said():
     assert SharedArgs().keep == 2
 

@@ -224,6 +224,15 @@ def test_resume_on_another_number_of_processes(tmp_path, first, then, alone, sta
     assert_equal(alone(*flags), finished(then, tmp_path / "cut", *flags, "--resume"))
 
 
+FULL_ON_THE_MAIN = """
+from transformers import PreTrainedModel
+save = PreTrainedModel.save_pretrained
+def full(model, folder, **rest):
+    if "step-2" in str(folder):
+        raise OSError(28, "No space left on device")
+    return save(model, folder, **rest)
+patch(PreTrainedModel, "save_pretrained", full)
+"""
 FULL_ON_THE_SECOND = """
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 write = HuggingFaceStorageWriter.write_data
@@ -244,9 +253,10 @@ def test_each_process_writes_its_own_part_of_the_optimiser(tmp_path, finished, s
         if name.startswith("optimizer.") and value.dim():
             rows = [len(part[name[10:]]) for part in parts]
             assert rows[0] == -(-len(value) // 2) and sum(rows) == len(value)
-    codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume", patch=FULL_ON_THE_SECOND)
-    assert codes == [2, 2] and "No space left on device): make room on the disk; the checkpoint before it" in console
-    assert "Traceback" not in console and not list(output.glob("step-2*"))
+    for full in (FULL_ON_THE_SECOND, FULL_ON_THE_MAIN):  # all processes end, and none waits for another
+        codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume", patch=full)
+        assert codes == [2, 2] and "No space left on device): make room on the disk; the checkpoint before" in console
+        assert "Traceback" not in console and not list(output.glob("step-2*"))
     assert (output / "last").resolve().name == "step-1"
     (output / "last/optimizer/shard-00002-model-00001-of-00001.safetensors").unlink()
     codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume")
