@@ -31,9 +31,10 @@ from tqdm.auto import tqdm
 from common import load_model, load_processor, rollout
 from plumbing.answers import Checker, extract_answer, letters, normalise
 from plumbing.arguments import INSTRUCTION, check_pixels, model_source
-from plumbing.checkpoints import trained_with, write_text
+from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, check_numbers, flag, parse_args
 from plumbing.data import Data, plain_text, some_of
+from plumbing.files import write_text
 from plumbing.kernels import use_cores
 from plumbing.pictures import Unusable
 from plumbing.rows import load_rows

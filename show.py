@@ -28,10 +28,11 @@ import vepo
 import vgpo
 from common import Reward, compare_logits, forward, group_advantages, load_model, load_processor, rollout
 from plumbing.arguments import SharedArgs, model_source
-from plumbing.checkpoints import trained_with, write_text
+from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, check_numbers, flag, parse_args
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data
+from plumbing.files import write_text
 
 # The flags of training that the page reads.
 USED = ["data", "eval_split", "data_revision", "image_column", "problem_column", "answer_column", "instruction"]

@@ -9,7 +9,6 @@ random number comes from seed, step, row of the data and its number in the strea
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import json
 import re
 import shutil
@@ -21,9 +20,10 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from tqdm.auto import tqdm
 
 from plumbing.commandline import UserError, cannot_write
+from plumbing.files import set_aside, write_text
+from plumbing.metrics import restore_log
 from plumbing.sharding import from_main, full_tensor
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is right on one process
@@ -48,20 +48,6 @@ class State:
         known = isinstance(self.history, dict) and {"first_eval", "last_eval", "seconds"} == set(self.history)
         if not (counts and known and isinstance(self.arguments, dict)):
             raise ValueError("its trainer_state.json holds other values than a run writes")
-
-
-def write_text(path, text):
-    """Writes a file beside and renames it: whoever reads it finds the old one or the new one, whole."""
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text(text)
-    beside.replace(path)
-
-
-def set_aside(path):
-    """Renames what is there, so that nothing is overwritten: metrics.jsonl to metrics.1.jsonl, step-20 to step-20.1."""
-    if path.exists():
-        names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
-        path.rename(next(name for name in names if not name.exists()))
 
 
 def read_state(folder):
@@ -152,7 +138,7 @@ def open_output(args, folder, state):
         if newest(output) != folder:
             raise UserError(f"another run has written to {output} meanwhile: --resume goes on with it.")
         if state:
-            restore_metrics(output, state.step)
+            restore_log(output, state.step)
         else:
             set_aside(output / "metrics.jsonl")  # of a run that died before its first checkpoint
             write_text(output / "metrics.jsonl", "")
@@ -177,25 +163,6 @@ def restore_optimizer(folder, optimizer, parameters):
             f"give the same --model and --freeze_vision, or start anew with another --output."
         )
     dcp.load(found, storage_reader=reader)
-
-
-def restore_metrics(output, step):
-    """metrics.jsonl as it was after `step`: later lines, and half a line at the end, are of a run that was killed."""
-    path, kept, broken = output / "metrics.jsonl", [], 0
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            found = json.loads(line)
-            if found["step"] < step or (found["step"] == step and "changed" not in found):  # that is written anew
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            broken += number < len(lines)
-    if broken:
-        set_aside(path)
-        tqdm.write(f"{broken} lines of {path} cannot be read: left out, the file is kept beside it", file=sys.stderr)
-    if not kept:
-        tqdm.write(f"{path} is missing or empty: it begins after step {step}", file=sys.stderr)
-    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main, keep):

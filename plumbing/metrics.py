@@ -1,14 +1,17 @@
 """The log: sums over tokens and responses, their means over all processes, and the lines of metrics.jsonl.
 
-Not here: what is measured (run.py and the methods), and what a checkpoint keeps of it (checkpoints.py).
+Not here: what is measured (run.py and the methods), and when a log is cut back to a checkpoint's step (checkpoints.py).
 """
 
 import json
 import math
+import sys
 
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from plumbing.commandline import UserError, cannot_write
+from plumbing.files import set_aside, write_text
 
 
 class Metrics:
@@ -58,3 +61,22 @@ def means(sums):
     {'reward': 1.5, 'loss': 0.5}
     """
     return {name: value / weight if weight else value for name, (value, weight) in sums.items()}
+
+
+def restore_log(output, step):
+    """metrics.jsonl as it was after `step`: later lines, and half a line at the end, are of a run that was killed."""
+    path, kept, broken = output / "metrics.jsonl", [], 0
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            if found["step"] < step or (found["step"] == step and "changed" not in found):  # that is written anew
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            broken += number < len(lines)
+    if broken:
+        set_aside(path)
+        tqdm.write(f"{broken} lines of {path} cannot be read: left out, the file is kept beside it", file=sys.stderr)
+    if not kept:
+        tqdm.write(f"{path} is missing or empty: it begins after step {step}", file=sys.stderr)
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -266,7 +266,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
     parser.add_argument("--image_tokens", type=int, default=256, help="of the picture of a prompt: a square number")
     parser.add_argument("--response_tokens", type=int, help="tokens of every response (default: 64; on a card 512)")
-    parser.add_argument("--gpu", choices=list(gpu.SHAPES), nargs="?", const="3b", help="measure this shape on a card")
+    parser.add_argument(
+        "--gpu", choices=["tiny", "1b", "3b", "7b"], nargs="?", const="3b", help="measure this shape on a card"
+    )
     parser.add_argument("--methods", action="store_true", help="nothing but the methods' steps")
     parser.add_argument("--no_methods", action="store_true", help="leave the methods' steps out")
     parser.add_argument("--no_trl", action="store_true", help="leave TRL's step out")
@@ -284,7 +286,7 @@ def main():
         args.rollout_prompts = P if options.gpu == "tiny" else 32
         args.updates_per_step = 4
         prompt = make_data(args, processor, model, image_tokens)[0]
-        gpu.report(model, processor.tokenizer, options.gpu, prompt, args, options.repeats)
+        gpu.report(model, options.gpu, prompt, args, options.repeats)
         return
     model = make_model()
     prompts = make_data(args, processor, model, image_tokens)

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Group, forward, policy_loss, rollout, split_group  # noqa: E402
+from common import Group, forward, generate, policy_loss, split_group, token_chooser  # noqa: E402
 from plumbing.arguments import TOY  # noqa: E402
 from plumbing.kernels import with_windows  # noqa: E402
 
@@ -112,15 +112,21 @@ def token_bytes(model, prompts, args):
     return 2 * (size_of(layers) + text.vocab_size * text.hidden_size + cached * tokens)
 
 
-def report(model, tokenizer, size, prompt, args, repeats, groups=64, cards=8):
+def report(model, size, prompt, args, repeats, groups=64, cards=8):
     """Prints what a step of `groups` prompts on each of `cards` cards takes, phase by phase."""
     device, G, T = model.device.type, args.group_size, args.max_response_tokens
     name, bandwidth, product, said = card(device, repeats)
     prompts = [dataclasses.replace(prompt, serial=i) for i in range(args.rollout_prompts)]
 
+    choose = token_chooser(model, args.temperature, args.top_p, args.top_k)
+
     def sample(tokens, graphs):
-        short = dataclasses.replace(args, max_response_tokens=tokens, cuda_graphs=graphs)
-        return seconds(lambda: rollout(model, tokenizer, prompts, short, 0, window=min(128, T)), repeats)
+        uniforms = torch.rand(len(prompts) * G, tokens)
+        fixed = {"room": min(128, T), "prefill_tokens": args.tokens_per_row, "graphs": graphs}
+        model.eval()  # checkpointing, of training, would keep no cache
+        taken = seconds(lambda: generate(model, prompts, G, choose, uniforms, [], 0, **fixed), repeats)
+        model.train()
+        return taken
 
     first, kinds = sample(1, False), [False, True] if device == "cuda" else [False]
     sampling = {graphs: sample(T, graphs) for graphs in kinds}
@@ -164,8 +170,9 @@ def report(model, tokenizer, size, prompt, args, repeats, groups=64, cards=8):
     share = f", {speed / said:.0%} MFU by the data sheet" if said else ""
     print(f"{'update of a group':46s}{1e3 * updating:7.0f} ms   {speed / product:.0%} of the large product{share}")
     print(f"{'forward pass of a group':46s}{1e3 * scoring:7.0f} ms")
-    print(f"{'AdamW of an eighth of the weights':46s}{1e3 * stepping:7.1f} ms")
-    print(f"\nseconds of a step of {groups * cards} prompts x {G} on {cards} such cards, without gathering, rewards:")
+    print(f"{f'AdamW of 1/{cards} of the weights':46s}{1e3 * stepping:7.1f} ms")
+    print(f"\nseconds of a step of {groups * cards} prompts x {G} on {cards} such cards, with graphs where they help;")
+    print("without rewards, gathering and summing, clipping, checkpoints and waiting:")
     print(", ".join(f"{phase} {value:.1f}" for phase, value in phases.items()))
     graphs = f"{1e3 * token[True]:.1f}" if True in token else "-"
     mfu = f"{speed / said:.0%}" if said else "-"

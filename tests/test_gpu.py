@@ -17,7 +17,7 @@ import torch
 from helpers import ROOT, read_metrics, tiny_group
 from torch._dynamo.utils import counters
 
-from common import forward, load_model, load_processor, rollout
+from common import forward, generate, load_model, load_processor, seeded, token_chooser
 from plumbing import kernels
 from plumbing.arguments import TOY, SharedArgs
 from plumbing.data import Data
@@ -39,7 +39,7 @@ def model():
 def prompts(model):
     processor = load_processor(TOY / "model")
     data = Data("toy", "test", SharedArgs(), processor, model.model.get_rope_index)
-    return processor.tokenizer, [data.prompt(i) for i in range(8)]
+    return [data.prompt(i) for i in range(8)]
 
 
 def differentiated(model, row, bf16, block_mask, monkeypatch):
@@ -57,7 +57,7 @@ def error(values, exact):
 
 
 def test_flex_attention_equals_the_boolean_mask_forward_and_backward(model, prompts, monkeypatch):
-    row = tiny_group(prompts[1][0], [130, 1, 140, 150])
+    row = tiny_group(prompts[0], [130, 1, 140, 150])
     exact = differentiated(model, row, False, False, monkeypatch)
     assert error(differentiated(model, row, False, True, monkeypatch), exact) < 1e-3
     plain = error(differentiated(model, row, True, False, monkeypatch), exact)
@@ -65,69 +65,100 @@ def test_flex_attention_equals_the_boolean_mask_forward_and_backward(model, prom
     assert flexed < 2 * plain + 1e-3  # bf16 rounds both
 
 
-def test_a_thousand_lengths_share_few_compilations():
+def test_a_thousand_lengths_share_few_compilations(model, prompts):
+    """As a run meets them: passes with and without gradients, each with a mask of its own."""
     torch._dynamo.reset()
     counters.clear()
     kernels.flex.cache_clear()
     random = Random(0)
-    for _ in range(1000):
-        lengths = [random.randint(1, 600), *(random.randint(1, 300) for _ in range(random.randint(1, 8)))]
-        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(DEVICE)
-
-        def sees(batch, head, q, k, owner=owner):
-            return ((owner[q] == owner[k]) | (owner[k] == 0)) & (q >= k)
-
-        inputs = torch.randn(3, 1, 4, len(owner), 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        query, key, value = inputs[0], inputs[1, :, :2], inputs[2, :, :2]
-        kernels.flex()(query, key, value, block_mask=kernels.block_mask(owner, sees), enable_gqa=True).sum().backward()
-    assert counters["stats"]["unique_graphs"] <= 6
+    for i in range(1000):
+        row = tiny_group(prompts[i % 8], [random.randint(1, 300) for _ in range(random.randint(1, 8))])
+        with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(i % 2 == 0):
+            logps, _, _ = forward(model, row)
+        if i % 2 == 0:
+            logps.sum().backward()
+    model.zero_grad()
+    assert counters["stats"]["unique_graphs"] <= 6 < torch._dynamo.config.recompile_limit
 
 
-def test_windows_of_any_length_in_one_call_equal_the_batched_ones(model):
+def window_by_window(query, key, value, cu, *_, scale):
+    """What torch's varlen attention computes, with plain attention."""
+    parts = []
+    for start, end in zip(cu.tolist(), cu.tolist()[1:]):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def test_windows_of_any_length_in_one_call_equal_windows_one_by_one(model, monkeypatch):
+    """The tower's outputs, and gradients of weights and pixels."""
     grids = torch.tensor([[1, 4, 6], [1, 10, 12], [1, 2, 2]])
     pixels = torch.randn(int(grids.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def tower(bf16):
         model.zero_grad()
+        leaf = pixels.clone().requires_grad_()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-            out = model.model.visual(pixels, grid_thw=grids.to(DEVICE)).pooler_output
+            out = model.model.visual(leaf, grid_thw=grids.to(DEVICE)).pooler_output
         out.float().square().sum().backward()
-        return [out.float(), *(p.grad.clone() for p in model.model.visual.parameters())]
+        return [out.float(), leaf.grad, *(p.grad.clone() for p in model.model.visual.parameters())]
 
-    assert error(tower(bf16=True), tower(bf16=False)) < 0.05
+    exact, ours = tower(bf16=False), tower(bf16=True)
+    monkeypatch.setattr(kernels, "varlen_attn", window_by_window)
+    assert error(ours, exact) < 2 * error(tower(bf16=True), exact) + 1e-3  # bf16 rounds both
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_recorded_sampling_gives_the_tokens_of_plain_sampling(model, prompts, bf16):
-    """Through four windows of the cache, and a batch that gets smaller."""
-    tokenizer, some = prompts
-    sampled = []
+def test_recorded_sampling_gives_the_tokens_of_plain_sampling(model, prompts, bf16, monkeypatch):
+    """Through many steps of the cache, and a batch that gets smaller."""
+    sampled, sizes, record, G = [], [], kernels.recorded, 4
+    choose, eos = token_chooser(model, 1.0, 1.0, 0), model.generation_config.eos_token_id
+
+    def watched(function, feed, *rest):
+        sizes.append(len(feed))
+        return record(function, feed, *rest)
+
+    monkeypatch.setattr(kernels, "recorded", watched)
+    monkeypatch.setattr(kernels, "tokens_between_checks", lambda _: 4)
+    uniforms = torch.rand(len(prompts) * G, 96, generator=seeded(0))
+    model.eval()
     for graphs in (False, True):
-        args = SharedArgs(max_response_tokens=64, cuda_graphs=graphs)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-            groups = [group for step in (1, 2) for group in rollout(model, tokenizer, some, args, step, window=16)]
-        sampled.append([(group.responses.tolist(), group.mask.tolist()) for group in groups])
-    assert sampled[0] == sampled[1]
+            sampled.append(generate(model, prompts, G, choose, uniforms, eos, 0, room=8, graphs=graphs))
+    model.train()
+    assert all(torch.equal(a, b) for a, b in zip(*sampled))
+    assert len(sizes) > 3 and len(set(sizes)) > 1
+
+
+EXACT = """
+import runpy, sys, torch
+torch.set_float32_matmul_precision = lambda _: None  # no TF32, also not in flex attention
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def steps(script, output, *flags, card, processes=1):
     """The lines of metrics.jsonl of three steps on the toy, in fp32 without TF32."""
     environment = os.environ | {"NVIDIA_TF32_OVERRIDE": "0", "PYTHONPATH": str(ROOT)}
+    exact = output.with_suffix(".py")
+    exact.write_text(EXACT)
     if not card:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     start = [sys.executable] + (["-m", "torch.distributed.run", "--standalone"] if processes > 1 else [])
     start += [f"--nproc_per_node={processes}"] if processes > 1 else []
     fixed = ["--dtype", "float32", "--steps", 3, "--prompts_per_step", 4, "--eval_rows", 0, "--kl_coef", 0.01]
-    command = [*start, ROOT / f"{script}.py", "--output", output, *fixed, *flags]
+    command = [*start, exact, ROOT / f"{script}.py", "--output", output, *fixed, *flags]
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return read_metrics(output)
 
 
 def assert_close(ours, theirs):
+    """The first step; later ones loosely, since Adam's first updates are signs, and a flipped token stays flipped."""
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        for name in ("reward", "accuracy", "response_tokens", "entropy", "loss", "grad_norm", "kl"):
-            assert a[name] == pytest.approx(b[name], rel=[1e-3, 1e-2, 3e-2][step], abs=1e-4), (step, name)
+        for name in ("reward", "response_tokens", "entropy", "loss", "grad_norm", "kl"):
+            assert a[name] == pytest.approx(b[name], rel=0.3 if step else 1e-3, abs=0.1 if step else 1e-4), (step, name)
 
 
 @pytest.mark.parametrize("script", ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"])
@@ -163,7 +194,7 @@ def measured(run, name):
 
 Run.phase = measured
 args = SharedArgs(model={folder!r} + "/model", data={folder!r} + "/rows.parquet", output={folder!r} + "/run",
-    eval_rows=0, prompts_per_step=32, updates_per_step=1, max_response_tokens=1024, dtype={dtype!r})
+    eval_rows=0, prompts_per_step=32, updates_per_step=1, max_response_tokens=2048, dtype={dtype!r})
 run = Run(args)
 args.max_prompt_tokens, args.max_pixels = run.data.longest_tokens, None
 planned = plan(args, 1)

@@ -57,10 +57,10 @@ def test_the_text_and_the_first_flag_to_turn(tmp_path, capsys):
     assert "alone are too much; take more GPUs" in dry_run(SharedArgs(model=path, dry_run=1))
     big = str(write_config("32B", tmp_path))
     text = dry_run(SharedArgs(model=big, dry_run=16))
-    assert "first flag to turn: --reshard_while_sampling" in text and "\n  0 prompts fit together" in text
+    assert "first flag to turn: --reshard_while_sampling" in text and "\n  0 of 32 prompts fit together" in text
     sharded = SharedArgs(model=big, dry_run=16, reshard_while_sampling=True, rollout_prompts=7)
     text = dry_run(sharded)
-    assert "DOES NOT FIT" not in text and "\n  10 prompts fit together" in text
+    assert "DOES NOT FIT" not in text and "\n  10 of 32 prompts fit together" in text
     for prompts, fits in ((10, True), (11, False)):  # that is what the sentence says
         sharded.rollout_prompts = prompts
         assert ("DOES NOT FIT" not in dry_run(sharded)) == fits
@@ -95,7 +95,7 @@ Run.rehearse = lambda run: (before.append(memory()), rehearse(run))
 touch = lambda cache: [x.zero_() for pair in cache.suffix for x in pair]  # pages of zeros take no memory until written
 SharedPrefixCache.grow = lambda cache, *size: (grow(cache, *size), touch(cache))
 args = SharedArgs(model={model!r}, data={data!r}, dtype="float32", group_size=4, eval_rows=0, updates_per_step=1,
-    prompts_per_step={prompts}, rollout_prompts={prompts}, max_response_tokens={tokens}, max_pixels=None,
+    prompts_per_step={prompts}, rollout_prompts={prompts}, max_response_tokens={tokens}, min_pixels={pixels},
     gradient_checkpointing={checkpointing}, output={output!r})
 run = Run(args)
 args.max_prompt_tokens, args.max_pixels = len(run.data.prompt(run.data.longest_row).input_ids), None
@@ -134,7 +134,7 @@ def models(tmp_path_factory):
         ("toy", False, "update", 1, 64),
         ("79M", False, "update", 1, 64),
         ("79M", True, "update", 1, 64),
-        ("79M", True, "sampling", 32, 512),
+        ("79M", True, "sampling", 20, 512),
     ],
 )
 def test_the_plan_is_within_15_percent_of_what_is_measured(
@@ -151,6 +151,7 @@ def test_the_plan_is_within_15_percent_of_what_is_measured(
         "tokens": tokens,
         "prompts": prompts,
         "peak": peak,
+        "pixels": 4 * 28**2 if peak == "sampling" else None,  # small pictures: the responses' cache is what counts
         "checkpointing": checkpointing,
     }
     code = MEASURE.format(**values, output=str(tmp_path / "run"))

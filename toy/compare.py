@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
-from plumbing.checkpoints import write_text  # noqa: E402
 from plumbing.commandline import UserError  # noqa: E402
 from plumbing.curves import pooled, student  # noqa: E402
+from plumbing.files import write_text  # noqa: E402
 
 ARMS = {  # name: (script and flags, the arm that it is compared with)
     "GRPO": ("grpo.py", "GRPO"),

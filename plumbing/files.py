@@ -1,0 +1,20 @@
+"""Files that are whole at any moment: written beside and renamed, and nothing overwritten.
+
+Not here: what is written (checkpoints.py, metrics.py, and whoever writes a result).
+"""
+
+import itertools
+
+
+def write_text(path, text):
+    """Writes a file beside and renames it: whoever reads it finds the old one or the new one, whole."""
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def set_aside(path):
+    """Renames what is there, so that nothing is overwritten: metrics.jsonl to metrics.1.jsonl, step-20 to step-20.1."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
