@@ -140,7 +140,7 @@ class Run:
         self.history, position = {"first_eval": None, "last_eval": None, "seconds": 0.0}, 0
         if state:
             checkpoints.refuse_changes(checkpoints.changes(self.args, state, self.data.contents), self.args)
-            checkpoints.restore_optimizer(folder, self.optimizer, self.parameters)
+            checkpoints.restore_optimizer(folder, self.optimizer, self.parameters, state.updates)
             self.updates, self.step, self.saved = state.updates, state.step, state.step
             self.history, position = state.history, state.position
             self.say(f"going on after step {self.step}, from {folder}")

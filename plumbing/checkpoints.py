@@ -17,9 +17,11 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from tqdm.auto import tqdm
 
 from plumbing.commandline import UserError, cannot_write
 from plumbing.files import set_aside, write_text
@@ -80,7 +82,8 @@ def newest(output):
 
 def steps_in(output):
     """{number: folder} of the checkpoints in a run's folder."""
-    return {int(path.name[5:]): path for path in output.glob("step-*") if re.fullmatch(r"step-\d+", path.name)}
+    folders = [path for path in output.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return {int(path.name[5:]): path for path in folders}
 
 
 def find_checkpoint(args):
@@ -99,7 +102,9 @@ def find_checkpoint(args):
         if len(parts) != state.processes:
             raise OSError(f"its optimizer/ holds {len(parts)} files of {state.processes}")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({error}): point {output}/last to another.") from None
+        raise UserError(
+            f"{folder} is not a whole checkpoint ({error}): point {output}/last to another, or start anew."
+        ) from None
     refuse_changes(changes(args, state), args)
     return folder, state
 
@@ -138,6 +143,9 @@ def open_output(args, folder, state):
         if newest(output) != folder:
             raise UserError(f"another run has written to {output} meanwhile: --resume goes on with it.")
         if state:
+            for step in [step for step in steps_in(output) if step > state.step]:
+                tqdm.write(f"{output}/step-{step} is later than what the run goes on from: set aside", file=sys.stderr)
+                set_aside(output / f"step-{step}")
             restore_log(output, state.step)
         else:
             set_aside(output / "metrics.jsonl")  # of a run that died before its first checkpoint
@@ -153,16 +161,24 @@ def moments(optimizer, parameters):
     return {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
 
 
-def restore_optimizer(folder, optimizer, parameters):
-    """AdamW's state as it was, in place of what it has; raises UserError where it is of other weights."""
-    reader, found = HuggingFaceStorageReader(folder / "optimizer"), moments(optimizer, parameters)
+def restore_optimizer(folder, optimizer, parameters, updates):
+    """AdamW's state as it was after so many updates, in place of what it has; raises UserError where it is another."""
+    reader = HuggingFaceStorageReader(folder / "optimizer")
+    found = moments(optimizer, parameters) | {"updates": torch.tensor(0.0)}
     saved = {name: value.size for name, value in reader.read_metadata().state_dict_metadata.items()}
-    if saved != {name: value.shape for name, value in found.items()}:
+    if {name.rpartition(".")[0] for name in saved} - {""} != set(parameters):
         raise UserError(
             f"--resume: the optimiser state in {folder} is of other weights than this run trains: "
             f"give the same --model and --freeze_vision, or start anew with another --output."
         )
-    dcp.load(found, storage_reader=reader)
+    whole = saved == {name: value.shape for name, value in found.items()}
+    if whole:
+        dcp.load(found, storage_reader=reader)
+    if not whole or found["updates"] != updates:
+        raise UserError(
+            f"--resume: the files in {folder}/optimizer are not all of this checkpoint: point "
+            f"{folder.parent}/last to another, or start anew."
+        )
 
 
 def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main, keep):
@@ -174,14 +190,15 @@ def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_m
     beside, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last.unfinished")
 
     def write_weights():
-        shutil.rmtree(beside, ignore_errors=True)
+        remove(beside)
         model.save_pretrained(beside, state_dict=weights)
         processor.save_pretrained(beside)
         write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
 
     def write_optimizer():
         writer = HuggingFaceStorageWriter(beside / "optimizer", save_distributed=True)
-        dcp.save(moments(optimizer, parameters), storage_writer=writer)  # what fails anywhere is raised everywhere
+        parts = moments(optimizer, parameters) | {"updates": torch.tensor(float(state.updates))}
+        dcp.save(parts, storage_writer=writer)  # what fails anywhere is raised everywhere
 
     def put_in_place():
         set_aside(folder)
@@ -197,7 +214,7 @@ def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_m
     failed = failed or from_main(failure(put_in_place) if is_main else None)
     if failed:
         if is_main:
-            shutil.rmtree(beside, ignore_errors=True)
+            remove(beside)
         raise UserError(f"{cannot_write(folder, failed)}; the checkpoint before it is whole, for --resume.")
     if is_main:
         remove_older(folder, keep)
@@ -221,7 +238,15 @@ def remove_older(folder, keep):
         with contextlib.suppress(OSError):  # one that cannot be removed stays
             saved[number].rename(f"{saved[number]}.unfinished")  # half a checkpoint never has a checkpoint's name
     for found in folder.parent.glob("step-*.unfinished"):
-        shutil.rmtree(found, ignore_errors=True)
+        if re.fullmatch(r"step-\d+\.unfinished", found.name):
+            remove(found)
+
+
+def remove(path):
+    """Removes a folder, or a file of its name, if there is one and if it can be removed."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def collect(tensors, is_main):

@@ -274,8 +274,10 @@ def main():
     parser.add_argument("--no_trl", action="store_true", help="leave TRL's step out")
     options = parser.parse_args()
     image_tokens = options.image_tokens
-    if math.isqrt(image_tokens) ** 2 != image_tokens:
-        parser.error(f"--image_tokens {image_tokens} is no square number: take 256 or 1024.")
+    if image_tokens < 4 or math.isqrt(image_tokens) ** 2 != image_tokens:
+        parser.error(f"--image_tokens {image_tokens} is no square number of 4 or more: take 256 or 1024.")
+    if options.repeats < 1 or (options.response_tokens is not None and options.response_tokens < 2):
+        parser.error("--repeats must be 1 or more, and --response_tokens 2 or more.")
     transformers.utils.logging.set_verbosity_error()
     tokens = options.response_tokens or (512 if options.gpu else 64)
     args = SharedArgs(group_size=G, max_response_tokens=tokens, max_prompt_tokens=10**4)

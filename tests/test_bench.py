@@ -63,10 +63,17 @@ def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys):
     assert said.splitlines()[-1].startswith("| tiny | CPU | ") and said.splitlines()[-1].count("|") == 10
 
 
-def test_image_tokens_that_are_no_square(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--image_tokens", "1000"])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--image_tokens", "1000"], "--image_tokens 1000 is no square number of 4 or more: take 256 or 1024"),
+        (["--image_tokens", "-4"], "--image_tokens -4 is no square number of 4 or more"),
+        (["--repeats", "0"], "--repeats must be 1 or more, and --response_tokens 2 or more"),
+        (["--gpu", "tiny", "--response_tokens", "1"], "--response_tokens 2 or more"),
+    ],
+)
+def test_flags_that_cannot_be(monkeypatch, capsys, flags, sentence):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
     with pytest.raises(SystemExit) as stop:
         bench.main()
-    assert (
-        stop.value.code == 2 and "--image_tokens 1000 is no square number: take 256 or 1024" in capsys.readouterr().err
-    )
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err

@@ -146,6 +146,31 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch, k
     assert len(seen) == 4 - len(left) and all(seen) and (output / "last").resolve().name == "step-4"
 
 
+def test_the_optimiser_of_another_step_is_noticed(tmp_path):
+    output = tmp_path / "run"
+    grpo_run(output, "--steps", 3, "--save_every", 1)
+    shutil.rmtree(output / "step-3/optimizer")
+    shutil.copytree(output / "step-2/optimizer", output / "step-3/optimizer")
+    with pytest.raises(UserError, match="the files in .*optimizer are not all of this checkpoint: point .*/last to"):
+        grpo_run(output, "--steps", 4, "--resume")
+
+
+def test_files_of_the_user_are_no_checkpoints(tmp_path, capsys):
+    """Neither counted nor removed; and what is later than the step that a run goes on from is set aside."""
+    output = tmp_path / "run"
+    grpo_run(output, "--steps", 2, "--save_every", 1)
+    (output / "step-notes.unfinished").mkdir()
+    (output / "step-1.unfinished").write_text("left over")
+    (output / "step-3.unfinished").write_text("left over")
+    (output / "step-9").write_text("mine")
+    (output / "last").unlink()
+    (output / "last").symlink_to("step-1")
+    grpo_run(output, "--steps", 3, "--save_every", 1, "--resume", "--keep", 1)
+    assert "step-2 is later than what the run goes on from: set aside" in capsys.readouterr().err
+    names = ["last", "step-2.1", "step-3", "step-9", "step-notes.unfinished"]
+    assert sorted(path.name for path in [*output.glob("step-*"), output / "last"]) == names
+
+
 def test_a_checkpoint_that_cannot_be_removed_stays(tmp_path, monkeypatch):
     rename = Path.rename
 

@@ -258,7 +258,12 @@ def test_each_process_writes_its_own_part_of_the_optimiser(tmp_path, finished, s
         assert codes == [2, 2] and "No space left on device): make room on the disk; the checkpoint before" in console
         assert "Traceback" not in console and not list(output.glob("step-2*"))
     assert (output / "last").resolve().name == "step-1"
-    (output / "last/optimizer/shard-00002-model-00001-of-00001.safetensors").unlink()
+    one, other = sorted((output / "last/optimizer").glob("*.safetensors"))
+    other.rename(tmp_path / "kept")
+    shutil.copy(one, other)  # one part twice
+    codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume")
+    assert codes == [2, 2] and "optimizer are not all of this checkpoint: point" in console
+    other.unlink()
     codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume")
     assert codes == [2, 2] and "its optimizer/ holds 1 files of 2" in console
 
