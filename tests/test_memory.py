@@ -26,7 +26,9 @@ def write_config(size, folder):
 @pytest.mark.parametrize("size, billions", [("3B", 3.75), ("7B", 8.29), ("32B", 33.45)])
 def test_parameters_of_the_known_models(tmp_path, size, billions):
     args = SharedArgs(model=str(write_config(size, tmp_path)))
-    assert plan(args, 1)["kept"]["weights"] == pytest.approx(4e9 * billions, rel=0.003)
+    peaks = plan(args, 1)
+    assert peaks["kept"]["weights"] == pytest.approx(4e9 * billions, rel=0.003)
+    assert peaks["update"]["gradients"] == peaks["kept"]["weights"] == peaks["kept"]["optimiser"] / 2
 
 
 def test_what_each_flag_changes(tmp_path):
