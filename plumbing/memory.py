@@ -97,12 +97,13 @@ def dry_run(args):
     gpus, memory = args.dry_run, gpu_memory(args)
     refuse_uneven(args, gpus)
     peaks = plan(args, gpus)
-    lines = [f"{args.model} on {gpus} GPUs of {memory:.0f} GB; GB on each, without what CUDA and fragments take:"]
+    digits = 1 if memory >= 1 else 6
+    lines = [f"{args.model} on {gpus} GPUs of {memory:g} GB; GB on each, without what CUDA and fragments take:"]
     for peak in ("sampling", "update"):
         parts = {**peaks["kept"], **peaks[peak]}
         total = sum(parts.values()) / 1e9
-        shown = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in parts.items() if value)
-        lines.append(f"  {peak:9s}{total:7.1f}   {'fits' if total < memory else 'DOES NOT FIT'}   ({shown})")
+        shown = ", ".join(f"{name} {value / 1e9:.{digits}f}" for name, value in parts.items() if value)
+        lines.append(f"  {peak:9s}{total:7.{digits}f}   {'fits' if total < memory else 'DOES NOT FIT'}   ({shown})")
         kept = sum(peaks["kept"].values()) / 1e9
         fixed = kept + sum(peaks["update"][part] for part in ("gathered weights", "gradients", "head")) / 1e9
         if total < memory:
@@ -133,7 +134,7 @@ def dry_run(args):
 
 def gpu_memory(args):
     """GB of a GPU: as given, or of the card found, or 80."""
-    found = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
+    found = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if torch.cuda.is_available() else 80.0
     return args.gpu_memory or found
 
 

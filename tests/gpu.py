@@ -156,7 +156,7 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     stepping = seconds(torch.optim.AdamW([part], fused=True).step, repeats)
 
     batches = math.ceil(groups / len(prompts))
-    phases = {"sampling": batches * min(sampling.values()), "scoring": groups * scoring, "update": groups * updating}
+    phases = {"sampling": batches * sampling[False], "scoring": groups * scoring, "update": groups * updating}
     phases["update"] += args.updates_per_step * stepping
     Lp, image = len(prompt.input_ids), int(prompt.image_mask.sum())
     print(
@@ -171,9 +171,11 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     print(f"{'update of a group':46s}{1e3 * updating:7.0f} ms   {speed / product:.0%} of the large product{share}")
     print(f"{'forward pass of a group':46s}{1e3 * scoring:7.0f} ms")
     print(f"{f'AdamW of 1/{cards} of the weights':46s}{1e3 * stepping:7.1f} ms")
-    print(f"\nseconds of a step of {groups * cards} prompts x {G} on {cards} such cards, with graphs where they help;")
-    print("without rewards, gathering and summing, clipping, checkpoints and waiting:")
+    print(f"\nseconds of a step of {groups * cards} prompts x {G} on {cards} such cards, without rewards,")
+    print("gathering and summing, clipping, checkpoints and waiting:")
     print(", ".join(f"{phase} {value:.1f}" for phase, value in phases.items()))
+    if True in sampling:
+        print(f"sampling with --cuda_graphs {batches * sampling[True]:.1f}")
     graphs = f"{1e3 * token[True]:.1f}" if True in token else "-"
     mfu = f"{speed / said:.0%}" if said else "-"
     seconds_of = " | ".join(f"{value:.0f}" for value in phases.values())

@@ -31,6 +31,40 @@ def test_parameters_of_the_known_models(tmp_path, size, billions):
     assert peaks["update"]["gradients"] == peaks["kept"]["weights"] == peaks["kept"]["optimiser"] / 2
 
 
+def test_the_parts_of_a_plan_by_hand(tmp_path):
+    """7B: 28 layers of D 3,584, MLP 18,944, 4 of 28 heads of 128 with keys; 32 vision blocks of D 1,280, MLP 3,420."""
+    path = str(write_config("7B", tmp_path))
+    peaks = plan(SharedArgs(model=path), 8)
+    token = 2 * 4 * 128 * 2  # bytes of keys and values in a layer
+    assert peaks["sampling"] == {
+        "gathered weights": 2 * 8_292_166_656,
+        "key-value cache": 32 * 2048 * 28 * token + 32 * 8 * 2048 * 29 * token,
+        "attention": 32 * 8 * 28 * (2048 + 2048) * 12,
+        "logits": 32 * 8 * 152_064 * 24,
+        "prompts": 0,
+    }
+    layer, block = 233_057_792, 19_702_200
+    root = 8_292_166_656 - 28 * layer - 32 * block
+    patches, D, mlp = 1_000_000 // 14**2, 3584, 18_944
+    text = 16_384 * 2 * (28 * D + 6 * D + 5 * D + 4 * mlp)
+    vision = patches * 2 * (32 * 1280 + 6 * 1280 + 5 * 1280 + 4 * 3420)
+    head = 512 * 152_064 * 16 + 152_064 * D * 4
+    gathered = 2 * (root + 2 * layer) + 6 * layer
+    want = {
+        "gathered weights": gathered,
+        "gradients": 4 * 8_292_166_656 / 8,
+        "activations": text + vision,
+        "head": head,
+    }
+    assert peaks["update"] == want
+    alone = plan(SharedArgs(model=path, kl_coef=0.1, max_response_tokens=200), 1)  # fp32 between layers, under autocast
+    text = (2048 + 8 * 200) * (4 * (28 * D + 6 * D) + 2 * (5 * D + 4 * mlp))
+    vision = patches * (4 * (32 * 1280 + 6 * 1280) + 2 * (5 * 1280 + 4 * 3420))
+    assert alone["update"]["activations"] == text + vision
+    assert alone["kept"]["reference"] == 2 * 8_292_166_656 + 4 * 152_064 * D
+    assert alone["sampling"]["key-value cache"] == 32 * 2048 * 28 * token + 32 * 8 * 256 * 29 * token  # room for 256
+
+
 def test_what_each_flag_changes(tmp_path):
     path = str(write_config("3B", tmp_path))
 

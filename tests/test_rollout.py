@@ -170,7 +170,6 @@ def test_prompts_are_computed_in_parts_and_only_their_last_place_has_logits(fit,
 
 
 def test_a_rollout_does_not_depend_on_its_batch(toy):
-
     model, processor = toy
     model.train()
     args = SharedArgs(max_response_tokens=24)
@@ -187,7 +186,6 @@ def test_a_rollout_does_not_depend_on_its_batch(toy):
 
 
 def test_mask_ends_with_the_first_end_of_turn(toy):
-
     model, processor = toy
     data = Data("toy", "test", SharedArgs(), processor, model.model.get_rope_index)
     for group in rollout(
