@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from common import load_model, load_processor, rollout
 from plumbing.answers import Checker, extract_answer, letters, normalise
-from plumbing.arguments import INSTRUCTION, check_pixels, model_source
+from plumbing.arguments import EMBEDDED, INSTRUCTION, check_pixels, model_source
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, check_numbers, flag, parse_args
 from plumbing.data import Data, plain_text, some_of
@@ -83,14 +83,14 @@ class Args:
 
     def __post_init__(self):
         self.trained = trained = trained_with(self.model)  # a checkpoint of ours knows how it was trained
-        toy = self.model == "toy" or trained.get("model") == "toy"
+        toy = next((name for name in (self.model, trained.get("model")) if name in EMBEDDED), None)
         usual = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
         for name in (*usual, "image_column", "problem_column", "answer_column"):
             if getattr(self, name) is None:
                 setattr(self, name, trained.get(name, usual.get(name)))
         if self.benchmarks is None and self.data is None:  # what a checkpoint's own run was evaluated on
-            source = trained.get("eval_data") or trained.get("data") or ("toy" if toy else "hiyouga/geometry3k")
-            self.benchmarks = {"toy": "toy", **{b.id: name for name, b in BENCHMARKS.items()}}.get(source, "own")
+            source = trained.get("eval_data") or trained.get("data") or toy or "hiyouga/geometry3k"
+            self.benchmarks = {b.id: name for name, b in BENCHMARKS.items()}.get(source, "own")
         self.benchmarks = self.benchmarks or "own"
         if not toy and not trained:  # a checkpoint's processor has the limits of its training
             self.min_pixels, self.max_pixels = self.min_pixels or 262_144, self.max_pixels or 1_000_000
@@ -158,7 +158,7 @@ def listed(image):
     return image if isinstance(image, list) else [] if image is None else [image]
 
 
-def plain(row):  # the toy, geometry3k, clevr_count_70k
+def plain(row):  # the toys, geometry3k, clevr_count_70k
     answer = re.sub(r"</?answer>", "", plain_text(row["answer"], "answer")).strip()
     return Question(row["problem"], listed(row["images"]), answer)
 
@@ -235,7 +235,7 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "toy": Benchmark("toy", ("test",), plain),
+    **{name: Benchmark(name, ("test",), plain) for name in EMBEDDED},
     "geometry3k": Benchmark("hiyouga/geometry3k", ("test",), plain),
     "mathvista": Benchmark("AI4Math/MathVista", ("testmini",), mathvista),
     "mathverse": Benchmark("AI4Math/MathVerse:testmini", ("testmini",), mathverse),

@@ -1,47 +1,66 @@
-"""Pictures: training curves, and a page that shows which tokens each method rewards.
+"""Pictures: training curves, a page of which tokens each method rewards, and what the methods presume, measured.
 
     python show.py curves runs/*                # curves.png and curves.svg, and a table; folders name-0, name-1: seeds
     python show.py tokens --model toy           # tokens.html: the same responses as every method sees them
-    python show.py tokens --model runs/vepo/last --data mine.parquet --prompts 4
+    python show.py signals --model toy-faint    # signals.png, signals.json, and a table: do the papers' premises hold?
+    python show.py signals --model runs/vepo/last --data mine.parquet --prompts 64
 
-`python show.py curves --help` and `python show.py tokens --help` list their flags.
+`python show.py signals --help` (curves, tokens) lists its flags.
 """
 
 import base64
 import contextlib
 import dataclasses
+import functools
 import html
 import io
+import itertools
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from tqdm.auto import tqdm
 
 import pepo
 import prpo
 import saei
 import vepo
 import vgpo
-from common import Reward, compare_logits, forward, group_advantages, load_model, load_processor, rollout
-from plumbing.arguments import SharedArgs, model_source
+from common import (
+    Reward,
+    compare_logits,
+    forward,
+    group_advantages,
+    load_model,
+    load_processor,
+    min_max,
+    rollout,
+    seeded,
+    split_group,
+    with_picture,
+)
+from plumbing.arguments import EMBEDDED, SharedArgs, model_source
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, check_numbers, flag, parse_args
-from plumbing.curves import draw_curves, read_runs
+from plumbing.curves import draw_curves, read_runs, student
 from plumbing.data import Data
 from plumbing.files import write_text
+from plumbing.kinds import KINDS, kinds_of
 
-# The flags of training that the page reads.
+# The flags of training that pages and signals read.
 USED = ["data", "eval_split", "data_revision", "image_column", "problem_column", "answer_column", "instruction"]
 USED += ["max_prompt_tokens", "min_pixels", "max_pixels", "group_size", "max_response_tokens", "temperature", "top_p"]
 USED += ["top_k", "reward", "accuracy_weight", "format_weight", "check_seconds", "seed"]
 
 
 def without_value(f):
-    """A flag of the training scripts that has no value unless it is given: `TokenArgs` finds one."""
+    """A flag of the training scripts that has no value unless it is given: `ShownArgs` finds one."""
     text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
     return f.name, f.type, dataclasses.field(default=None, metadata={**f.metadata, "help": text})
 
@@ -54,11 +73,13 @@ OfTraining = dataclasses.make_dataclass(
 
 
 @dataclasses.dataclass
-class TokenArgs(OfTraining):
-    model: str = flag("toy", "hub id, folder or checkpoint of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; toy is embedded")
+class ShownArgs(OfTraining):
+    """model"""
+
+    model: str = flag(
+        "toy", "hub id, folder or checkpoint of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; embedded: toy, toy-faint"
+    )
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
-    prompts: int = flag(3, "prompts that are shown, those with a right and a wrong response", above=0)
-    page: str = flag("tokens.html", "file that is written")
     reshard_while_sampling = cuda_graphs = False  # flags of training's sampler: one process, one prompt at a time
     rollout_prompts, tokens_per_row = 1, SharedArgs.tokens_per_row
 
@@ -70,6 +91,18 @@ class TokenArgs(OfTraining):
         known = {name: trained[name] for name in USED if trained.get(name) is not None} | given
         training = SharedArgs(model=trained.get("model", self.model), **known)  # the toy's child has the toy's defaults
         vars(self).update({name: getattr(training, name) for name in USED})
+
+
+@dataclasses.dataclass
+class TokenArgs(ShownArgs):
+    prompts: int = flag(3, "prompts that are shown, those with a right and a wrong response", above=0)
+    page: str = flag("tokens.html", "file that is written")
+
+
+@dataclasses.dataclass
+class SignalArgs(ShownArgs):
+    prompts: int = flag(128, "prompts with a picture that are measured, the first ones of the data", above=0)
+    output: str = flag(".", "folder that signals.json and signals.png are written to")
 
 
 @dataclasses.dataclass
@@ -122,11 +155,22 @@ SIGNALS = {
 AMPLIFIED = 60  # so that a step of 2/255 spans half of the range of colours
 
 
-def run_of(model, processor=None):
+def run_of(model, processor):
     """What a method's functions ask of a run, for a model that is not being trained."""
     metrics = SimpleNamespace(add=lambda *_: None, add_means=lambda *_: None)
-    phase = lambda _: contextlib.nullcontext()  # noqa: E731
-    return SimpleNamespace(model=model, processor=processor, world_size=1, phase=phase, metrics=metrics)
+    parts = {"model": model, "processor": processor, "tokenizer": processor.tokenizer, "metrics": metrics}
+    return SimpleNamespace(**parts, world_size=1, phase=lambda _: contextlib.nullcontext())
+
+
+def opened(args):
+    """The model and the data that are shown."""
+    source = model_source(args)
+    processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
+    model = load_model(source, args.model_revision)
+    model.activation_checkpointing_enable({"use_reentrant": False})  # SaEI's attack has a backward pass
+    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    split = "test" if args.data in EMBEDDED else args.eval_split
+    return run_of(model, processor), Data(args.data, split, args, processor, model.model.get_rope_index)
 
 
 @torch.no_grad()
@@ -311,17 +355,11 @@ def section(number, group, run, args):
 
 def token_page(args):
     """One self-contained HTML page for --prompts prompts whose group has a right and a wrong response."""
-    source = model_source(args)
-    processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
-    model = load_model(source, args.model_revision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    split = args.eval_split if args.data != "toy" else "test"
-    data = Data(args.data, split, args, processor, model.model.get_rope_index)
-    run = run_of(model, processor)
+    run, data = opened(args)
     reward, sections, about = Reward(args), [], {}
     for serial, index in enumerate(data.indices[:200]):
         prompt = dataclasses.replace(data.prompt(index), serial=serial)
-        (group,) = rollout(model, processor.tokenizer, [prompt], args, "show")
+        (group,) = rollout(run.model, run.tokenizer, [prompt], args, "show")
         group.advantages = group_advantages(reward([group]))[0].to(group.mask.device)
         if 0 < group.accuracy.sum() < len(group.accuracy):
             text, said = section(len(sections), group, run, args)
@@ -344,6 +382,257 @@ def token_page(args):
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals: what the methods presume of a model, measured
+# ---------------------------------------------------------------------------------------------------------------------
+
+TITLES = {  # name in signals.json: what it is
+    "accuracy": "responses that are right",
+    "format": "responses in the right format",
+    "response_tokens": "tokens of a response",
+    "missed_by_entropy": "VEPO: of the top 20 % of tokens by JSD (if above 0), those not among the top 20 % by entropy",
+    "jsd_kept_by_jsd": "VEPO: share of all JSD on the top 20 % of tokens by JSD, the most that a choice can keep",
+    "jsd_kept_by_entropy": "VEPO: the same by entropy",
+    "jsd_kept_by_vepo": "VEPO: the same by its score",
+    "changed_by_noise": "VEPO: sampled tokens that its noise would change (total variation)",
+    "focus_and_position": "VGPO: correlation of focus with place in the response",
+    "focus_and_accuracy": "VGPO: correlation of a response's mean focus with being right, in a group",
+    "kl_strong": "PRPO: KL under the strong view, nats per token",
+    "kl_weak": "PRPO: KL under the weak view",
+    "rvd": "PRPO: robust visual dependency",
+    "dependent_stable": "PRPO: tokens that are dependent and stable (VD above 1/2, VI below)",
+    "dependent_brittle": "PRPO: tokens that are dependent and brittle (both above 1/2)",
+    "similarity": "PEPO: similarity to the picture, -1 to 1",
+    "similarity_right_minus_wrong": "PEPO: similarity, right minus wrong responses of a group",
+    "entropy_right_minus_wrong": "PEPO: entropy, right minus wrong, nats per token",
+    "weight_spread": "PEPO: standard deviation of the weights in a response",
+    **{
+        f"entropy_{third}{after}": f"SaEI: entropy of the {third} third{said}"
+        for third in ("lowest", "middle", "highest")
+        for after, said in (
+            ("", ", nats per token"),
+            ("_attacked", " after the attack, on the responses that it was made from"),
+            ("_random", " after a step as large with random signs"),
+        )
+    },
+    "changed_by_attack": "SaEI: sampled tokens that the attack would change (total variation)",
+    "changed_by_random": "SaEI: sampled tokens that the random step would change",
+}
+PAPERS = {"missed_by_entropy": "0.41 (VEPO, Qwen2.5-VL-7B)"}
+BY_KIND = ["entropy", "jsd", "changed_by_noise", "kl_strong", "kl_weak", "rvd", "focus", "similarity", "weight"]
+BY_KIND += ["changed_by_attack", "changed_by_random", "kept_by_entropy", "kept_by_vepo"]
+BINS = 10  # of a response, for focus against position
+
+
+def total_variations(logits, *others):
+    """The share of draws that have to change, sum |p - q| / 2, for each of the others: (...) each from logits (..., V).
+
+    >>> total_variations(torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 1.0]]).log())
+    [tensor([0.2500])]
+    """
+    return [(logits.softmax(-1) - other.softmax(-1)).abs().sum(-1) / 2 for other in others]
+
+
+def random_step(prompt, run, seed):
+    """The prompt's pixel_values after a step as large as SaEI's, with random signs: what any small change does."""
+    processor, generator = run.processor.image_processor, seeded(seed, prompt.index, "signs")
+    parts = prompt.pixel_values.split(prompt.image_grid_thw.prod(1).tolist())
+    pictures = [saei.unpatchify(part, grid, processor) for part, grid in zip(parts, prompt.image_grid_thw)]
+    signs = [torch.randn(picture.shape, generator=generator) for picture in pictures]
+    moved = [saei.adversarial_step(*both, saei.Args.step) for both in zip(pictures, signs)]
+    return torch.cat([saei.patchify(picture, processor) for picture in moved])
+
+
+def token_signals(group, run, args):
+    """{name: (G, T)} of what the methods, with their default constants, see in the responses to one prompt."""
+    settings, found = {"seed": args.seed, "temperature": args.temperature}, []
+    attacked = saei.attack(group, run, saei.Args(**settings)).pixel_values
+    shaken = random_step(group.prompt, run, args.seed)
+    with torch.no_grad():
+        for row in split_group(group, args.tokens_per_row):
+            mask = row.mask
+            _, entropy, hidden = forward(run.model, row, args.temperature)
+            steps = [with_picture(row, lambda _, pixels=pixels: pixels) for pixels in (attacked, shaken)]
+            (_, by_attack, hidden_attacked), (_, by_chance, hidden_shaken) = (
+                forward(run.model, moved, args.temperature) for moved in steps
+            )
+            noised = vepo.noised_hidden(row, run, vepo.Args(**settings), 0)
+            views = prpo.perturbed_hidden(row, run, prpo.Args(**settings), 0)
+            compare = functools.partial(compare_logits, temperature=args.temperature)
+            jsd, _, noised_entropy = compare(vepo.divergences, run.model, row, hidden, noised)
+            kl_strong, kl_weak = compare(prpo.divergences, run.model, row, hidden, *views)
+            moved = noised, hidden_attacked, hidden_shaken
+            changed = compare(total_variations, run.model, row, hidden, *moved)
+            pepo.scoring_forward(weighed := dataclasses.replace(row), run, pepo.Args(**settings))
+            score = vepo.token_scores(jsd, entropy, noised_entropy, mask)
+            found.append(
+                {
+                    "entropy": entropy,
+                    "entropy_attacked": by_attack,
+                    "entropy_random": by_chance,
+                    "jsd": jsd,
+                    "changed_by_noise": changed[0],
+                    "changed_by_attack": changed[1],
+                    "changed_by_random": changed[2],
+                    "kept_by_entropy": vepo.select_top(entropy, mask).float(),
+                    "kept_by_vepo": vepo.select_top(score, mask).float(),
+                    "kept_by_jsd": (vepo.select_top(jsd, mask) & (jsd > 0)).float(),
+                    "focus": vgpo.row_focus(hidden, row, vgpo.Args()),
+                    "kl_strong": kl_strong,
+                    "kl_weak": kl_weak,
+                    "dependency": min_max(kl_strong.log1p(), mask),
+                    "instability": min_max(kl_weak.log1p(), mask),
+                    "rvd": prpo.robust_visual_dependency(kl_strong, kl_weak, mask),
+                    "similarity": weighed.scores,
+                    "weight": weighed.weights,
+                }
+            )
+    return {name: torch.cat([part[name] for part in found]).cpu() for name in found[0]}
+
+
+def correlation(x, y):
+    """Pearson's, of two tensors (n,); NaN where one of them does not vary."""
+    return torch.corrcoef(torch.stack([x.float(), y.float()]))[0, 1].item()
+
+
+def response_signals(tokens, kinds):
+    """{name: value} of one response, from its tokens' signals (T,) and their kinds, None where these are not known."""
+    entropy, jsd, T = tokens["entropy"], tokens["jsd"], len(tokens["entropy"])
+    found = {name: tokens[name].mean().item() for name in BY_KIND} | {"response_tokens": T}
+    by_jsd, dependent, brittle = tokens["kept_by_jsd"], tokens["dependency"] > 0.5, tokens["instability"] > 0.5
+    found["missed_by_entropy"] = ((by_jsd * (1 - tokens["kept_by_entropy"])).sum() / by_jsd.sum()).item()
+    for name in ("jsd", "entropy", "vepo"):
+        found[f"jsd_kept_by_{name}"] = ((jsd * tokens[f"kept_by_{name}"]).sum() / jsd.sum()).item()
+    found["focus_and_position"] = correlation(tokens["focus"], torch.arange(T))
+    place = torch.arange(T) * BINS // T
+    found |= {f"focus_{b}": tokens["focus"][place == b].mean().item() for b in range(BINS)}
+    found["dependent_stable"] = (dependent & ~brittle).float().mean().item()
+    found["dependent_brittle"] = (dependent & brittle).float().mean().item()
+    found["weight_spread"] = tokens["weight"].std(correction=0).item()
+    order = entropy.sort(stable=True).indices
+    for third, part in zip(("lowest", "middle", "highest"), order.tensor_split((T // 3, 2 * T // 3))):
+        found[f"entropy_{third}"] = entropy[part].mean().item()
+        for after in ("attacked", "random"):
+            found[f"entropy_{third}_{after}"] = tokens[f"entropy_{after}"][part].mean().item()
+    for kind in KINDS if kinds else ():
+        own = torch.tensor([k == kind for k in kinds])
+        found[f"{kind}_share"] = own.float().mean().item()
+        found |= {f"{kind}_{name}": tokens[name][own].mean().item() for name in BY_KIND}  # NaN where there is none
+    return found
+
+
+def group_signals(group, run, args, embedded):
+    """{name: value} of one prompt: means over its responses, and what tells the right ones from the wrong ones."""
+    signals, responses, decode = token_signals(group, run, args), [], run.processor.tokenizer.decode
+    for i, valid in enumerate(group.mask.cpu()):
+        words = [decode([token]) for token in group.responses[i].cpu()[valid].tolist()]
+        tokens = {name: values[i][valid] for name, values in signals.items()}
+        responses.append(response_signals(tokens, kinds_of(words) if embedded else None))
+    values = {name: torch.tensor([float(response[name]) for response in responses]) for name in responses[0]}
+    found, right = {name: x.nanmean().item() for name, x in values.items()}, group.accuracy > 0.5
+    found |= {"accuracy": group.accuracy.mean().item(), "format": group.format.mean().item()}
+    for name in (f"focus_{b}" for b in range(BINS)):
+        found |= {f"{name}_right": values[name][right].nanmean().item()}
+        found |= {f"{name}_wrong": values[name][~right].nanmean().item()}
+    for name in ("similarity", "entropy"):
+        found[f"{name}_right_minus_wrong"] = (values[name][right].mean() - values[name][~right].mean()).item()
+    found["focus_and_accuracy"] = correlation(values["focus"], right)
+    return found
+
+
+def interval(values):
+    """Mean, 95 % interval and number of the values that are no NaN, one for each prompt."""
+    values = torch.tensor([value for value in values if math.isfinite(value)], dtype=torch.float64)
+    n = len(values)
+    if n < 2:  # of one there is no interval, and of none no mean
+        return {"mean": values.item() if n else None, "low": None, "high": None, "prompts": n}
+    mean, half = values.mean().item(), student(n - 1) * values.std().item() / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "prompts": n}
+
+
+def measure_signals(args):
+    """{name: {mean, low, high, prompts}} over --prompts prompts that have a picture."""
+    run, data = opened(args)
+    reward, found, device = Reward(args), [], run.model.device.type
+    with_pictures = (prompt for prompt in map(data.prompt, data.indices) if prompt.pixel_values is not None)
+    bar = tqdm(itertools.islice(with_pictures, args.prompts), desc="signals", total=args.prompts, unit="prompt")
+    for serial, prompt in enumerate(bar):
+        prompt = dataclasses.replace(prompt, serial=serial)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # as in training
+            (group,) = rollout(run.model, run.tokenizer, [prompt], args, "signals")
+            reward([group])
+            found.append(group_signals(group, run, args, args.data in EMBEDDED))
+    reward.check.close()
+    if not found:
+        raise UserError(f"--data {args.data} has no prompt with a picture: there is nothing to perturb.")
+    return {name: interval([values[name] for values in found]) for name in found[0]}
+
+
+def means_and_halves(found, names):
+    """Of some signals the means, and half the widths of their intervals; NaN where there is none."""
+    number = lambda name, side: math.nan if found[name][side] is None else found[name][side]  # noqa: E731
+    return [number(n, "mean") for n in names], [number(n, "high") - number(n, "mean") for n in names]
+
+
+def signal_table(found):
+    """Yields the lines of a table: each signal with its interval, and the paper's figure; then by kind of token."""
+
+    def shown(name):
+        mean, half = means_and_halves(found, [name])
+        return f"{mean[0]:.3g} ± {half[0]:.2g}".replace(" ± nan", "").replace("nan", "-")
+
+    width = max(map(len, TITLES.values()))
+    yield f"{'mean over prompts, 95 % interval':{width}s}  measured             the paper"
+    for name, title in TITLES.items():
+        yield f"{title:{width}s}  {shown(name):20s} {PAPERS.get(name, '')}".rstrip()
+    if "read_share" in found:
+        yield f"{'by kind of token':20s}" + "".join(f"{kind:>22s}" for kind in KINDS)
+        for name in ("share", *BY_KIND):
+            yield f"{name:20s}" + "".join(f"{shown(f'{kind}_{name}'):>22s}" for kind in KINDS)
+
+
+def draw_signals(found, path):
+    """Draws the most of what the table says: a panel for each method, and one by kind of token where that is known."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    panels = figure.subplots(2, 3).flat
+
+    def bars(axes, title, names, labels):
+        mean, half = means_and_halves(found, names)
+        axes.bar(range(len(names)), mean, yerr=half, capsize=3, color="#8e6bd1")
+        axes.set_xticks(range(len(names)), [label.replace(" ", "\n") for label in labels], fontsize=8)
+        axes.set_title(title, fontsize=10)
+
+    names = ["jsd_kept_by_jsd", "jsd_kept_by_entropy", "jsd_kept_by_vepo", "missed_by_entropy", "changed_by_noise"]
+    labels = ["JSD kept by JSD", "by entropy", "by VEPO", "missed by entropy", "tokens changed"]
+    bars(next(panels), "VEPO: the top 20 % of tokens, and noise", names, labels)
+    axes = next(panels)
+    for kind, colour in (("right", "#3d8bd9"), ("wrong", "#e08a1e")):
+        mean, half = means_and_halves(found, [f"focus_{b}_{kind}" for b in range(BINS)])
+        places = [100 * (b + 0.5) / BINS for b in range(BINS)]
+        axes.errorbar(places, mean, yerr=half, color=colour, capsize=3, label=f"{kind} responses")
+    axes.set_title("VGPO: focus against place in the response, %", fontsize=10)
+    axes.legend(fontsize=8)
+    labels = ["dependent, stable", "dependent, brittle"]
+    bars(next(panels), "PRPO: share of tokens", ["dependent_stable", "dependent_brittle"], labels)
+    names = ["similarity_right_minus_wrong", "entropy_right_minus_wrong", "weight_spread"]
+    labels = ["similarity, right - wrong", "entropy, right - wrong", "spread of weights"]
+    bars(next(panels), "PEPO: right and wrong responses, and its weights", names, labels)
+    names = [name for name in TITLES if name.startswith("entropy_") and "minus" not in name]
+    labels = [name.removeprefix("entropy_").replace("_", " ") for name in names]
+    bars(next(panels), "SaEI: entropy of each third, nats", names, labels)
+    axes = next(panels)
+    axes.axis("off")
+    if "read_share" in found:
+        axes.axis("on")
+        names = [f"{kind}_{name}" for name in ("entropy", "changed_by_noise") for kind in KINDS]
+        bars(axes, "by kind of token: entropy; changed by noise", names, [*KINDS, *KINDS])
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    beside = path.with_name(f"{path.name}.unfinished")
+    figure.savefig(beside, dpi=110, format="png")
+    beside.replace(path)
+
+
 def writable(option, path):
     """Raises UserError, before the work is done, where a file cannot be written."""
     folder = Path(path).resolve().parent
@@ -351,25 +640,52 @@ def writable(option, path):
         raise UserError(f"{option} {path} cannot be written: name a file, in a folder that exists.")
 
 
+def show_curves(args):
+    for kind in ("png", "svg"):
+        writable("--output", f"{args.output}.{kind}")
+    print("\n".join(draw_curves(read_runs(args.runs), args.output, args.window)))
+    print(f"{args.output}.png, {args.output}.svg")
+
+
+def show_tokens(args):
+    writable("--page", args.page)
+    write_text(Path(args.page), token_page(args))
+    print(args.page)
+
+
+def show_signals(args):
+    files = [Path(args.output) / f"signals.{kind}" for kind in ("json", "png")]
+    if not Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} must be a folder that exists.")
+    for file in files:
+        writable("--output", file)
+    found = measure_signals(args)
+    stated = {name: getattr(args, name) for name in ("model", "data", "seed", "group_size", "temperature")}
+    write_text(files[0], json.dumps(stated | {"papers": PAPERS, "signals": found}, indent=1) + "\n")
+    draw_signals(found, files[1])
+    print("\n".join(signal_table(found)))
+    print(*files, sep=", ")
+
+
+COMMANDS = {"curves": (CurveArgs, show_curves), "tokens": (TokenArgs, show_tokens)}
+COMMANDS |= {"signals": (SignalArgs, show_signals)}
+
+
 def main():
     command, rest = [*sys.argv, ""][1], sys.argv[2:]
     if command in ("-h", "--help"):
         print(__doc__)
         return
-    if command not in ("curves", "tokens"):
-        raise UserError("say what to show: python show.py curves runs/*, or python show.py tokens --model toy.")
+    if command not in COMMANDS:
+        said = "python show.py curves runs/*, python show.py tokens --model toy, or python show.py signals --model toy"
+        raise UserError(f"say what to show: {said}.")
     sys.argv[0] += f" {command}"  # as --help calls it
-    if command == "curves":
-        args = parse_args(CurveArgs, rest if not rest or rest[0].startswith("-") else ["--runs", *rest])
-        for kind in ("png", "svg"):
-            writable("--output", f"{args.output}.{kind}")
-        print("\n".join(draw_curves(read_runs(args.runs), args.output, args.window)))
-        print(f"{args.output}.png, {args.output}.svg")
-    else:
-        args = parse_args(TokenArgs, rest)
-        writable("--page", args.page)
-        write_text(Path(args.page), token_page(args))
-        print(args.page)
+    cls, show = COMMANDS[command]
+    named = command == "curves" and rest and not rest[0].startswith("-")
+    try:
+        show(parse_args(cls, ["--runs", *rest] if named else rest))
+    except torch.OutOfMemoryError:
+        raise UserError("out of memory: lower --group_size, --max_response_tokens or --max_pixels.") from None
 
 
 if __name__ == "__main__":

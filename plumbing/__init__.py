@@ -9,6 +9,7 @@ data        rows of any usual schema -> prompts
 stream      the order of the prompts
 answers     is an answer right
 rewards     a reward of the user's own
+kinds       what the tokens of a response in an embedded world say
 sharding    several processes: FSDP2, and what they do together
 kernels     threads, which attention a part of the model uses, CUDA graphs
 memory      --dry_run: what fits

@@ -11,13 +11,14 @@ from typing import Literal
 
 from plumbing.commandline import UserError, check_numbers, flag
 
-TOY = Path(__file__).resolve().parent.parent / "toy"  # the embedded model and data
+TOY = Path(__file__).resolve().parent.parent / "toy"
+EMBEDDED = {"toy": TOY, "toy-faint": TOY / "faint"}  # the embedded models and their data
 INSTRUCTION = "Think step by step inside <think> </think>, then give the final answer inside \\boxed{}."
 
 
 def model_source(args):
-    """Where --model is: a hub id, a folder, or the embedded toy's folder."""
-    return str(TOY / "model") if args.model == "toy" else args.model
+    """Where --model is: a hub id, a folder, or an embedded model's folder."""
+    return str(EMBEDDED[args.model] / "model") if args.model in EMBEDDED else args.model
 
 
 def check_pixels(args):
@@ -30,7 +31,9 @@ def check_pixels(args):
 class ModelArgs:
     """model"""
 
-    model: str = flag("toy", "hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; toy is the embedded tiny one")
+    model: str = flag(
+        "toy", "hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; tiny embedded ones: toy, toy-faint"
+    )
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
     freeze_vision: bool = flag(False, "do not train the vision tower")
@@ -43,7 +46,9 @@ class ModelArgs:
 class DataArgs:
     """data"""
 
-    data: str | None = flag(None, "hub id, id:config, or parquet, json or jsonl file or folder (toy, else geometry3k)")
+    data: str | None = flag(
+        None, "hub id, id:config, or parquet, json or jsonl file or folder (toy: its own, else: geometry3k)"
+    )
     eval_data: str | None = flag(None, "the same for evaluation (default: --data)", may_change=True)
     data_split: str = flag("train", "split of a hub data set to train on")
     eval_split: str = flag("test", "split of a hub data set to evaluate on", may_change=True)
@@ -171,9 +176,9 @@ class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateA
     """What every training script takes. A method's `Args` inherits these and adds its own."""
 
     def __post_init__(self):
-        toy = self.model == "toy"
+        toy = self.model in EMBEDDED
         defaults = {  # flag: (for the toy, for any other model)
-            "data": ("toy", "hiyouga/geometry3k"),
+            "data": (self.model, "hiyouga/geometry3k"),
             "gradient_checkpointing": (False, True),
             "min_pixels": (None, 262_144),
             "max_pixels": (None, 1_000_000),

@@ -17,6 +17,7 @@ import torch
 from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
+from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError
 from plumbing.pictures import Unusable, open_picture, read_to_the_end, to_rgb
 from plumbing.rows import load_rows, local_splits
@@ -79,7 +80,7 @@ class Data:
 
     def __init__(self, name, split, args, processor, rope_index, option="--data"):
         self.name, self.args, self.processor, self.rope_index, self.option = name, args, processor, rope_index, option
-        self.title = f"{Path(name).name} ({split})" if name == "toy" or not Path(name).is_file() else Path(name).name
+        self.title = f"{Path(name).name} ({split})" if name in EMBEDDED or not Path(name).is_file() else Path(name).name
         self.rows = load_rows(name, split, args.data_revision if name == args.data else "main", option)
         self.folder = Path(name) if Path(name).is_dir() else Path(name).parent
         self.columns = {}
@@ -172,8 +173,8 @@ class Data:
         args, name = self.args, self.args.eval_data or self.name
         splits = local_splits(name)  # of a single one all rows are trained on, whatever it is called
         has_split = len(splits) > 1 and args.eval_split in splits
-        if args.eval_data or name == "toy" or not Path(name).exists() or has_split:
-            split = "test" if name == "toy" else args.eval_split
+        if args.eval_data or name in EMBEDDED or not Path(name).exists() or has_split:
+            split = "test" if name in EMBEDDED else args.eval_split
             return Data(name, split, args, self.processor, self.rope_index, "--eval_data")
         return self.hold_out(min(len(self) // 10, 500), args.seed) if len(self) >= 10 else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 
-from plumbing.arguments import TOY
+from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError, cannot_open
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
@@ -35,10 +35,10 @@ def load_rows(name, split, revision="main", option="--data"):
 
     `option` is the flag that a UserError names.
     """
-    splits = {split: [TOY / f"{split}.parquet"]} if name == "toy" else local_splits(name)
+    splits = {split: [EMBEDDED[name] / f"{split}.parquet"]} if name in EMBEDDED else local_splits(name)
     files = splits.get(split) or next(iter(splits.values()), [])
     try:
-        if name != "toy" and not Path(name).exists():
+        if name not in EMBEDDED and not Path(name).exists():
             if Path(name).suffix in KINDS or name.startswith(("/", "./", "../", "~")):
                 raise FileNotFoundError("there is no such file or folder")
             identifier, _, config = name.partition(":")

@@ -11,8 +11,9 @@ import time
 import pytest
 from helpers import ROOT
 
+import eval
 import grpo
-from plumbing.arguments import SharedArgs
+from plumbing.arguments import SharedArgs, model_source
 from plumbing.commandline import UserError, flag, parse_args
 
 
@@ -129,3 +130,13 @@ def test_under_torchrun_the_first_process_says_it_alone(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")  # torchrun ends it while it waits
     UserError("no")
     assert waited == [3]
+
+
+def test_both_embedded_models_have_the_toys_defaults():
+    """And each its own data; eval.py asks each what it was made for."""
+    plain, faint = vars(SharedArgs()), vars(SharedArgs(model="toy-faint"))
+    differ = {name for name in plain if plain[name] != faint[name]}
+    assert differ == {"model", "data"} and faint["data"] == "toy-faint"
+    assert (eval.Args().benchmarks, eval.Args(model="toy-faint").benchmarks) == ("toy", "toy-faint")
+    assert eval.Args(model="toy-faint").max_response_tokens == 64
+    assert model_source(SharedArgs(model="toy-faint")).endswith("toy/faint/model")

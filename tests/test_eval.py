@@ -17,7 +17,7 @@ import eval as evaluation
 from common import load_model
 from eval import BENCHMARKS, Args, Question, Questions, choose, compare, judge, place_images, scores, sign_test
 from plumbing.answers import Checker
-from plumbing.arguments import INSTRUCTION, TOY, SharedArgs
+from plumbing.arguments import EMBEDDED, INSTRUCTION, TOY, SharedArgs
 from plumbing.checkpoints import State
 from plumbing.commandline import UserError
 from plumbing.data import Data
@@ -214,7 +214,7 @@ def test_rows_of_the_hubs_schema(name, toy, tmp_path, check):
 
 
 def test_every_benchmark_has_a_fixture():
-    assert {*FIXTURES, "toy"} == set(BENCHMARKS)
+    assert {*FIXTURES, *EMBEDDED} == set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -491,7 +491,7 @@ def test_a_broken_row_in_a_hundred_counts_as_wrong(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--benchmarks", "toy,mathvist"], "--benchmarks mathvist is not one of toy, geometry3k"),
+        (["--benchmarks", "toy,mathvist"], "--benchmarks mathvist is not one of toy, toy-faint, geometry3k"),
         (["--samples", 4], "--samples 4 at --temperature 0 are all the same"),
         (["--samples", 0], "--samples 0 must be above 0"),
         (["--rows", 0], "--rows 0 leaves nothing to ask"),

@@ -25,10 +25,11 @@ METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
 
 def test_its_flags_exist():
     classes = [importlib.import_module(name).Args for name in METHODS]
-    classes += [eval.Args, show.TokenArgs, show.CurveArgs]
+    classes += [eval.Args, show.TokenArgs, show.SignalArgs, show.CurveArgs]
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
     known |= {"help", "methods", "no_methods", "repeats", "image_tokens", "gpu"}  # of python and tests/bench.py
     known |= {"report", "check", "no"}  # of toy/compare.py, ruff, pip --no-build-isolation
+    known |= {"world", "seeds", "groups"}  # of toy/
     known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # of torchrun
     assert set(re.findall(r"--([a-z_0-9]+)", PAGES)) <= known
 

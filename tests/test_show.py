@@ -5,16 +5,20 @@ import dataclasses
 import html
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import tiny_group, tiny_model, tiny_prompt
 from PIL import Image
 
 import grpo
+import pepo
 import prpo
 import saei
 import show
@@ -50,6 +54,10 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys):
         (["tokens", "--group_size", "1"], "--group_size 1 leaves no group"),
         (["tokens", "--steps", "3"], "unrecognized arguments: --steps 3"),
         (["tokens", "--model", "/nowhere"], "--model /nowhere cannot be opened"),
+        (["signals", "--model", "/nowhere"], "--model /nowhere cannot be opened"),
+        (["signals", "--prompts", "0"], "--prompts 0 must be above 0"),
+        (["signals", "--output", tmp_path / "no"], "no must be a folder that exists"),
+        (["signals", "--output", tmp_path / "file"], "file must be a folder that exists"),
     ):
         with pytest.raises(SystemExit) as error:
             run_main(monkeypatch, *argv)
@@ -60,11 +68,11 @@ def test_help(monkeypatch, capsys):
     run_main(monkeypatch, "--help")
     text = capsys.readouterr().out
     assert "show.py curves runs/*" in text and "show.py tokens --model" in text
-    for command, own in (("tokens", show.TokenArgs), ("curves", show.CurveArgs)):
+    for command, (own, _) in show.COMMANDS.items():
         with pytest.raises(SystemExit) as end:
             run_main(monkeypatch, command, "--help")
         text = capsys.readouterr().out
-        assert not end.value.code and f"show.py {command}" in text
+        assert not end.value.code and f"show.py {command}" in text and "(data:" not in text
         assert set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) == {f.name for f in dataclasses.fields(own)}
 
 
@@ -77,11 +85,20 @@ def test_its_flags_are_those_that_it_reads():
             read.add(name)
             return super().__getattribute__(name)
 
+    class Signals(show.SignalArgs):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
     args = Args(data=str(TOY / "test.parquet"), prompts=1)
     read.clear()
     show.token_page(args)
     flags = {f.name for f in dataclasses.fields(show.TokenArgs)}
     assert flags - read == {"page"}
+    args = Signals(data=str(TOY / "test.parquet"), prompts=1, group_size=2)
+    read.clear()
+    show.measure_signals(args)
+    assert {f.name for f in dataclasses.fields(show.SignalArgs)} - read == {"output"}
     fixed = {"reshard_while_sampling", "cuda_graphs", "rollout_prompts", "tokens_per_row"}
     assert (read & SharedArgs.__dataclass_fields__.keys()) - flags == fixed
 
@@ -303,3 +320,196 @@ def test_a_browser_shows_it(page, tmp_path, width, dark):
     corner = drawn.getpixel((2, 2))
     assert (max(corner) < 60) if dark else (min(corner) > 240)
     assert len(drawn.resize((200, 200)).getcolors(40_000)) > 500  # text, pictures and colours
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+CERTAIN, OF_TWO, OF_FOUR, LIKE_THE_PICTURE = 20, 21, 22, 23  # what follows each of these tokens; and one more
+
+
+def blind_model():
+    """Layers that add nothing: what follows a token depends on it alone. The picture's state is e_3."""
+    model = tiny_model("qwen2_5_vl")
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embeddings, unit = model.get_input_embeddings().weight, torch.eye(32)
+        embeddings[:] = unit[0]
+        for token, kind in ((OF_TWO, 1), (OF_FOUR, 2), (LIKE_THE_PICTURE, 3)):
+            embeddings[token] = unit[kind]
+        model.model.visual.merger.mlp[2].weight.zero_()
+        model.model.visual.merger.mlp[2].bias[:] = unit[3]
+        logits = torch.full((96, 32), -1000.0)
+        for kind, followers in ((0, 1), (1, 2), (2, 4), (3, 1)):
+            logits[20 : 20 + followers, kind] = 0
+        model.lm_head.weight[:] = logits / 32**0.5  # a final state is the root of 32 long
+    return model
+
+
+def seen_by_the_blind(monkeypatch, lengths=(6,)):
+    """A group [OF_TWO, OF_FOUR, LIKE_THE_PICTURE, CERTAIN ...] of that model, whose views change two of its tokens."""
+    model = blind_model()
+    group = tiny_group(tiny_prompt(model, [(4, 6)]), list(lengths))
+    group.responses[:] = CERTAIN
+    for i, token in enumerate((OF_TWO, OF_FOUR, LIKE_THE_PICTURE)):
+        group.responses[:, i] = token
+    group.accuracy, group.format = torch.zeros(len(lengths)), torch.ones(len(lengths))
+    state = {kind: 32**0.5 * torch.eye(32)[kind] for kind in range(3)}
+
+    def view(row, changes):
+        hidden, start = forward(model, row)[2].clone(), len(row.prompt.input_ids)
+        for token, kind in changes.items() if row.mask.sum() >= 6 else ():
+            hidden[start + token - 1] = state[kind]  # of the first response
+        return hidden
+
+    monkeypatch.setattr(vepo, "noised_hidden", lambda row, *_: view(row, {1: 0, 4: 1}))
+    monkeypatch.setattr(prpo, "perturbed_hidden", lambda row, *_: (view(row, {1: 2, 4: 1}), view(row, {1: 2})))
+
+    attacked = dataclasses.replace(group.prompt, pixel_values=group.prompt.pixel_values + 1)
+    shaken = group.prompt.pixel_values + 2
+    monkeypatch.setattr(saei, "attack", lambda group, run, args: attacked)
+    monkeypatch.setattr(show, "random_step", lambda *_: shaken)
+    plain = show.forward
+
+    def forward_of(model, row, temperature):
+        """Under the attacked picture token 5 is one of four, under the other one token 3 is one of two."""
+        logps, entropy, hidden = plain(model, row, temperature)
+        for pixels, token, kind in ((attacked.pixel_values, 5, 2), (shaken, 3, 1)):
+            if row.prompt.pixel_values is pixels and row.mask.sum() >= 6:
+                hidden, entropy = hidden.clone(), entropy.clone()
+                hidden[len(row.prompt.input_ids) + token - 1] = state[kind]
+                entropy[0, token] = kind * math.log(2)
+        return logps, entropy, hidden
+
+    monkeypatch.setattr(show, "forward", forward_of)
+    tokenizer = SimpleNamespace(decode=lambda ids: {OF_TWO: " see", OF_FOUR: " two", CERTAIN: " So"}.get(ids[0], "."))
+    return group, show.run_of(model, SimpleNamespace(tokenizer=tokenizer))
+
+
+def test_signals_of_a_constructed_model_by_hand(monkeypatch):
+    group, run = seen_by_the_blind(monkeypatch)
+    found = show.group_signals(group, run, show.SignalArgs(), embedded=True)
+    two = math.log(2)  # entropies are 0, ln 2, ln 4, 0, 0, 0; noise makes token 1 certain and token 4 one of two
+    jsd = 0.25 * math.log(2 / 3) + 0.25 * two + 0.5 * math.log(4 / 3)
+    expected = {
+        "response_tokens": 6,
+        "entropy": 3 * two / 6,
+        "jsd": 2 * jsd / 6,
+        "changed_by_noise": (0.5 + 0.5) / 6,
+        "changed_by_attack": 0.75 / 6,  # token 5 was certain, and is one of four
+        "changed_by_random": 0.5 / 6,  # token 3 was certain, and is one of two
+        "missed_by_entropy": 0.5,  # of tokens 1 and 4; by entropy the best two of six are 1 and 2
+        "jsd_kept_by_jsd": 1,
+        "jsd_kept_by_entropy": 0.5,
+        "jsd_kept_by_vepo": 0.5,  # token 4 has entropy 0 and so a score of 0
+        "focus": (5 * 0.5 + 1) / 6,  # cosine 0, but 1 for token 2
+        "focus_and_position": -0.5 / math.sqrt(17.5 * 5 / 6),
+        "kl_strong": 2 * two / 6,  # tokens 1: of two to of four, and 4: certain to of two
+        "kl_weak": two / 6,  # token 1
+        "rvd": 1 / 6,  # token 4
+        "dependent_stable": 1 / 6,
+        "dependent_brittle": 1 / 6,
+        "similarity": 1 / 6,
+        "entropy_lowest": 0,
+        "entropy_middle": 0,
+        "entropy_highest": 1.5 * two,
+        "entropy_lowest_attacked": 0,  # tokens 0 and 3
+        "entropy_lowest_random": two / 2,
+        "entropy_middle_attacked": 2 * two / 2,  # tokens 4 and 5
+        "entropy_middle_random": 0,
+        "entropy_highest_attacked": 1.5 * two,
+        "read_share": 1 / 6,  # " two", token 1
+        "read_entropy": two,
+        "read_jsd": jsd,
+        "read_changed_by_noise": 0.5,
+        "read_kept_by_entropy": 1,
+        "read_kept_by_vepo": 1,
+        "read_kl_weak": two,
+        "words_share": 5 / 6,
+        "words_changed_by_noise": 0.5 / 5,
+        "derived_share": 0,
+        "accuracy": 0,
+        "format": 1,
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-5), name
+    weights = pepo.token_weights(torch.eye(6)[2:3], torch.tensor([[0, two, 2 * two, 0, 0, 0]]), group.mask)
+    assert found["weight_spread"] == pytest.approx(weights.std(correction=0).item(), abs=1e-5)
+    assert math.isnan(found["derived_entropy"]) and math.isnan(found["focus_and_accuracy"])
+    assert "read_share" not in show.group_signals(group, run, show.SignalArgs(), embedded=False)
+
+
+def test_right_and_wrong_responses_by_hand(monkeypatch):
+    """Two responses of 6 and 3 tokens; the second one is right. Also cut into rows, and with garbage on the padding."""
+    group, run = seen_by_the_blind(monkeypatch, (6, 3))
+    group.accuracy = torch.tensor([0.0, 1.0])
+    found = show.group_signals(group, run, show.SignalArgs(), embedded=False)
+    assert found["accuracy"] == 0.5 and found["response_tokens"] == 4.5
+    assert found["similarity_right_minus_wrong"] == pytest.approx(1 / 3 - 1 / 6, abs=1e-5)
+    assert found["entropy_right_minus_wrong"] == pytest.approx(math.log(2) * (3 / 3 - 3 / 6), abs=1e-5)
+    assert found["focus_and_accuracy"] == pytest.approx(1)  # 2/3 of the right one, 7/12 of the wrong one
+    assert [found[f"focus_{b}_wrong"] for b in (0, 3)] == pytest.approx([0.5, 1.0], abs=1e-5)
+    group.responses[~group.mask] = OF_FOUR
+    cut = SimpleNamespace(**vars(show.SignalArgs()), tokens_per_row=1)
+    cut.tokens_per_row = len(group.prompt.input_ids) + 6
+    again = show.group_signals(group, run, cut, embedded=False)
+    assert again == pytest.approx(found, abs=1e-5, nan_ok=True)
+
+
+def test_a_random_step_is_as_large_as_the_attack(toy):
+    """Each pixel moves by 2/255, up as often as down, and stays in [0, 1]."""
+    model, processor = toy
+    args = SharedArgs()
+    data = Data("toy", "test", args, processor, model.model.get_rope_index)
+    prompt = data.prompt(5)  # of two pictures
+    run, image_processor = show.run_of(model, processor), processor.image_processor
+    moved = show.random_step(prompt, run, 0)
+    assert torch.equal(moved, show.random_step(prompt, run, 0)) and moved.shape == prompt.pixel_values.shape
+    sizes = prompt.image_grid_thw.prod(1).tolist()
+    for before, after, grid in zip(prompt.pixel_values.split(sizes), moved.split(sizes), prompt.image_grid_thw):
+        before, after = (saei.unpatchify(pixels, grid, image_processor) for pixels in (before, after))
+        change = (after - before)[(before > 0.01) & (before < 0.99)]
+        assert change.abs().sub(2 / 255).abs().max() < 1e-3 and change.sign().mean().abs() < 0.1
+
+
+def test_intervals_by_hand():
+    assert show.interval([1.0, 3.0, math.nan]) == {
+        "mean": 2.0,
+        "low": pytest.approx(2 - 12.7062, abs=1e-3),
+        "high": pytest.approx(2 + 12.7062, abs=1e-3),
+        "prompts": 2,
+    }
+    assert show.interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "prompts": 1}
+    assert show.interval([]) == {"mean": None, "low": None, "high": None, "prompts": 0}
+
+
+@pytest.mark.parametrize("world", ["toy", "toy-faint"])
+def test_signals_as_a_command(world, tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, "signals", "--model", world, "--prompts", 3, "--group_size", 4, "--output", tmp_path)
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "signals.json").read_text())
+    assert found["model"] == found["data"] == world and found["signals"]["format"]["prompts"] == 3
+    assert show.TITLES.keys() <= found["signals"].keys() and "read_changed_by_noise" in found["signals"]
+    assert all(title in out for title in show.TITLES.values()) and "0.41 (VEPO, Qwen2.5-VL-7B)" in out
+    assert Image.open(tmp_path / "signals.png").width > 1000
+    assert {path.name for path in tmp_path.iterdir()} == {"signals.json", "signals.png"}
+
+
+def test_signals_of_data_without_grammar_or_pictures(tmp_path, monkeypatch, picture_file, capsys):
+    run_main(monkeypatch, "signals", "--model", "toy", "--data", picture_file, "--group_size", 2, "--output", tmp_path)
+    found = json.loads((tmp_path / "signals.json").read_text())["signals"]
+    assert found["accuracy"]["prompts"] == 2 and "read_share" not in found  # the third row has no picture
+    assert "by kind of token" not in capsys.readouterr().out
+    (tmp_path / "text.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": "2"}) + "\n")
+    with pytest.raises(SystemExit) as error:
+        run_main(monkeypatch, "signals", "--data", tmp_path / "text.jsonl", "--output", tmp_path)
+    assert error.value.code == 2 and "has no prompt with a picture" in capsys.readouterr().err
+
+
+def test_the_committed_signals_of_the_faint_world():
+    """The premises that it was built for, as `python show.py signals --model toy-faint` measured them."""
+    found = json.loads((TOY / "faint" / "signals.json").read_text())
+    mean = {name: value["mean"] for name, value in found["signals"].items()}
+    assert mean["missed_by_entropy"] >= 0.35 and mean["read_changed_by_noise"] >= 0.10
+    assert mean["format"] >= 0.995 and 0.30 <= mean["accuracy"] <= 0.50

@@ -1,11 +1,16 @@
-"""Every method on the toy, five seeds each, from the same prompts: reruns what toy/comparison.jsonl does not hold yet.
+"""Every method in both embedded worlds, several seeds each: reruns what toy/comparison.jsonl does not hold yet.
 
-    python toy/compare.py                # about an hour and a half on 2 cores; stop and start it as you like
-    python toy/compare.py --report       # the table and toy/comparison.png, from what is there
+    python toy/compare.py --world toy-faint       # hours on 2 cores; stop and start it as you like
+    python toy/compare.py --report                # the tables and toy/comparison.png, from what is there
 
 Every run: 150 steps of 16 prompts, 8 responses each (12 for SaEI, 6 + 6, and for the GRPO that it is compared with),
 the toy's learning rate, and each method's own constants as its paper has them: nothing was tuned. DAPO leaves groups of
 one mind out and does not replace them, so that all arms sample as many responses. Two runs at a time, one core each.
+
+The main figure is online accuracy: of the sampled responses over the whole run, on prompts that were not seen before,
+the same ones in the same order in every arm with that seed (of the toy's 2,002 the last 25 steps see some again; SaEI:
+of the half that saw the clean picture). It comes for free, and paired by seed it is the least noisy one. Test accuracy
+stands beside it.
 """
 
 import argparse
@@ -16,7 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
@@ -26,11 +31,12 @@ from matplotlib.figure import Figure
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
+from plumbing.arguments import EMBEDDED  # noqa: E402
 from plumbing.commandline import UserError  # noqa: E402
-from plumbing.curves import pooled, student  # noqa: E402
+from plumbing.curves import student  # noqa: E402
 from plumbing.files import write_text  # noqa: E402
 
-ARMS = {  # name: (script and flags, the arm that it is compared with)
+ARMS = {  # name: (arm of toy/arm.py and flags, the arm that it is compared with)
     "GRPO": ("grpo.py", "GRPO"),
     "DAPO": ("grpo.py --clip_high 0.28 --filter_groups --filter_tries 1 --drop_truncated", "GRPO"),
     "VEPO": ("vepo.py", "GRPO"),
@@ -40,67 +46,86 @@ ARMS = {  # name: (script and flags, the arm that it is compared with)
     "top entropy": ("vepo.py --select entropy", "GRPO"),
     "random 20 %": ("vepo.py --select random", "GRPO"),
     "PRPO shuffled": ("prpo.py --shuffle", "GRPO"),
+    "oracle: reads alone": ("oracle", "GRPO"),
     "GRPO, 12": ("grpo.py --group_size 12", "GRPO, 12"),
     "SaEI, 6 + 6": ("saei.py", "GRPO, 12"),
 }
 CONTROLS = [("VEPO", "random 20 %"), ("VEPO", "top entropy"), ("PRPO", "PRPO shuffled")]
-SEEDS, GOAL = range(5), 0.7
-RESULTS = TOY / "comparison.jsonl"
-
-
-COLUMNS = ["reward", "entropy", "response_tokens", "seconds"]
+CONTROLS += [("oracle: reads alone", "top entropy"), ("oracle: reads alone", "VEPO")]
+RESULTS, RUNS = TOY / "comparison.jsonl", TOY.parent / "runs" / "comparison"
+COLUMNS = ["accuracy", "perception", "reasoning", "entropy", "response_tokens", "seconds"]
+recording = threading.Lock()
+WINDOW = 30  # the last steps, that perception and reasoning are averaged over
 
 
 def compact(lines):
     """What is kept of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
-    steps = [line for line in lines if "reward" in line]
+    steps = [line | {"accuracy": line.get("accuracy_clean", line["accuracy"])} for line in lines if "reward" in line]
     columns = {name: [float(f"{line[name]:.4g}") for line in steps] for name in COLUMNS}
     tests = [[line["step"], round(line["eval_accuracy"], 4)] for line in lines if "eval_accuracy" in line]
     return columns | {"evaluations": tests}
 
 
-def metrics(record):
-    """The lines of metrics.jsonl that a record was made of."""
-    steps = [{"step": i, **dict(zip(COLUMNS, row))} for i, row in enumerate(zip(*(record[c] for c in COLUMNS)), 1)]
-    tests = [{"step": step, "eval_accuracy": accuracy} for step, accuracy in record["evaluations"]]
-    return sorted(steps + tests, key=lambda line: (line["step"], "eval_accuracy" in line))
-
-
 def records():
+    """All that was recorded. The first 55 runs, of the toy, hold no accuracy but rewards: 0.9 accuracy + 0.1 format."""
     try:
-        return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+        found = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     except ValueError as error:
         raise UserError(f"{RESULTS} is broken ({error}): take the broken line out, its run is made again.") from None
+    for record in found:
+        world, arm = record.get("world"), record.get("arm")
+        if world not in EMBEDDED or arm not in ARMS:
+            raise UserError(f"{RESULTS} has a run of {arm} in {world}: there is no such arm.")
+        if "accuracy" not in record:
+            record["accuracy"] = [(reward - 0.1) / 0.9 for reward in record["reward"]]  # 99.9 % are in the right format
+    return found
 
 
-def one(arm, seed, core):
-    """Runs an arm with a seed on one core; returns its record."""
+def one(world, arm, seed, core):
+    """Runs an arm with a seed on one core; adds its record to the others, and returns it."""
     script, *flags = ARMS[arm][0].split()
-    output = TOY.parent / "runs" / "comparison" / f"{arm.replace(' ', '_')}-{seed}"
-    command = [sys.executable, str(TOY.parent / script), *flags, "--seed", str(seed), "--output", str(output)]
-    command += ["--show_every", "0", *(["--resume"] if (output / "last").exists() else [])]
+    name = "".join(c if c.isalnum() else "_" for c in arm)
+    output = RUNS / f"{world}-{name}-{seed}"
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("arm.py")),
+        script,
+        *flags,
+        "--model",
+        world,
+        "--seed",
+        str(seed),
+    ]
+    command += ["--output", str(output), "--eval_every", "75", "--show_every", "0"]
+    command += ["--resume"] if (output / "last").exists() else []
     with open(output.parent / f"{output.name}.log", "w") as log:
         pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if hasattr(os, "sched_setaffinity") else {}
-        code = subprocess.run(command, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pin).returncode
+        code = subprocess.run(
+            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pin
+        ).returncode
     if code:
         raise UserError(f"{arm}, seed {seed} ended with exit code {code}: {log.name} says why; then start again.")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    with recording:  # before the run's folder goes, and whatever happens to the other runs
+        record = {"world": world, "arm": arm, "seed": seed, **compact(lines)}
+        known = RESULTS.read_text() if RESULTS.exists() else ""
+        write_text(RESULTS, known + json.dumps(record, separators=(",", ":")) + "\n")
     shutil.rmtree(output)
-    return {"arm": arm, "seed": seed, **compact(lines)}
+    return record
 
 
-def run(jobs):
-    (TOY.parent / "runs" / "comparison").mkdir(parents=True, exist_ok=True)
-    done = {(record["arm"], record["seed"]) for record in records()}
-    left = [(arm, seed) for seed in SEEDS for arm in ARMS if (arm, seed) not in done]
-    cores = Queue()
-    for core in range(jobs):
-        cores.put(core % os.cpu_count())
+def run(world, seeds, jobs):
+    RUNS.mkdir(parents=True, exist_ok=True)
+    done = {(record["world"], record["arm"], record["seed"]) for record in records()}
+    left = [(arm, seed) for seed in range(seeds) for arm in ARMS if (world, arm, seed) not in done]
+    cores, free = Queue(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    for job in range(jobs):
+        cores.put(free[job % len(free)])
 
     def task(arm, seed):
         core = cores.get()
         try:
-            return one(arm, seed, core)
+            return one(world, arm, seed, core)
         finally:
             cores.put(core)
 
@@ -108,33 +133,24 @@ def run(jobs):
     try:
         for future in as_completed([pool.submit(task, *what) for what in left]):
             record = future.result()
-            lines = [json.dumps(line, separators=(",", ":")) + "\n" for line in [*records(), record]]
-            write_text(RESULTS, "".join(lines))
-            print(f"{record['arm']:16s} seed {record['seed']}  {record['evaluations'][-1][1]:.1%}", flush=True)
+            print(f"{record['arm']:20s} seed {record['seed']}  {online(record):.1f} % online", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # after a failure the runs that have begun end, and no other begins
 
 
-def steps_to(goal, points):
-    """The step at which accuracy first reaches the goal, between two evaluations by a straight line; None if never.
-
-    >>> steps_to(0.75, [(0, 0.5), (20, 0.5), (40, 1.0)])
-    30.0
-    """
-    for (a, low), (b, high) in zip(points, points[1:]):
-        if low < goal <= high:
-            return a + (b - a) * (goal - low) / (high - low)
-    return None
+def online(record):
+    """Accuracy of the sampled responses over the whole run, %."""
+    return 100 * statistics.fmean(record["accuracy"])
 
 
-def over_the_run(points):
-    """The mean accuracy of a run: the area under its evaluations, joined by straight lines, over its steps.
+def tested(record):
+    """Test accuracy after the last step, %."""
+    return 100 * record["evaluations"][-1][1]
 
-    >>> over_the_run([(0, 0.5), (20, 0.5), (40, 1.0)])
-    0.625
-    """
-    area = sum((b - a) * (low + high) / 2 for (a, low), (b, high) in zip(points, points[1:]))
-    return area / (points[-1][0] - points[0][0])
+
+def late(name):
+    """Of a column, the mean over the last steps, %; None where it was not recorded."""
+    return lambda record: 100 * statistics.fmean(record[name][-WINDOW:]) if name in record else None
 
 
 def interval(values):
@@ -144,87 +160,143 @@ def interval(values):
     return values.mean().item(), half
 
 
-def gain(arm, base):
-    """Points of accuracy of one arm over another, at the end and over the run: two intervals of paired differences.
+def differences(arm, base, measure):
+    """Of two arms, {seed: record}, the differences of a measure on the seeds that both have."""
+    return [measure(arm[seed]) - measure(base[seed]) for seed in sorted(arm.keys() & base.keys())]
 
-    Both are {seed: record}.
+
+def p_value(values, cells=100_000):
+    """Two-sided, of Student's t test that the mean of some values is 0; NaN where there is only one.
+
+    >>> round(p_value([1.0, 2.0, 3.0]), 4)
+    0.0742
     """
-    pairs = [(arm[seed]["evaluations"], base[seed]["evaluations"]) for seed in sorted(arm.keys() & base.keys())]
-    return (
-        interval([100 * (a[-1][1] - b[-1][1]) for a, b in pairs]),
-        interval([100 * (over_the_run(a) - over_the_run(b)) for a, b in pairs]),
-    )
+    values, degrees = torch.tensor(values, dtype=torch.float64), len(values) - 1
+    if degrees < 1:
+        return math.nan
+    t = (values.mean() / values.std().clamp(min=1e-12) * math.sqrt(len(values))).abs().item()
+    angles = (torch.arange(cells, dtype=torch.float64) + 0.5) * math.pi / 2 / cells  # t = sqrt(degrees) tan(angle)
+    density = angles.cos() ** (degrees - 1)
+    return (density[angles > math.atan(t / math.sqrt(degrees))].sum() / density.sum()).item()
+
+
+def holm(values):
+    """Holm's correction of {name: p value} for their number; NaN is not tested, and stays.
+
+    >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    {'a': 0.03, 'c': 0.06, 'b': 0.06}
+    """
+    tested = {name: p for name, p in values.items() if not math.isnan(p)}
+    found, least = {}, 0.0
+    for i, name in enumerate(sorted(tested, key=tested.get)):
+        least = max(least, min(1.0, (len(tested) - i) * tested[name]))
+        found[name] = least
+    return found | {name: p for name, p in values.items() if name not in tested}
 
 
 def report():
-    """Prints a Markdown table of all arms, and draws it.
+    """Prints a Markdown table for each world, and draws both.
 
-    `paired`: points of accuracy against the arm's GRPO, seed by seed; ±: 95 % interval; seconds: the median ratio.
+    `paired`: points of accuracy against the arm's GRPO, seed by seed; ±: 95 % interval, of this comparison alone; p:
+    of online accuracy, after Holm's correction for all comparisons of a world, those of CONTROLS among them; perception
+    and reasoning: of the last steps.
     """
-    found, gains = defaultdict(dict), {}
-    for record in sorted(records(), key=lambda record: [*ARMS].index(record["arm"])):
-        found[record["arm"]][record["seed"]] = record
-    print(f"| arm | seeds | accuracy at the end | paired | over the run, paired | steps to {GOAL:.0%} | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for arm, (_, base) in ARMS.items():
-        seeds = sorted(found[arm].keys() & found[base].keys())
-        if not seeds:
-            continue
-        tests = [found[arm][seed]["evaluations"] for seed in seeds]
-        mean, half = interval([points[-1][1] for points in tests])
-        differences = ["-", "-"]
-        if arm != base:
-            gains[arm] = gain(found[arm], found[base])
-            differences = [f"{points:+.1f} ± {error:.1f}" for points, error in gains[arm]]
-        reached = [step for points in tests if (step := steps_to(GOAL, points))]
-        step = f"{interval(reached)[0]:.0f} ± {interval(reached)[1]:.0f}" if len(reached) > 1 else "-"
-        step += f" ({len(reached)} of {len(seeds)} seeds)" if len(reached) < len(seeds) else ""
-        slower = [sum(found[arm][seed]["seconds"]) / sum(found[base][seed]["seconds"]) for seed in seeds]
-        accuracy = f"{100 * mean:.1f} ± {100 * half:.1f} %"
-        cells = [arm, len(seeds), accuracy, *differences, step, f"{statistics.median(slower):.2f}"]
-        print(f"| {' | '.join(map(str, cells))} |")
-    for arm, base in CONTROLS:
-        if found[arm].keys() & found[base].keys():
-            end, whole = (f"{points:+.1f} ± {error:.1f}" for points, error in gain(found[arm], found[base]))
-            print(f"{arm} against {base}: {end} at the end, {whole} over the run")
-    runs = {arm: [metrics(r) for r in seeds.values()] for arm, seeds in found.items() if seeds}
-    draw(runs, gains)
+    gains = {}
+    for world in EMBEDDED:
+        found = {arm: {} for arm in ARMS}
+        for record in records():
+            if record["world"] == world:
+                found[record["arm"]][record["seed"]] = record
+        pairs = {arm: (found[arm], found[base]) for arm, (_, base) in ARMS.items()}
+        pairs = {arm: pair for arm, pair in pairs.items() if pair[0].keys() & pair[1].keys()}
+        own = {arm: pair for arm, pair in pairs.items() if ARMS[arm][1] != arm}  # all but the baselines
+        controls = {(arm, other): (found[arm], found[other]) for arm, other in CONTROLS}
+        controls = {names: pair for names, pair in controls.items() if pair[0].keys() & pair[1].keys()}
+        tests = {name: differences(*pair, online) for name, pair in (own | controls).items()}
+        corrected = holm({name: p_value(values) for name, values in tests.items()})
+        gains[world] = {arm: interval(differences(*pair, online)) for arm, pair in own.items()}
+        print(f"\n| {world} | seeds | online, % | paired | p | test, % | paired | perception | reasoning |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for arm, (seeds, base) in pairs.items():
+            gain, paired = "{:+.1f} ± {:.1f}".format, {online: "-", tested: "-"}
+            if arm in own:
+                paired = {measure: gain(*interval(differences(seeds, base, measure))) for measure in paired}
+            cells = [arm, len(seeds.keys() & base.keys()), mean_of(seeds, online), paired[online]]
+            cells += [f"{corrected[arm]:.2g}" if arm in own else "-", mean_of(seeds, tested), paired[tested]]
+            cells += [mean_of(seeds, late(name)) for name in ("perception", "reasoning")]
+            print(f"| {' | '.join(map(str, cells))} |")
+        for names in controls:
+            mean, half = interval(tests[names])
+            print(f"{' against '.join(names)}: {mean:+.1f} ± {half:.1f} online, p = {corrected[names]:.2g}")
+    draw(gains)
 
 
-def draw(runs, gains):
-    """toy/comparison.png: accuracy of {arm: [metrics of a seed]}, and what {arm: (at the end, over the run)} gains."""
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=[1.25, 1])
-    for i, (arm, seeds) in enumerate(runs.items()):
-        colour, line = ("black", "-:"[arm == "GRPO, 12"]) if arm not in gains else (f"C{i % 10}", "-")
-        steps, _, mean, half = pooled(seeds, "eval_accuracy")
-        top.plot(steps, 100 * mean, line, color=colour, label=arm, linewidth=1.3)
-        if arm == "GRPO":
-            top.fill_between(steps, 100 * (mean - half), 100 * (mean + half), color=colour, alpha=0.12, linewidth=0)
-        if arm in gains:
-            for (points, error), shift, fill in zip(gains[arm], (-0.15, 0.15), ("none", "full")):
-                bottom.errorbar(points, i + shift, xerr=error, fmt="o", color=colour, capsize=3, fillstyle=fill)
-    top.set_title("test accuracy, %: mean of the seeds, and GRPO's 95 % band", fontsize=10)
-    top.set_xlabel("step")
-    top.legend(fontsize=8, ncols=2)
-    bottom.axvline(0, color="black", linewidth=1)
-    bottom.set_yticks([i for i, arm in enumerate(runs) if arm in gains], [arm for arm in runs if arm in gains])
-    bottom.invert_yaxis()
-    bottom.set_title("points against its GRPO, 95 %; full: over the run, hollow: at the end", fontsize=10)
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-    figure.savefig(TOY / "comparison.png", dpi=150)
+def mean_of(seeds, measure):
+    """Mean and interval of a measure over {seed: record}, as text; a dash where it was not recorded."""
+    known = [value for value in map(measure, seeds.values()) if value is not None]
+    return "{:.1f} ± {:.1f}".format(*interval(known)) if known else "-"
+
+
+PREMISES = {  # name in signals.json: what it is
+    "missed_by_entropy": "top JSD missed\nby entropy",
+    "read_kept_by_entropy": "reads kept\nby entropy",
+    "read_kept_by_vepo": "reads kept\nby VEPO",
+    "read_changed_by_noise": "reads changed\nby noise",
+}
+COLOURS = {"read": "#8e6bd1", "derived": "#3d8bd9", "words": "#d8d8d8"}
+
+
+def draw(gains):
+    """toy/comparison.png, one column a world: premises, where the gradient comes from, and {world: {arm: its gain}}."""
+    figure = Figure(figsize=(11, 11), layout="constrained")
+    panels, credit = figure.subplots(3, len(EMBEDDED), height_ratios=[0.8, 1, 1]), measured(TOY / "credit.json")
+    for (top, middle, bottom), (world, folder) in zip(panels.T, EMBEDDED.items()):
+        signals = measured(folder / "signals.json").get("signals", {})
+        for i, name in enumerate(PREMISES if signals else ()):
+            low, mean, high = (100 * signals[name][side] for side in ("low", "mean", "high"))
+            top.bar(i, mean, yerr=[[mean - low], [high - mean]], capsize=3, color="#8e6bd1")
+        top.plot([-0.4, 0.4], [41, 41], color="black", linestyle=":", linewidth=1.5)  # VEPO's paper, on a 7B
+        top.set_xticks(range(len(PREMISES)), PREMISES.values(), fontsize=8)
+        top.set(ylim=(0, 100), title=f"{world}: premises, % (dotted: VEPO's paper, 7B)")
+        arms = credit.get(world, {}).get("arms", {})
+        left = [0.0] * len(arms)
+        for kind, colour in COLOURS.items():
+            widths = [100 * values[f"share_{kind}"][0] for values in arms.values()]
+            middle.barh(range(len(arms)), widths, left=left, color=colour, label=kind)
+            left = [a + b for a, b in zip(left, widths)]
+        middle.set_yticks(range(len(arms)), arms, fontsize=8)
+        middle.set_title("share of the squared gradient norm, %, by kind of token")
+        middle.invert_yaxis()
+        middle.legend(fontsize=8, loc="lower right")
+        for i, (mean, half) in enumerate(gains[world].values()):
+            bottom.errorbar(mean, i, xerr=half, fmt="o", color="#3d8bd9", capsize=3)
+        bottom.axvline(0, color="black", linewidth=1)
+        bottom.set_yticks(range(len(gains[world])), gains[world], fontsize=8)
+        bottom.invert_yaxis()
+        bottom.set_title("points of online accuracy against its GRPO, 95 %")
+        for axes in (top, middle, bottom):
+            axes.title.set_fontsize(10)
+            axes.grid(alpha=0.3)
+    figure.savefig(TOY / "comparison.png", dpi=130)
+
+
+def measured(path):
+    """A file of measurements; {} where it was not made yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="no run, only the table and the picture")
+    parser.add_argument("--world", choices=[*EMBEDDED], default="toy-faint", help="that runs are made in")
+    parser.add_argument("--seeds", type=int, default=8, help="of each arm")
+    parser.add_argument("--report", action="store_true", help="no run, only the tables and the picture")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     options = parser.parse_args()
-    if options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs} must be above 0.")
+    for name in ("jobs", "seeds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be above 0.")
     if not options.report:
-        run(options.jobs)
+        run(options.world, options.seeds, options.jobs)
     report()
 
 

@@ -1,15 +1,13 @@
-"""Builds the toy: a real Qwen2.5-VL of 1.1M parameters, its tokenizer, its picture puzzles, and a short warm-up.
+"""Builds an embedded world: a real Qwen2.5-VL of 1.1M parameters, its tokenizer, its picture puzzles, a short warm-up.
 
-    python toy/make.py            # about 10 minutes on 2 cores; rewrites toy/model and toy/*.parquet from --seed
+    python toy/make.py                      # about 10 minutes on 2 cores; rewrites the model and the tables of toy
+    python toy/make.py --world toy-faint    # about 10 minutes; goes on from the model of toy
 
-The pictures are grids of coloured shapes, one cell per image token. The puzzles ask for counts, sums, differences,
-comparisons and choices, over one picture, two pictures or none. A response reads the picture first (counts: tokens that
-depend on the image) and reasons about what it read next (arithmetic: tokens that do not):
-
-    <think>I count 2 red shapes and 3 blue circles. So 2 + 3 = 5.</think> \\boxed{5}
-
-The warm-up is supervised, in two phases. Clean answers teach the model to see and to write the format. Then a teacher
-who miscounts leaves a policy that can see but does not trust its eyes, and that reinforcement learning can put right.
+What the worlds are stands in toy/worlds.py. The warm-up is supervised. Clean answers teach the model to see and to
+write the format. Then a teacher who miscounts leaves a policy that can see but does not trust its eyes, and that
+reinforcement learning can put right. In the faint world a model of 1.1M parameters does not learn to count from
+nothing: it begins with the toy's weights, and its vision tower learns to say of faint pictures what the toy's says of
+the same scenes in bold colours.
 """
 
 import argparse
@@ -22,8 +20,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as Pillow
-from PIL import ImageDraw
 from tqdm import tqdm
 from transformers import (
     Qwen2_5_VLConfig,
@@ -34,147 +30,31 @@ from transformers import (
 )
 
 TOY = Path(__file__).resolve().parent
-sys.path.insert(0, str(TOY.parent))
-from common import image_only  # noqa: E402
-from plumbing.arguments import INSTRUCTION  # noqa: E402
+sys.path[:0] = [str(TOY), str(TOY.parent)]
+from worlds import CELL, COLOURS, SHAPES, WORLDS, conclude, draw_scene, paint_faint, paint_plain  # noqa: E402
+
+from common import image_only, load_model, load_processor  # noqa: E402
+from plumbing.arguments import EMBEDDED, INSTRUCTION  # noqa: E402
 from plumbing.data import prompt_text  # noqa: E402  (the warm-up sees exactly the prompts that training builds)
-
-CELL = 28  # pixels; patch 14, merged 2 x 2: one cell is one image token
-COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 255), "yellow": (241, 196, 15)}
-SHAPES = ["circle", "square", "triangle"]
-GRIDS = [(2, 2), (2, 3), (3, 2), (3, 3)]
-FAMILIES = ["count", "sum", "difference", "compare", "choice", "pictures", "text"]
+from plumbing.kinds import NUMBERS  # noqa: E402
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+def write_parquet(path, puzzles):
+    """A table in the schema of hiyouga/geometry3k, with two more columns: family, and the true numbers to be read."""
 
-
-def draw_scene(rng):
-    """A picture and the list of (colour, shape) in it. The grid's size varies, so pictures have different sizes."""
-    rows, columns = rng.choice(GRIDS)
-    background = rng.randint(235, 255)
-    picture = Pillow.new("RGB", (columns * CELL, rows * CELL), (background,) * 3)
-    pen, things, cells = ImageDraw.Draw(picture), [], []
-    density = rng.uniform(0.4, 0.95)
-    for cell in range(rows * columns):
-        if rng.random() > density:
-            cells.append(None)
-            continue
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        things.append((colour, shape))
-        cells.append((colour, shape))
-        size = rng.randint(14, 22)
-        x = (cell % columns) * CELL + rng.randint(2, CELL - size - 2)
-        y = (cell // columns) * CELL + rng.randint(2, CELL - size - 2)
-        fill = tuple(max(0, min(255, value + rng.randint(-20, 20))) for value in COLOURS[colour])
-        if shape == "circle":
-            pen.ellipse([x, y, x + size, y + size], fill=fill)
-        elif shape == "square":
-            pen.rectangle([x, y, x + size, y + size], fill=fill)
-        else:
-            pen.polygon([(x + size // 2, y), (x, y + size), (x + size, y + size)], fill=fill)
-    return picture, things, cells
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Puzzles: a question about what is in the picture, and a response that reads first and reasons next
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def description(rng):
-    """What to count: its words, and the test that a (colour, shape) must pass."""
-    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-    kind = rng.choice(["colour", "colour", "shape", "both"])
-    if kind == "colour":
-        return f"{colour} shapes", lambda thing: thing[0] == colour
-    if kind == "shape":
-        return f"{shape}s", lambda thing: thing[1] == shape
-    return f"{colour} {shape}s", lambda thing: thing == (colour, shape)
-
-
-def puzzle(rng, family):
-    """Images, problem, true counts, and `solve(counts) -> (thought, answer)`, for right counts or wrong ones."""
-    pictures, scenes, _ = zip(*[draw_scene(rng) for _ in range(2 if family == "pictures" else 1)])
-    (one, is_one), (two, is_two) = description(rng), description(rng)
-    while two == one:
-        two, is_two = description(rng)
-    counts = [sum(map(is_one, scenes[0])), sum(map(is_two, scenes[0]))]
-    seen = "I count {} " + one + " and {} " + two + ". "
-
-    if family == "count":
-        problem, counts = f"<image>How many {one} are there?", counts[:1]
-
-        def solve(a):
-            return f"I count {a} {one}.", a
-    elif family == "sum":
-        problem = f"<image>How many {one} and {two} are there together, each kind counted by itself?"
-
-        def solve(a, b):
-            return seen.format(a, b) + f"So {a} + {b} = {a + b}.", a + b
-    elif family == "difference":
-        if counts[0] < counts[1]:
-            one, two, counts = two, one, counts[::-1]
-            seen = "I count {} " + one + " and {} " + two + ". "
-        problem = f"<image>How many more {one} than {two} are there?"
-
-        def solve(a, b):
-            return seen.format(a, b) + f"So {a} - {b} = {a - b}.", a - b
-    elif family == "compare":
-        problem = f"<image>Are there more {one} than {two}?"
-
-        def solve(a, b):
-            return seen.format(a, b) + f"So {a} > {b} is {'true' if a > b else 'false'}.", "yes" if a > b else "no"
-    elif family == "choice":
-        names = rng.sample(list(COLOURS), 3)
-        counts = [sum(colour == name for colour, _ in scenes[0]) for name in names]
-        if sorted(counts)[-1] == sorted(counts)[-2]:  # a tie for the most common colour: draw another picture
-            return puzzle(rng, family)
-        options = " ".join(f"({letter}) {name}" for letter, name in zip("ABC", names))
-        problem = f"<image>Which colour is the most common? {options}"
-
-        def solve(*numbers):
-            best = max(range(3), key=lambda i: numbers[i])
-            counted = ", ".join(f"{n} {name}" for n, name in zip(numbers, names))
-            return f"I count {counted}. So the most common is {names[best]}.", "ABC"[best]
-    elif family == "pictures":
-        problem = f"<image><image>How many {one} are there in the two pictures together?"
-        counts = [sum(map(is_one, scene)) for scene in scenes]
-
-        def solve(a, b):
-            return f"I count {a} in the first and {b} in the second. So {a} + {b} = {a + b}.", a + b
-    else:
-        pictures, counts = [], [rng.randint(0, 9), rng.randint(0, 9)]
-        problem = f"A box holds {counts[0]} {one} and {counts[1]} {two}. How many things does it hold?"
-
-        def solve(a, b):
-            return f"The box holds {a} {one} and {b} {two}. So {a} + {b} = {a + b}.", a + b
-
-    return {"images": list(pictures), "problem": problem, "counts": counts, "solve": solve}
-
-
-def response(thought, answer):
-    return f"<think>{thought}</think> \\boxed{{{answer}}}"
-
-
-def rows(seed, count):
-    """`count` puzzles of all families in turn, in the schema of hiyouga/geometry3k."""
-    rng = random.Random(seed)
-    for i in range(count):
-        made = puzzle(rng, FAMILIES[i % len(FAMILIES)])
-        yield {**made, "answer": str(made["solve"](*made["counts"])[1])}
-
-
-def write_parquet(path, made):
     def png(picture):
         buffer = io.BytesIO()
         picture.save(buffer, "PNG", optimize=True)
         return {"bytes": buffer.getvalue(), "path": None}
 
-    features = Features({"images": List(Image()), "problem": Value("string"), "answer": Value("string")})
-    table = [{"images": [png(p) for p in r["images"]], "problem": r["problem"], "answer": r["answer"]} for r in made]
-    Dataset.from_list(table, features=features).to_parquet(path)
+    def row(made):
+        images, answer = [png(picture) for picture in made.pictures], conclude(made.family, made.counts)
+        own = {"family": made.family, "reads": made.counts}
+        return {"images": images, "problem": made.problem, "answer": answer, **own}
+
+    text, reads = Value("string"), List(Value("int8"))
+    features = {"images": List(Image()), "problem": text, "answer": text, "family": text, "reads": reads}
+    Dataset.from_list([row(made) for made in puzzles], features=Features(features)).to_parquet(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +79,7 @@ CHAT_TEMPLATE = (  # Qwen2.5-VL's, word for word
 )
 
 
-def make_processor(texts, vocabulary=448):
+def make_processor(texts, vocabulary):
     tokenizer = Qwen2Tokenizer().train_new_from_iterator([texts], vocabulary, new_special_tokens=SPECIAL)
     tokenizer = Qwen2Tokenizer(
         vocab=json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"],
@@ -288,23 +168,62 @@ def see(model, processor, rng, steps):
     probe, tower = torch.nn.Linear(model.config.text_config.hidden_size, len(names)), model.model.visual
 
     def loss_of():
-        pictures, _, cells = zip(*[draw_scene(rng) for _ in range(48)])
-        inputs = processor.image_processor(list(pictures), return_tensors="pt")
-        logits = probe(tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output)
-        labels = torch.tensor([names.index(cell) for scene in cells for cell in scene])
+        scenes = [draw_scene(rng) for _ in range(48)]
+        logits = probe(image_states(tower, processor, map(paint_plain, scenes)))
+        labels = torch.tensor([names.index(cell and cell[:2]) for scene in scenes for cell in scene.cells])
         return torch.nn.functional.cross_entropy(logits, labels)
 
     train([*tower.parameters(), *probe.parameters()], steps, 2e-3, "see", loss_of)
 
 
-def answer(model, processor, puzzles, steps, peak, name, reported=lambda counts: counts):
-    """Next-token prediction on responses that report `reported(true counts)` and reason on from there."""
+def image_states(tower, processor, pictures):
+    """What a vision tower makes of pictures: (image tokens of all of them, D)."""
+    inputs = processor.image_processor(list(pictures), return_tensors="pt")
+    return tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+
+
+def begin_with(model, processor, bold, bold_processor):
+    """Weights of the model for bold pictures: embeddings of the tokens that both have, and digits' for number words."""
+    tokens, old = processor.tokenizer.get_vocab(), bold_processor.tokenizer.get_vocab()
+    weights, own = bold.state_dict(), model.state_dict()
+    known = {token: token for token in tokens if token in old}
+    known |= {f"\u0120{word}": str(i) for i, word in enumerate(NUMBERS[:10])}  # \u0120: the tokenizer's space
+    for name in [name for name in own if own[name].shape != weights[name].shape]:  # embeddings and head, tied
+        rows = weights[name].mean(0) + 0.6 * weights[name].std(0) * torch.randn(own[name].shape)
+        for token, same in known.items():
+            rows[tokens[token]] = weights[name][old[same]]
+        weights[name] = rows
+    model.load_state_dict(weights)
+    model.tie_weights()
+
+
+def see_faint(model, bold, processor, rng, steps):
+    """The vision tower learns to say of faint pictures what the model for bold ones says of the same scenes."""
+    tower, teacher, done = model.model.visual, bold.model.visual, iter(range(steps))
 
     def loss_of():
-        batch = [next(puzzles) for _ in range(32)]
-        prompts = [prompt_text(processor, made["problem"], INSTRUCTION) for made in batch]
-        answers = [response(*made["solve"](*reported(made["counts"]))) + "<|im_end|>" for made in batch]
-        images = [picture for made in batch for picture in made["images"]]
+        scenes, easy = [draw_scene(rng, 0.4, 1.0) for _ in range(40)], 50 * max(0, 1 - next(done) / (0.3 * steps))
+        with torch.no_grad():
+            wanted = image_states(teacher, processor, map(paint_plain, scenes))
+        got = image_states(tower, processor, [paint_faint(scene, rng, easy) for scene in scenes])
+        return (got - wanted).square().mean() / wanted.var(0).mean()
+
+    train(list(tower.parameters()), steps, 2e-3, "see", loss_of)
+
+
+def answer(model, processor, puzzles, words, steps, peak, name, rng, reported=list, weight=1.0, size=32):
+    """Next-token prediction on `size` responses that report `reported(true counts)` and reason on from there.
+
+    `words`: numbers in words; `weight`: of a token that is a number, in the mean.
+    """
+    vocabulary = processor.tokenizer.get_vocab()
+    numbers = torch.tensor([i for token, i in vocabulary.items() if token.strip("\u0120") in [*"0123456789", *NUMBERS]])
+
+    def loss_of():
+        batch = [next(puzzles) for _ in range(size)]
+        prompts = [prompt_text(processor, made.problem, INSTRUCTION) for made in batch]
+        answers = [made.response(reported(made.counts), rng, words) + "<|im_end|>" for made in batch]
+        images = [picture for made in batch for picture in made.pictures]
         texts = [prompt + text for prompt, text in zip(prompts, answers)]
         inputs = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].clone()
@@ -312,8 +231,10 @@ def answer(model, processor, puzzles, steps, peak, name, reported=lambda counts:
             end = int(inputs["attention_mask"][row].sum())
             labels[row, : end - len(processor.tokenizer(text).input_ids)] = -100
             labels[row, end:] = -100
-        logits = model(**inputs).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        logits, labels = model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        weights = (labels != -100) * torch.where(torch.isin(labels, numbers), weight, 1.0)
+        return (losses * weights).sum() / weights.sum()
 
     train(list(model.parameters()), steps, peak, name, loss_of)
 
@@ -323,34 +244,55 @@ def miscount(rng, rate):
     return lambda counts: [max(0, n + rng.choice([-1, 1])) if rng.random() < rate else n for n in counts]
 
 
+VOCABULARY = {"toy": 448, "toy-faint": 560}
+STEPS = {"toy": (200, 2600, 200), "toy-faint": (1000, 4500, 1000)}  # of the phases see, answer, doubt
+MISCOUNTS = {"toy": 0.6, "toy-faint": 0.25}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=[*WORLDS], default="toy")
     parser.add_argument("--seed", type=int, default=0, help="of pictures, puzzles, weights and warm-up")
-    parser.add_argument("--see_steps", type=int, default=200, help="steps of the vision tower alone")
-    parser.add_argument("--answer_steps", type=int, default=2600, help="steps on right answers")
-    parser.add_argument("--doubt_steps", type=int, default=200, help="steps on answers from miscounts")
-    parser.add_argument("--miscounts", type=float, default=0.6, help="share of counts that the last teacher gets wrong")
-    parser.add_argument("--output", type=Path, default=TOY, help="folder for model/, train.parquet and test.parquet")
+    parser.add_argument("--see_steps", type=int, help=f"steps of the vision tower alone {STEPS}")
+    parser.add_argument("--answer_steps", type=int, help="steps on right answers")
+    parser.add_argument("--doubt_steps", type=int, help="steps on answers from miscounts")
+    parser.add_argument("--miscounts", type=float, help=f"share of counts that the last teacher gets wrong {MISCOUNTS}")
+    parser.add_argument("--output", type=Path, help="folder for model/, train.parquet and test.parquet (toy/...)")
     args = parser.parse_args()
+    world, output = WORLDS[args.world], args.output or EMBEDDED[args.world]
+    given = args.see_steps, args.answer_steps, args.doubt_steps
+    see_steps, answer_steps, doubt_steps = [d if g is None else g for g, d in zip(given, STEPS[args.world])]
+    rate = MISCOUNTS[args.world] if args.miscounts is None else args.miscounts
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
-    train_rows, test_rows = list(rows(f"{args.seed} train", 2002)), list(rows(f"{args.seed} test", 504))
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_parquet(args.output / "train.parquet", train_rows)
-    write_parquet(args.output / "test.parquet", test_rows)
+    rng, say = random.Random(args.seed), random.Random(f"{args.seed} words")
+    train_rows = list(world.puzzles(f"{args.seed} train", world.train))
+    output.mkdir(parents=True, exist_ok=True)
+    write_parquet(output / "train.parquet", train_rows)
+    write_parquet(output / "test.parquet", world.puzzles(f"{args.seed} test", world.test))
 
     head = "You are a helpful assistant. " + INSTRUCTION + " "
     texts = [
-        head + made["problem"].replace("<image>", "") + response(*made["solve"](*made["counts"])) for made in train_rows
+        head + made.problem.replace("<image>", "") + made.response(made.counts, say, world.words) for made in train_rows
     ]
-    processor = make_processor(texts)
+    texts += [" " + " ".join(NUMBERS)] * (300 if world.words else 0)  # often enough for each to be a token
+    processor = make_processor(texts, VOCABULARY[args.world])
     model = make_model(processor.tokenizer)
-    puzzles = rows(f"{args.seed} warm-up", sys.maxsize)  # endless, and never those of the two files
-    see(model, processor, rng, args.see_steps)
-    answer(model, processor, puzzles, args.answer_steps, 1e-3, "answer")
-    answer(model, processor, puzzles, args.doubt_steps, 3e-4, "doubt", miscount(rng, args.miscounts))
-    model.save_pretrained(args.output / "model")
-    processor.save_pretrained(args.output / "model")
+    puzzles = world.puzzles(f"{args.seed} warm-up", sys.maxsize)  # endless, of other pictures than the two files
+    learn = model, processor, puzzles, world.words
+    doubt = {"rng": say, "reported": miscount(rng, rate)}
+    if args.world == "toy":
+        see(model, processor, rng, see_steps)
+        answer(*learn, answer_steps, 1e-3, "answer", say)
+        answer(*learn, doubt_steps, 3e-4, "doubt", **doubt)
+    else:
+        bold, bold_processor = load_model(EMBEDDED["toy"] / "model"), load_processor(EMBEDDED["toy"] / "model")
+        begin_with(model, processor, bold, bold_processor)
+        see_faint(model, bold, processor, rng, see_steps)
+        answer(*learn, answer_steps, 1e-3, "answer", say, weight=6.0, size=16)
+        answer(*learn, doubt_steps, 3e-4, "doubt", **doubt, size=16)
+        model.bfloat16()  # half the size; all scripts read it in fp32
+    model.save_pretrained(output / "model")
+    processor.save_pretrained(output / "model")
 
 
 if __name__ == "__main__":
