@@ -26,8 +26,8 @@ from plumbing.data import Data  # noqa: E402
 def record(arm, seed, accuracies, world="toy-faint", **more):
     """Of a run of two steps and an evaluation after each."""
     lines = [{"step": 0, "eval_accuracy": 0.4}]
-    known = {"reward": 0.5, "perception": 0.75, "reasoning": 1.0, "entropy": 0.1, "response_tokens": 30, **more}
-    lines += [{"step": s, "accuracy": a, **known, "seconds": 1.0} for s, a in zip((1, 2), accuracies)]
+    known = {"reward": 0.5, "perception": 0.75, "reasoning": 1.0, "entropy": 0.1, **more}
+    lines += [{"step": s, "accuracy": a, **known} for s, a in zip((1, 2), accuracies)]
     lines.append({"step": 2, "eval_accuracy": accuracies[-1]})
     return {"world": world, "arm": arm, "seed": seed, **compare.compact(lines)}
 

@@ -53,7 +53,7 @@ ARMS = {  # name: (arm of toy/arm.py and flags, the arm that it is compared with
 CONTROLS = [("VEPO", "random 20 %"), ("VEPO", "top entropy"), ("PRPO", "PRPO shuffled")]
 CONTROLS += [("oracle: reads alone", "top entropy"), ("oracle: reads alone", "VEPO")]
 RESULTS, RUNS = TOY / "comparison.jsonl", TOY.parent / "runs" / "comparison"
-COLUMNS = ["accuracy", "perception", "reasoning", "entropy", "response_tokens", "seconds"]
+COLUMNS = ["accuracy", "perception", "reasoning", "entropy"]
 recording = threading.Lock()
 WINDOW = 30  # the last steps, that perception and reasoning are averaged over
 
