@@ -143,12 +143,12 @@ def credit(world, wanted):
     processor, model = load_processor(model_source(args)), load_model(model_source(args))
     run, reward = run_of(model, processor), Reward(args)
     data = Data(world, "train", args, processor, model.model.get_rope_index)
-    prompts = [prompt for prompt in map(data.prompt, data.indices) if prompt.pixel_values is not None][:wanted]
-    if len(prompts) < wanted:
-        raise UserError(f"--prompts {wanted}: {world} has {len(prompts)} training prompts with a picture.")
+    rows = [index for index in data.indices if data.rows[index]["images"]]
+    if len(rows) < wanted:
+        raise UserError(f"--prompts {wanted}: {world} has {len(rows)} training prompts with a picture.")
     found, unequal = {}, 0
-    for serial, prompt in enumerate(tqdm(prompts, desc=world, unit="prompt")):
-        prompt = dataclasses.replace(prompt, serial=serial)
+    for serial, index in enumerate(tqdm(rows[:wanted], desc=world, unit="prompt")):
+        prompt = dataclasses.replace(data.prompt(index), serial=serial)
         (twelve,) = rollout(model, processor.tokenizer, [prompt], args, "credit")
         moved = saei.attack(twelve[: saei.Args.n1], run, saei.Args())
         (attacked,) = rollout(model, processor.tokenizer, [moved], args, "credit", slice(saei.Args.n1, None))
