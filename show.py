@@ -596,15 +596,22 @@ def draw_signals(found, path):
     figure = Figure(figsize=(13, 7), layout="constrained")
     panels = figure.subplots(2, 3).flat
 
-    def bars(axes, title, names, labels):
-        mean, half = means_and_halves(found, names)
-        axes.bar(range(len(names)), mean, yerr=half, capsize=3, color="#8e6bd1")
-        axes.set_xticks(range(len(names)), [label.replace(" ", "\n") for label in labels], fontsize=8)
+    def bars(title, groups, legend=("",)):
+        axes, width = next(panels), 0.8 / len(legend)
+        for i, label in enumerate(legend):
+            mean, half = means_and_halves(found, [names[i] for names in groups.values()])
+            places = [g + (i - (len(legend) - 1) / 2) * width for g in range(len(groups))]
+            colour = ("#8e6bd1", "#e08a1e", "#b5b5b5")[i]
+            axes.bar(places, mean, 0.9 * width, yerr=half, capsize=3, color=colour, label=label)
+        axes.set_xticks(range(len(groups)), groups, fontsize=8)
         axes.set_title(title, fontsize=10)
+        if len(legend) > 1:
+            axes.legend(fontsize=8)
+        return axes
 
-    names = ["jsd_kept_by_jsd", "jsd_kept_by_entropy", "jsd_kept_by_vepo", "missed_by_entropy", "changed_by_noise"]
-    labels = ["JSD kept by JSD", "by entropy", "by VEPO", "missed by entropy", "tokens changed"]
-    bars(next(panels), "VEPO: the top 20 % of tokens, and noise", names, labels)
+    kept = {f"JSD kept\nby {name}": [f"jsd_kept_by_{name.lower()}"] for name in ("JSD", "entropy", "VEPO")}
+    of_vepo = {"missed\nby entropy": ["missed_by_entropy"], "tokens that\nnoise changes": ["changed_by_noise"]}
+    bars("VEPO: the top 20 % of tokens, and its noise", kept | of_vepo)
     axes = next(panels)
     for kind, colour in (("right", "#3d8bd9"), ("wrong", "#e08a1e")):
         mean, half = means_and_halves(found, [f"focus_{b}_{kind}" for b in range(BINS)])
@@ -612,20 +619,18 @@ def draw_signals(found, path):
         axes.errorbar(places, mean, yerr=half, color=colour, capsize=3, label=f"{kind} responses")
     axes.set_title("VGPO: focus against place in the response, %", fontsize=10)
     axes.legend(fontsize=8)
-    labels = ["dependent, stable", "dependent, brittle"]
-    bars(next(panels), "PRPO: share of tokens", ["dependent_stable", "dependent_brittle"], labels)
-    names = ["similarity_right_minus_wrong", "entropy_right_minus_wrong", "weight_spread"]
-    labels = ["similarity, right - wrong", "entropy, right - wrong", "spread of weights"]
-    bars(next(panels), "PEPO: right and wrong responses, and its weights", names, labels)
-    names = [name for name in TITLES if name.startswith("entropy_") and "minus" not in name]
-    labels = [name.removeprefix("entropy_").replace("_", " ") for name in names]
-    bars(next(panels), "SaEI: entropy of each third, nats", names, labels)
-    axes = next(panels)
-    axes.axis("off")
+    dependent = {"dependent\nand stable": ["dependent_stable"], "dependent\nand brittle": ["dependent_brittle"]}
+    bars("PRPO: share of tokens", dependent)
+    apart = {f"{name}, right\nminus wrong": [f"{name}_right_minus_wrong"] for name in ("similarity", "entropy")}
+    bars("PEPO: right and wrong responses, and its weights", apart | {"spread of\nweights": ["weight_spread"]})
+    ends = {"clean": "", "attacked": "_attacked", "random signs": "_random"}
+    thirds = {third: [f"entropy_{third}{end}" for end in ends.values()] for third in ("lowest", "middle", "highest")}
+    bars("SaEI: entropy of each third, nats", thirds, [*ends]).set_yscale("log")
     if "read_share" in found:
-        axes.axis("on")
-        names = [f"{kind}_{name}" for name in ("entropy", "changed_by_noise") for kind in KINDS]
-        bars(axes, "by kind of token: entropy; changed by noise", names, [*KINDS, *KINDS])
+        names = {"entropy, nats": "entropy", "changed by noise": "changed_by_noise"}
+        bars("by kind of token", {kind: [f"{kind}_{name}" for name in names.values()] for kind in KINDS}, [*names])
+    for axes in panels:
+        axes.axis("off")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     beside = path.with_name(f"{path.name}.unfinished")
