@@ -1,7 +1,7 @@
 """Builds an embedded world: a real Qwen2.5-VL of 1.1M parameters, its tokenizer, its picture puzzles, a short warm-up.
 
     python toy/make.py                      # about 10 minutes on 2 cores; rewrites the model and the tables of toy
-    python toy/make.py --world toy-faint    # about 10 minutes; goes on from the model of toy
+    python toy/make.py --world toy-faint    # half an hour on one core; goes on from the model of toy
 
 What the worlds are stands in toy/worlds.py. The warm-up is supervised. Clean answers teach the model to see and to
 write the format. Then a teacher who miscounts leaves a policy that can see but does not trust its eyes, and that

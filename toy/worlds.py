@@ -190,7 +190,7 @@ def one_of(rng, words):
 
 
 def plain_puzzle(rng, family):
-    """A puzzle of the toy, of any of its FAMILIES."""
+    """A puzzle of the toy, of any of its families."""
     scenes = [draw_scene(rng) for _ in range(2 if family == "pictures" else 1)]
     (one, is_one), (two, is_two) = descriptions(rng, 2)
     counts, names = [sum(map(is_one, scenes[0].things)), sum(map(is_two, scenes[0].things))], []
