@@ -492,6 +492,8 @@ def token_signals(group, run, args):
 
 def correlation(x, y):
     """Pearson's, of two tensors (n,); NaN where one of them does not vary."""
+    if len(x) < 2:
+        return math.nan
     return torch.corrcoef(torch.stack([x.float(), y.float()]))[0, 1].item()
 
 
