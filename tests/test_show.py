@@ -446,6 +446,7 @@ def test_right_and_wrong_responses_by_hand(monkeypatch):
     group.accuracy = torch.tensor([0.0, 1.0])
     found = show.group_signals(group, run, show.SignalArgs(), embedded=False)
     assert found["accuracy"] == 0.5 and found["response_tokens"] == 4.5
+    assert found["missed_by_entropy"] == 0.5  # of the first one; in the second no JSD is above 0
     assert found["similarity_right_minus_wrong"] == pytest.approx(1 / 3 - 1 / 6, abs=1e-5)
     assert found["entropy_right_minus_wrong"] == pytest.approx(math.log(2) * (3 / 3 - 3 / 6), abs=1e-5)
     assert found["focus_and_accuracy"] == pytest.approx(1)  # 2/3 of the right one, 7/12 of the wrong one
@@ -455,6 +456,28 @@ def test_right_and_wrong_responses_by_hand(monkeypatch):
     cut.tokens_per_row = len(group.prompt.input_ids) + 6
     again = show.group_signals(group, run, cut, embedded=False)
     assert again == pytest.approx(found, abs=1e-5, nan_ok=True)
+
+
+def test_shares_of_a_response_by_hand():
+    """Of ten tokens: three have the highest JSD, two of which entropy misses; two are stable, one is brittle."""
+    marks = {
+        "kept_by_jsd": [0, 1, 2],
+        "kept_by_entropy": [0, 8, 9],
+        "kept_by_vepo": [0, 1, 9],
+        "jsd": [0, 1, 2, 7],
+        "dependency": [0, 1, 2],
+        "instability": [2, 5],
+    }
+    tokens = {name: torch.zeros(10) for name in [*show.BY_KIND, "entropy_attacked", "entropy_random", *marks]}
+    for name, places in marks.items():
+        tokens[name][places] = 1.0
+    tokens["jsd"][7] = 5.0
+    found = show.response_signals(tokens, ["read"] * 2 + ["words"] * 8)
+    assert found["missed_by_entropy"] == pytest.approx(2 / 3)
+    assert found["jsd_kept_by_jsd"] == pytest.approx(3 / 8) and found["jsd_kept_by_entropy"] == pytest.approx(1 / 8)
+    assert found["jsd_kept_by_vepo"] == pytest.approx(2 / 8)
+    assert found["dependent_stable"] == pytest.approx(0.2) and found["dependent_brittle"] == pytest.approx(0.1)
+    assert found["read_share"] == pytest.approx(0.2) and found["read_kept_by_entropy"] == pytest.approx(0.5)
 
 
 def test_a_random_step_is_as_large_as_the_attack(toy):

@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -280,14 +281,15 @@ def test_the_oracle_has_a_loss_on_reads_alone(tmp_path, monkeypatch):
     """Through a real run: its masks, its denominator, and what it logs."""
     from helpers import main_of, read_metrics
 
-    seen = []
+    seen, alike = [], []
 
     class Seen(arm.WorldRun):
         oracle = True
 
         def pack_rows(self, *args, **kwargs):
             rows = super().pack_rows(*args, **kwargs)
-            for row in rows:
+            alike.extend(self.zero_advantage)
+            for row in [*rows, *self.zero_advantage]:
                 for response, valid, counted in zip(row.responses, row.mask, row.loss_mask):
                     tokens = [self.tokenizer.decode([t]) for t in response[valid].tolist()]
                     assert [k == "read" for k in kinds_of(tokens)] == counted[valid].tolist()
@@ -303,11 +305,33 @@ def test_the_oracle_has_a_loss_on_reads_alone(tmp_path, monkeypatch):
     import grpo
 
     monkeypatch.setattr(grpo, "Run", Seen)
-    flags = ["--model", "toy-faint", "--steps", 1, "--prompts_per_step", 4, "--group_size", 4, "--eval_rows", 0]
+    flags = ["--model", "toy-faint", "--steps", 1, "--prompts_per_step", 8, "--group_size", 4, "--eval_rows", 0]
     main_of("grpo", tmp_path / "run", [*flags, "--show_every", 0])
     (line,) = read_metrics(tmp_path / "run")
     assert max(seen) <= 5 and sum(seen) > 0 and line["grad_norm"] > 0
+    assert alike  # groups of equal rewards, whose reads count in the denominator
     assert 0 < line["perception"] < 1 and 0.5 < line["reasoning"] <= 1
+
+
+def test_of_saei_the_clean_half_is_judged():
+    """Two right responses to the clean picture, two wrong ones to the attacked one; a prompt without one counts not."""
+    added = []
+    texts = ["<think>I see two red. So two.</think> \\boxed{2}"] * 2 + [
+        "<think>I see one red. So one.</think> \\boxed{1}"
+    ] * 2
+    group = SimpleNamespace(prompt=SimpleNamespace(pixel_values=0, index=1), texts=texts)
+    text_only = SimpleNamespace(prompt=SimpleNamespace(pixel_values=None), texts=texts)
+    truth = [None, {"family": "list", "reads": [2]}]
+    for n1, right in ((2, [True] * 2), (None, [True, True, False, False])):
+        args = SimpleNamespace(n1=n1) if n1 else SimpleNamespace()
+        metrics = SimpleNamespace(add=lambda name, value, weight: added.append((name, value)))
+        known = SimpleNamespace(args=args, truth=truth, metrics=metrics)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(arm, "super", lambda: SimpleNamespace(add_groups=lambda _: None), raising=False)
+            arm.WorldRun.add_groups(known, [group, text_only])
+        assert [value for name, value in added if name == "perception"] == right
+        assert all(value for name, value in added if name == "reasoning")
+        added.clear()
 
 
 def test_arms_that_do_not_exist_get_a_sentence(monkeypatch, capsys):
