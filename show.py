@@ -47,7 +47,7 @@ from common import (
 )
 from plumbing.arguments import EMBEDDED, SharedArgs, model_source
 from plumbing.checkpoints import trained_with
-from plumbing.commandline import UserError, check_numbers, flag, parse_args
+from plumbing.commandline import UserError, cannot_write, check_numbers, flag, parse_args
 from plumbing.curves import draw_curves, read_runs, student
 from plumbing.data import Data
 from plumbing.files import write_text
@@ -391,6 +391,7 @@ TITLES = {  # name in signals.json: what it is
     "format": "responses in the right format",
     "response_tokens": "tokens of a response",
     "missed_by_entropy": "VEPO: of the top 20 % of tokens by JSD (if above 0), those not among the top 20 % by entropy",
+    "missed_by_entropy_clearly": "VEPO: the same, of those with a JSD above 0.001 nats",
     "jsd_kept_by_jsd": "VEPO: share of all JSD on the top 20 % of tokens by JSD, the most that a choice can keep",
     "jsd_kept_by_entropy": "VEPO: the same by entropy",
     "jsd_kept_by_vepo": "VEPO: the same by its score",
@@ -421,6 +422,7 @@ TITLES = {  # name in signals.json: what it is
 PAPERS = {"missed_by_entropy": "0.41 (VEPO, Qwen2.5-VL-7B)"}
 BY_KIND = ["entropy", "jsd", "changed_by_noise", "kl_strong", "kl_weak", "rvd", "focus", "similarity", "weight"]
 BY_KIND += ["changed_by_attack", "changed_by_random", "kept_by_entropy", "kept_by_vepo"]
+CLEAR = 1e-3  # nats of JSD: what is far less is moved by rounding as well
 BINS = 10  # of a response, for focus against position
 
 
@@ -503,6 +505,8 @@ def response_signals(tokens, kinds):
     found = {name: tokens[name].mean().item() for name in BY_KIND} | {"response_tokens": T}
     by_jsd, dependent, brittle = tokens["kept_by_jsd"], tokens["dependency"] > 0.5, tokens["instability"] > 0.5
     found["missed_by_entropy"] = ((by_jsd * (1 - tokens["kept_by_entropy"])).sum() / by_jsd.sum()).item()
+    clear = by_jsd * (jsd > CLEAR)
+    found["missed_by_entropy_clearly"] = ((clear * (1 - tokens["kept_by_entropy"])).sum() / clear.sum()).item()
     for name in ("jsd", "entropy", "vepo"):
         found[f"jsd_kept_by_{name}"] = ((jsd * tokens[f"kept_by_{name}"]).sum() / jsd.sum()).item()
     found["focus_and_position"] = correlation(tokens["focus"], torch.arange(T))
@@ -567,6 +571,8 @@ def measure_signals(args):
     reward.check.close()
     if not found:
         raise UserError(f"--data {args.data} has no prompt with a picture: there is nothing to perturb.")
+    if len(found) < args.prompts:
+        print(f"{data}: no more than {len(found)} prompts with a picture, of --prompts {args.prompts}", file=sys.stderr)
     return {name: interval([values[name] for values in found]) for name in found[0]}
 
 
@@ -667,10 +673,13 @@ def show_signals(args):
     for file in files:
         writable("--output", file)
     found = measure_signals(args)
-    stated = {name: getattr(args, name) for name in ("model", "data", "seed", "group_size", "temperature")}
-    write_text(files[0], json.dumps(stated | {"papers": PAPERS, "signals": found}, indent=1) + "\n")
-    draw_signals(found, files[1])
     print("\n".join(signal_table(found)))
+    stated = {name: getattr(args, name) for name in ("model", "data", "seed", "group_size", "temperature")}
+    try:
+        draw_signals(found, files[1])
+        write_text(files[0], json.dumps(stated | {"papers": PAPERS, "signals": found}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{cannot_write(args.output, error)}; the table above is whole.") from None
     print(*files, sep=", ")
 
 
@@ -691,6 +700,8 @@ def main():
     named = command == "curves" and rest and not rest[0].startswith("-")
     try:
         show(parse_args(cls, ["--runs", *rest] if named else rest))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except torch.OutOfMemoryError:
         raise UserError("out of memory: lower --group_size, --max_response_tokens or --max_pixels.") from None
 

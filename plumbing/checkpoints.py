@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm.auto import tqdm
 
+from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError, cannot_write
 from plumbing.files import set_aside, write_text
 from plumbing.metrics import restore_log
@@ -63,7 +64,7 @@ def read_state(folder):
 def trained_with(model):
     """{flag: value} of the run that wrote a checkpoint; {} for a model that is none of ours. Raises UserError."""
     path = Path(model) / "trainer_state.json"
-    if not path.exists() or '"global_step"' in path.read_text():  # of transformers' own Trainer
+    if model in EMBEDDED or not path.exists() or '"global_step"' in path.read_text():  # of transformers' own Trainer
         return {}
     return read_state(path.parent).arguments
 

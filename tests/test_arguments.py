@@ -140,3 +140,10 @@ def test_both_embedded_models_have_the_toys_defaults():
     assert (eval.Args().benchmarks, eval.Args(model="toy-faint").benchmarks) == ("toy", "toy-faint")
     assert eval.Args(model="toy-faint").max_response_tokens == 64
     assert model_source(SharedArgs(model="toy-faint")).endswith("toy/faint/model")
+
+
+def test_a_folder_called_like_a_world_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy-faint").mkdir()
+    (tmp_path / "toy-faint" / "trainer_state.json").write_text("broken")
+    assert eval.Args(model="toy-faint").trained == {}

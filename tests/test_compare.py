@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert rows["PEPO"][5] == f"+5.0 ± {t * 21.2132:.1f}"  # of -10 and +20 in the test
     assert rows["VEPO"][2:4] == [f"+7.5 ± {t * 3.5355:.1f}", "0.41"]  # t = 3: p = 1 - 2 atan(3) / pi, of two arms
     assert rows["PEPO"][3] == "0.63"  # t = 2/3
-    assert "toy | seeds" in plain and "| GRPO | 1 | 25.0 ± nan | - | - | 50.0 ± nan | - | - | - |" in plain
+    assert "toy | seeds" in plain and "| GRPO | 1 | 25.0 | - | - | 50.0 | - | - | - |" in plain
     assert {path.name for path in tmp_path.iterdir()} == {"comparison.jsonl", "comparison.png"}
 
 
@@ -79,9 +80,11 @@ def test_p_values_and_their_correction():
 def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
     for argv, text, sentence in (
-        (["x", "--report"], '{"arm": "GR', "is broken"),
-        (["x", "--report"], '{"arm": "GRPO2", "world": "toy"}', "has a run of GRPO2 in toy: there is no such arm"),
-        (["x", "--report"], '{"arm": "GRPO"}', "has a run of GRPO in None"),
+        (["x", "--report"], json.dumps(record("GRPO", 0, (0.5, 0.5))) + '\n{"arm": "GR', "is broken in line 2"),
+        (["x", "--report"], json.dumps(record("GRPO2", 0, (0.5, 0.5))), "has a run of GRPO2 in toy-faint"),
+        (["x", "--report"], json.dumps(record("GRPO", 0, (0.5, 0.5), world="mine")), "has a run of GRPO in mine"),
+        (["x", "--report"], "[]", "has no run in line 1"),
+        (["x", "--report"], '{"accuracy": []}', "has no run in line 1"),
         (["x", "--jobs", "0"], "", "--jobs 0 must be above 0"),
         (["x", "--seeds", "0"], "", "--seeds 0 must be above 0"),
     ):
@@ -99,6 +102,66 @@ def test_a_run_that_fails_says_where_to_look(tmp_path, monkeypatch):
     with pytest.raises(compare.UserError, match="GRPO, seed . ended with exit code 2: .*GRPO-..log says why"):
         compare.run("toy-faint", 1, 1)
     assert compare.records() == []
+
+
+def test_after_a_failure_no_other_run_begins(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
+    monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
+
+    def one(world, arm, seed, core):
+        ran.append(arm)
+        raise compare.UserError("no")
+
+    monkeypatch.setattr(compare, "one", one)
+    with pytest.raises(SystemExit):
+        compare.run("toy-faint", 3, 1)
+    assert ran == ["GRPO"]
+
+
+def test_one_comparison_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RUNS", tmp_path)
+    lock = f"import fcntl, sys; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-uc", f"{lock}; print(1); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(compare.UserError, match="another comparison writes to"):
+            compare.run("toy-faint", 1, 1)
+        holder.communicate()
+
+
+def test_a_run_without_its_last_evaluation_is_no_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
+    monkeypatch.setattr(compare, "RUNS", tmp_path)
+    folder = tmp_path / "toy-GRPO-0"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "eval_accuracy": 0.5}\n{"step": 2, "reward": 0.5}\n')
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    with pytest.raises(compare.UserError, match="GRPO, seed 0 ended without its last evaluation: remove .*toy-GRPO-0"):
+        compare.one("toy", "GRPO", 0, 0)
+    assert folder.exists() and not compare.RESULTS.exists()
+
+
+def test_a_line_that_lacks_its_end_is_not_glued(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
+    monkeypatch.setattr(compare, "RUNS", tmp_path)
+    folder = tmp_path / "toy-GRPO-1"
+    folder.mkdir()
+    known = {"reward": 0.5, "accuracy": 0.5, "perception": 0.75, "reasoning": 1.0, "entropy": 0.1}
+    lines = [{"step": 1, **known}, {"step": 1, "eval_accuracy": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compare.RESULTS.write_text(json.dumps(record("GRPO", 0, (0.5, 0.5))))
+    monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    compare.one("toy", "GRPO", 1, 0)
+    assert [found["seed"] for found in compare.records()] == [0, 1] and not folder.exists()
+
+
+@pytest.mark.parametrize("text", ["x", "[]"])
+def test_broken_measurements_get_a_sentence(text, tmp_path):
+    (tmp_path / "credit.json").write_text(text)
+    with pytest.raises(compare.UserError, match="credit.json is broken: remove it, and measure again"):
+        compare.measured(tmp_path / "credit.json")
+    assert compare.measured(tmp_path / "nothing.json") == {}
 
 
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
@@ -265,7 +328,9 @@ def test_the_picture_is_drawn_from_what_was_measured(tmp_path, monkeypatch, caps
     ]
     (tmp_path / "comparison.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     value = {"mean": 0.5, "low": 0.4, "high": 0.6, "prompts": 9}
-    (tmp_path / "signals.json").write_text(json.dumps({"signals": dict.fromkeys(compare.PREMISES, value)}))
+    signals = dict.fromkeys(compare.PREMISES, value)
+    signals["read_kept_by_vepo"] = value | {"low": None, "high": None}  # of one prompt
+    (tmp_path / "signals.json").write_text(json.dumps({"signals": signals}))
     arms = {
         arm: {f"share_{kind}": [0.25 if kind == "read" else 0.375, 0.1] for kind in credit.KINDS}
         for arm in compare.ARMS
@@ -282,7 +347,7 @@ def test_the_picture_is_drawn_from_what_was_measured(tmp_path, monkeypatch, caps
     ((figure, path),) = drawn
     assert path == tmp_path / "comparison.png"
     _, top, _, middle, _, bottom = figure.axes
-    assert [bar.get_height() for bar in top.patches] == [50.0] * len(compare.PREMISES)
+    assert [bar.get_height() for bar in top.patches] == [50.0] * (len(compare.PREMISES) - 1)
     assert sorted({bar.get_width() for bar in middle.patches}) == [25.0, 37.5]
     assert len(middle.patches) == 3 * len(compare.ARMS)
     assert len(bottom.containers) == len([arm for arm, (_, base) in compare.ARMS.items() if arm != base])

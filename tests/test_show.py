@@ -399,6 +399,7 @@ def test_signals_of_a_constructed_model_by_hand(monkeypatch):
         "changed_by_noise": (0.5 + 0.5) / 6,
         "changed_by_attack": 0.75 / 6,  # token 5 was certain, and is one of four
         "changed_by_random": 0.5 / 6,  # token 3 was certain, and is one of two
+        "missed_by_entropy_clearly": 0.5,
         "missed_by_entropy": 0.5,  # of tokens 1 and 4; by entropy the best two of six are 1 and 2
         "jsd_kept_by_jsd": 1,
         "jsd_kept_by_entropy": 0.5,
@@ -472,10 +473,13 @@ def test_shares_of_a_response_by_hand():
     for name, places in marks.items():
         tokens[name][places] = 1.0
     tokens["jsd"][7] = 5.0
+    tokens["jsd"][2] = 0.0005  # not clearly above 0
     found = show.response_signals(tokens, ["read"] * 2 + ["words"] * 8)
     assert found["missed_by_entropy"] == pytest.approx(2 / 3)
-    assert found["jsd_kept_by_jsd"] == pytest.approx(3 / 8) and found["jsd_kept_by_entropy"] == pytest.approx(1 / 8)
-    assert found["jsd_kept_by_vepo"] == pytest.approx(2 / 8)
+    assert found["missed_by_entropy_clearly"] == pytest.approx(1 / 2)
+    assert found["jsd_kept_by_jsd"] == pytest.approx(2 / 7, abs=1e-3)
+    assert found["jsd_kept_by_entropy"] == pytest.approx(1 / 7, abs=1e-3)
+    assert found["jsd_kept_by_vepo"] == pytest.approx(2 / 7, abs=1e-3)
     assert found["dependent_stable"] == pytest.approx(0.2) and found["dependent_brittle"] == pytest.approx(0.1)
     assert found["read_share"] == pytest.approx(0.2) and found["read_kept_by_entropy"] == pytest.approx(0.5)
 
@@ -519,11 +523,28 @@ def test_signals_as_a_command(world, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"signals.json", "signals.png"}
 
 
+def test_what_cannot_be_written_is_on_the_console(tmp_path, monkeypatch, capsys):
+    """A disk that is full at the end: one sentence, the table all the same, an old file whole."""
+    (tmp_path / "signals.json").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(show, "write_text", full)
+    with pytest.raises(SystemExit) as error:
+        run_main(monkeypatch, "signals", "--prompts", 2, "--group_size", 2, "--output", tmp_path)
+    shown = capsys.readouterr()
+    assert error.value.code == 2 and "make room on the disk; the table above is whole" in shown.err
+    assert show.TITLES["rvd"] in shown.out and (tmp_path / "signals.json").read_text() == "old"
+
+
 def test_signals_of_data_without_grammar_or_pictures(tmp_path, monkeypatch, picture_file, capsys):
     run_main(monkeypatch, "signals", "--model", "toy", "--data", picture_file, "--group_size", 2, "--output", tmp_path)
     found = json.loads((tmp_path / "signals.json").read_text())["signals"]
     assert found["accuracy"]["prompts"] == 2 and "read_share" not in found  # the third row has no picture
-    assert "by kind of token" not in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "by kind of token" not in shown.out
+    assert "no more than 2 prompts with a picture, of --prompts 128" in shown.err
     (tmp_path / "text.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": "2"}) + "\n")
     with pytest.raises(SystemExit) as error:
         run_main(monkeypatch, "signals", "--data", tmp_path / "text.jsonl", "--output", tmp_path)

@@ -335,7 +335,11 @@ def test_of_saei_the_clean_half_is_judged():
 
 
 def test_arms_that_do_not_exist_get_a_sentence(monkeypatch, capsys):
-    for argv, sentence in (([], "is no arm"), (["mine.py"], "mine.py is no arm: name one of the six scripts")):
+    for argv, sentence in (
+        ([], "'' is no arm"),
+        (["mine.py"], "'mine.py' is no arm: name one of the six scripts"),
+        (["/mine/vepo.py"], "'/mine/vepo.py' is no arm"),  # another one than the repository's
+    ):
         monkeypatch.setattr(sys, "argv", ["arm.py", *argv])
         with pytest.raises(SystemExit) as error:
             arm.main()

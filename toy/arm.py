@@ -81,9 +81,11 @@ def main():
     if script in ("-h", "--help"):
         print(__doc__)
         return
-    name = "grpo" if script == "oracle" else Path(script).stem
+    name = "grpo" if script == "oracle" else script.removesuffix(".py")
     if name not in ("grpo", "vepo", "vgpo", "prpo", "pepo", "saei"):
-        raise UserError(f"{script or 'nothing'} is no arm: name one of the six scripts, or oracle, then its flags.")
+        raise UserError(
+            f"'{script}' is no arm: name one of the six scripts, such as vepo.py, or oracle, then its flags."
+        )
     WorldRun.oracle = script == "oracle"
     run.Run = WorldRun  # before the script takes it from there
     sys.argv = [f"{Path(script).stem}.py", *flags]  # what --resume and the default --output go by

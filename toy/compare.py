@@ -14,6 +14,7 @@ stands beside it.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -68,11 +69,18 @@ def compact(lines):
 
 def records():
     """All that was recorded. The first 55 runs, of the toy, hold no accuracy but rewards: 0.9 accuracy + 0.1 format."""
-    try:
-        found = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    except ValueError as error:
-        raise UserError(f"{RESULTS} is broken ({error}): take the broken line out, its run is made again.") from None
-    for record in found:
+    found = []
+    for number, line in enumerate(RESULTS.read_text().splitlines() if RESULTS.exists() else [], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            said = f"{RESULTS} is broken in line {number} ({error})"
+            raise UserError(f"{said}: take it out, its run is made again.") from None
+    for number, record in enumerate(found, 1):
+        if not isinstance(record, dict) or not (
+            record.get("evaluations") and (record.get("accuracy") or record.get("reward"))
+        ):
+            raise UserError(f"{RESULTS} has no run in line {number}: take it out, its run is made again.")
         world, arm = record.get("world"), record.get("arm")
         if world not in EMBEDDED or arm not in ARMS:
             raise UserError(f"{RESULTS} has a run of {arm} in {world}: there is no such arm.")
@@ -98,7 +106,7 @@ def one(world, arm, seed, core):
     ]
     command += ["--output", str(output), "--eval_every", "75", "--show_every", "0"]
     command += ["--resume"] if (output / "last").exists() else []
-    with open(output.parent / f"{output.name}.log", "w") as log:
+    with open(output.parent / f"{output.name}.log", "a") as log:
         pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if hasattr(os, "sched_setaffinity") else {}
         code = subprocess.run(
             command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pin
@@ -106,36 +114,52 @@ def one(world, arm, seed, core):
     if code:
         raise UserError(f"{arm}, seed {seed} ended with exit code {code}: {log.name} says why; then start again.")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    if "eval_accuracy" not in lines[-1]:  # it was stopped in its last step
+        raise UserError(f"{arm}, seed {seed} ended without its last evaluation: remove {output}, then start again.")
     with recording:  # before the run's folder goes, and whatever happens to the other runs
         record = {"world": world, "arm": arm, "seed": seed, **compact(lines)}
         known = RESULTS.read_text() if RESULTS.exists() else ""
+        known += "\n" if known and not known.endswith("\n") else ""
         write_text(RESULTS, known + json.dumps(record, separators=(",", ":")) + "\n")
     shutil.rmtree(output)
     return record
 
 
 def run(world, seeds, jobs):
+    """Makes the runs of a world that were not recorded yet, `jobs` at a time; one comparison at a time."""
     RUNS.mkdir(parents=True, exist_ok=True)
+    lock = open(RUNS / ".lock", "w")  # noqa: SIM115  (until this process ends)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another comparison writes to {RESULTS}: wait for its end.") from None
     done = {(record["world"], record["arm"], record["seed"]) for record in records()}
     left = [(arm, seed) for seed in range(seeds) for arm in ARMS if (world, arm, seed) not in done]
     cores, free = Queue(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     for job in range(jobs):
         cores.put(free[job % len(free)])
 
+    failed = threading.Event()
+
     def task(arm, seed):
         core = cores.get()
         try:
-            return one(world, arm, seed, core)
+            return None if failed.is_set() else one(world, arm, seed, core)
+        except BaseException:
+            failed.set()
+            raise
         finally:
             cores.put(core)
 
     pool = ThreadPoolExecutor(jobs)
     try:
         for future in as_completed([pool.submit(task, *what) for what in left]):
-            record = future.result()
+            if not (record := future.result()):  # after a failure the runs that have begun end, and no other begins
+                continue
             print(f"{record['arm']:20s} seed {record['seed']}  {online(record):.1f} % online", flush=True)
     finally:
-        pool.shutdown(cancel_futures=True)  # after a failure the runs that have begun end, and no other begins
+        failed.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def online(record):
@@ -215,13 +239,16 @@ def report():
         tests = {name: differences(*pair, online) for name, pair in (own | controls).items()}
         corrected = holm({name: p_value(values) for name, values in tests.items()})
         gains[world] = {arm: interval(differences(*pair, online)) for arm, pair in own.items()}
+        if not pairs:
+            continue
         print(f"\n| {world} | seeds | online, % | paired | p | test, % | paired | perception | reasoning |")
         print("|---|---|---|---|---|---|---|---|---|")
         for arm, (seeds, base) in pairs.items():
+            seeds = {seed: seeds[seed] for seed in seeds if seed in base}
             gain, paired = "{:+.1f} ± {:.1f}".format, {online: "-", tested: "-"}
             if arm in own:
                 paired = {measure: gain(*interval(differences(seeds, base, measure))) for measure in paired}
-            cells = [arm, len(seeds.keys() & base.keys()), mean_of(seeds, online), paired[online]]
+            cells = [arm, len(seeds), mean_of(seeds, online), paired[online]]
             cells += [f"{corrected[arm]:.2g}" if arm in own else "-", mean_of(seeds, tested), paired[tested]]
             cells += [mean_of(seeds, late(name)) for name in ("perception", "reasoning")]
             print(f"| {' | '.join(map(str, cells))} |")
@@ -234,7 +261,7 @@ def report():
 def mean_of(seeds, measure):
     """Mean and interval of a measure over {seed: record}, as text; a dash where it was not recorded."""
     known = [value for value in map(measure, seeds.values()) if value is not None]
-    return "{:.1f} ± {:.1f}".format(*interval(known)) if known else "-"
+    return "{:.1f} ± {:.1f}".format(*interval(known)).replace(" ± nan", "") if known else "-"
 
 
 PREMISES = {  # name in signals.json: what it is
@@ -252,7 +279,9 @@ def draw(gains):
     panels, credit = figure.subplots(3, len(EMBEDDED), height_ratios=[0.8, 1, 1]), measured(TOY / "credit.json")
     for (top, middle, bottom), (world, folder) in zip(panels.T, EMBEDDED.items()):
         signals = measured(folder / "signals.json").get("signals", {})
-        for i, name in enumerate(PREMISES if signals else ()):
+        for i, name in enumerate(PREMISES):
+            if signals.get(name, {}).get("low") is None:  # not measured, or on a single prompt
+                continue
             low, mean, high = (100 * signals[name][side] for side in ("low", "mean", "high"))
             top.bar(i, mean, yerr=[[mean - low], [high - mean]], capsize=3, color="#8e6bd1")
         top.plot([-0.4, 0.4], [41, 41], color="black", linestyle=":", linewidth=1.5)  # VEPO's paper, on a 7B
@@ -281,8 +310,14 @@ def draw(gains):
 
 
 def measured(path):
-    """A file of measurements; {} where it was not made yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """A file of measurements; {} where it was not made yet. Raises UserError."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is broken: remove it, and measure again.")
+    return found
 
 
 def main():
@@ -295,9 +330,13 @@ def main():
     for name in ("jobs", "seeds"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be above 0.")
-    if not options.report:
-        run(options.world, options.seeds, options.jobs)
-    report()
+    try:
+        if not options.report:
+            run(options.world, options.seeds, options.jobs)
+        report()
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

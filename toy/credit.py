@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from arm import kind_masks  # noqa: E402
+from compare import measured  # noqa: E402
 
 import pepo  # noqa: E402
 import prpo  # noqa: E402
@@ -180,7 +181,7 @@ def main():
     if options.prompts < 3 * BATCH or options.prompts % BATCH:
         raise UserError(f"--prompts {options.prompts} must be a multiple of {BATCH}, and three of them or more.")
     writable("--output", options.output)
-    known = json.loads(options.output.read_text()) if options.output.exists() else {}
+    known = measured(options.output)
     for world in [options.world] if options.world else EMBEDDED:
         known[world] = credit(world, options.prompts)
         write_text(options.output, json.dumps(known, indent=1) + "\n")
