@@ -245,23 +245,32 @@ def report():
         print("|---|---|---|---|---|---|---|---|---|")
         for arm, (seeds, base) in pairs.items():
             seeds = {seed: seeds[seed] for seed in seeds if seed in base}
-            gain, paired = "{:+.1f} ± {:.1f}".format, {online: "-", tested: "-"}
+            paired = {online: "-", tested: "-"}
             if arm in own:
-                paired = {measure: gain(*interval(differences(seeds, base, measure))) for measure in paired}
+                paired = {measure: shown(differences(seeds, base, measure), "+") for measure in paired}
             cells = [arm, len(seeds), mean_of(seeds, online), paired[online]]
-            cells += [f"{corrected[arm]:.2g}" if arm in own else "-", mean_of(seeds, tested), paired[tested]]
+            cells += [p_shown(corrected[arm]) if arm in own else "-", mean_of(seeds, tested), paired[tested]]
             cells += [mean_of(seeds, late(name)) for name in ("perception", "reasoning")]
             print(f"| {' | '.join(map(str, cells))} |")
         for names in controls:
-            mean, half = interval(tests[names])
-            print(f"{' against '.join(names)}: {mean:+.1f} ± {half:.1f} online, p = {corrected[names]:.2g}")
+            print(f"{' against '.join(names)}: {shown(tests[names], '+')} online, p = {p_shown(corrected[names])}")
     draw(gains)
 
 
 def mean_of(seeds, measure):
     """Mean and interval of a measure over {seed: record}, as text; a dash where it was not recorded."""
     known = [value for value in map(measure, seeds.values()) if value is not None]
-    return "{:.1f} ± {:.1f}".format(*interval(known)).replace(" ± nan", "") if known else "-"
+    return shown(known) if known else "-"
+
+
+def shown(values, sign=""):
+    """Mean and interval of some values, as text; of one value itself."""
+    mean, half = interval(values)
+    return f"{mean:{sign}.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+
+
+def p_shown(p):
+    return "-" if math.isnan(p) else f"{p:.2g}"
 
 
 PREMISES = {  # name in signals.json: what it is
@@ -286,7 +295,7 @@ def draw(gains):
             top.bar(i, mean, yerr=[[mean - low], [high - mean]], capsize=3, color="#8e6bd1")
         top.plot([-0.4, 0.4], [41, 41], color="black", linestyle=":", linewidth=1.5)  # VEPO's paper, on a 7B
         top.set_xticks(range(len(PREMISES)), PREMISES.values(), fontsize=8)
-        top.set(ylim=(0, 100), title=f"{world}: premises, % (dotted: VEPO's paper, 7B)")
+        top.set(ylim=(0, 105), title=f"{world}: premises, % (dotted: VEPO's paper, 7B)")
         arms = credit.get(world, {}).get("arms", {})
         left = [0.0] * len(arms)
         for kind, colour in COLOURS.items():
