@@ -155,10 +155,11 @@ SIGNALS = {
 AMPLIFIED = 60  # so that a step of 2/255 spans half of the range of colours
 
 
-def run_of(model, processor):
+def run_of(model, processor=None):
     """What a method's functions ask of a run, for a model that is not being trained."""
     metrics = SimpleNamespace(add=lambda *_: None, add_means=lambda *_: None)
-    parts = {"model": model, "processor": processor, "tokenizer": processor.tokenizer, "metrics": metrics}
+    parts = {"model": model, "processor": processor, "metrics": metrics}
+    parts["tokenizer"] = processor and processor.tokenizer
     return SimpleNamespace(**parts, world_size=1, phase=lambda _: contextlib.nullcontext())
 
 
@@ -167,7 +168,8 @@ def opened(args):
     source = model_source(args)
     processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
     model = load_model(source, args.model_revision)
-    model.activation_checkpointing_enable({"use_reentrant": False})  # SaEI's attack has a backward pass
+    if args.model not in EMBEDDED:
+        model.activation_checkpointing_enable({"use_reentrant": False})  # SaEI's attack has a backward pass
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     split = "test" if args.data in EMBEDDED else args.eval_split
     return run_of(model, processor), Data(args.data, split, args, processor, model.model.get_rope_index)

@@ -167,7 +167,7 @@ def online(record):
     return 100 * statistics.fmean(record["accuracy"])
 
 
-def tested(record):
+def at_the_end(record):
     """Test accuracy after the last step, %."""
     return 100 * record["evaluations"][-1][1]
 
@@ -245,11 +245,11 @@ def report():
         print("|---|---|---|---|---|---|---|---|---|")
         for arm, (seeds, base) in pairs.items():
             seeds = {seed: seeds[seed] for seed in seeds if seed in base}
-            paired = {online: "-", tested: "-"}
+            paired = {online: "-", at_the_end: "-"}
             if arm in own:
                 paired = {measure: shown(differences(seeds, base, measure), "+") for measure in paired}
             cells = [arm, len(seeds), mean_of(seeds, online), paired[online]]
-            cells += [p_shown(corrected[arm]) if arm in own else "-", mean_of(seeds, tested), paired[tested]]
+            cells += [p_shown(corrected[arm]) if arm in own else "-", mean_of(seeds, at_the_end), paired[at_the_end]]
             cells += [mean_of(seeds, late(name)) for name in ("perception", "reasoning")]
             print(f"| {' | '.join(map(str, cells))} |")
         for names in controls:
