@@ -12,7 +12,6 @@ the prompt once.
 
 import contextlib
 import dataclasses
-import importlib.util
 import random
 import re
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from plumbing.sharding import grey_picture, inside, is_sharded, on_any_process
 
 
 def image_only(cls):
-    """The processor class `cls` without its video processor, which transformers loads only where torchvision is."""
+    """The processor class `cls` without its video processor, which transformers handles only with torchvision."""
     return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: ["image_processor", "tokenizer"])})
 
 
@@ -64,10 +63,10 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
     """
     config, source = load_config(name, revision), {"revision": revision, "trust_remote_code": False}
     try:
-        if importlib.util.find_spec("torchvision"):
-            processor = transformers.AutoProcessor.from_pretrained(name, **source)
-        else:
-            cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
+        cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
+        try:
+            processor = cls.from_pretrained(name, **source)
+        except (ImportError, OSError):  # no torchvision here, or none where this model was saved
             processor = image_only(cls).from_pretrained(name, **source)
     except Exception as error:  # the same
         raise UserError(cannot_open("--model", name, error)) from None

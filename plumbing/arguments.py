@@ -80,7 +80,13 @@ class RolloutArgs:
     reshard_while_sampling: bool = flag(
         False, "gather weights layer by layer for every token: slow, for what fits no card", may_change=True
     )
-    cuda_graphs: bool = flag(False, "replay the kernels of a sampled token as one launch, on a GPU", may_change=True)
+    cuda_graphs: bool | None = flag(
+        None,
+        "replay the kernels of a sampled token as one launch (one GPU: on, else: off)",
+        nargs="?",
+        const=True,
+        may_change=True,
+    )
 
 
 @dataclass

@@ -21,8 +21,12 @@ HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 b
 
 @functools.cache
 def flex():
-    """Flex attention, compiled for rows of any length: too many compilations raise, and do not build L x L scores."""
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    """Flex attention, compiled for rows of any length: too many compilations raise, and do not build L x L scores.
+
+    By the usual kernel: the one that torch takes for rows of less than 128 tokens does not compile for any length.
+    """
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return functools.partial(compiled, kernel_options={"BACKEND": "TRITON"})
 
 
 def takes_block_mask(device):

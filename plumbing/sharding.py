@@ -43,6 +43,8 @@ def start_processes(args):
     if gpu:
         torch.set_float32_matmul_precision("high")  # TF32, where a product is not in bf16
     world_size = accelerator.num_processes
+    if args.cuda_graphs is None:
+        args.cuda_graphs = gpu and world_size == 1 and not args.reshard_while_sampling
     if args.cuda_graphs and not gpu:
         raise UserError("--cuda_graphs needs a GPU: leave it out.")
     if args.cuda_graphs and args.reshard_while_sampling:

@@ -1,5 +1,6 @@
 """Models that are damaged, or none: one sentence before anything is trained."""
 
+import importlib.util
 import json
 import shutil
 
@@ -79,3 +80,15 @@ def test_a_tied_head_that_is_saved_is_not_unexpected(tmp_path):
 def test_limits_of_pixels_that_exclude_each_other(tmp_path):
     with pytest.raises(UserError, match="pictures of 3136 to 1000 pixels: set --min_pixels too"):
         load_processor(ROOT / "toy" / "model", max_pixels=1000)
+
+
+def test_a_processor_for_videos_too_is_taken_without_it_where_torchvision_is_not(tmp_path):
+    """Hub models have one; it cannot be made without torchvision. The toy has none, and opens where torchvision is."""
+    shutil.copytree(ROOT / "toy" / "model", tmp_path / "model")
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": 3136, "longest_edge": 10**6}}
+    (tmp_path / "model" / "video_preprocessor_config.json").write_text(json.dumps(video))
+    ours, plain = load_processor(tmp_path / "model"), load_processor(ROOT / "toy" / "model")
+    assert hasattr(ours, "video_processor") == bool(importlib.util.find_spec("torchvision"))
+    assert not hasattr(plain, "video_processor")
+    for processor in (ours, plain):
+        assert processor.tokenizer("1 + 1").input_ids == plain.tokenizer("1 + 1").input_ids
