@@ -27,12 +27,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from plumbing import kernels
+from plumbing.adapters import add_adapters, load_adapters, places, without_adapters
 from plumbing.answers import Checker, extract_answer
+from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
 from plumbing.data import Prompt, prompt_text
 from plumbing.kernels import HEAD_CHUNK
 from plumbing.rewards import load_reward
-from plumbing.sharding import grey_picture, inside, is_sharded, on_any_process
+from plumbing.sharding import grey_picture, inside, is_sharded, on_any_process, shard
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and processor
@@ -46,8 +48,9 @@ def image_only(cls):
 
 def load_config(name, revision="main"):
     """The configuration of a Qwen-VL model, never by code that comes with it. Raises UserError for other models."""
+    source, _, revision, _ = places(name, revision)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever transformers says of a folder that is no model
         raise UserError(cannot_open("--model", name, error)) from None
     if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
@@ -61,13 +64,14 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
     `min_pixels` and `max_pixels`: area of a picture after resizing; None keeps the model's own. Raises UserError, also
     where tokenizer, chat template and model do not fit together.
     """
-    config, source = load_config(name, revision), {"revision": revision, "trust_remote_code": False}
+    config, (source, _, revision, _) = load_config(name, revision), places(name, revision)
+    options = {"revision": revision, "trust_remote_code": False}
     try:
         cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
         try:
-            processor = cls.from_pretrained(name, **source)
+            processor = cls.from_pretrained(source, **options)
         except (ImportError, OSError):  # no torchvision here, or none where this model was saved
-            processor = image_only(cls).from_pretrained(name, **source)
+            processor = image_only(cls).from_pretrained(source, **options)
     except Exception as error:  # the same
         raise UserError(cannot_open("--model", name, error)) from None
     tokenizer, pictures = processor.tokenizer, processor.image_processor
@@ -89,21 +93,21 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
 
 
 def load_model(name, revision="main", meta=False, dtype=torch.float32):
-    """A Qwen-VL model. Raises UserError for other models.
+    """A Qwen-VL model, or one with adapters (LoRA). Raises UserError for other models.
 
     `dtype`: of the weights, fp32 for training; the model's `.to` would round the frequencies of the positions as well.
     `meta`: shapes, no weights. Weights come from safetensors alone: what is pickled may run code.
     """
     options = {"dtype": dtype, "attn_implementation": {"text_config": "shared_prefix"}, "trust_remote_code": False}
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", in each process
-    config = load_config(name, revision)
+    config, (_, source, revision, adapters) = load_config(name, revision), places(name, revision)
     try:
         if meta:
             with torch.device("meta"):
                 model = transformers.AutoModelForImageTextToText.from_config(config, **options)
             return kernels.with_windows(model)
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, found = transformers.AutoModelForImageTextToText.from_pretrained(name, revision=revision, **options)
+        model, found = transformers.AutoModelForImageTextToText.from_pretrained(source, revision=revision, **options)
     except Exception as error:  # whatever transformers says of a damaged file, or of a number in a config
         if "file named model.safetensors" in str(error):
             raise UserError(f"--model {name} has no safetensors; pickled weights may run code: convert them.") from None
@@ -111,8 +115,47 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
     wrong = {kind: list(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):  # what is missing would be drawn at random
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
-        raise UserError(f"--model {name} is damaged, or no model of its config.json: of its tensors {said}.")
-    return kernels.with_windows(model)
+        raise UserError(f"--model {source} is damaged, or no model of its config.json: of its tensors {said}.")
+    return kernels.with_windows(load_adapters(model, adapters, dtype) if adapters else model)
+
+
+def trained_model(args, accelerator, checkpoint=None):
+    """The model as a run trains it, from a checkpoint where there is one, on this process's device.
+
+    All weights: in fp32, sharded on several processes. LoRA: the base, frozen, in the compute type, and fp32 adapters,
+    whole on every process.
+    """
+    lora, source = bool(args.lora_rank), (model_source(args), args.model_revision)
+    if checkpoint and not lora:
+        source = checkpoint, "main"
+    dtype = torch.bfloat16 if lora and accelerator.mixed_precision == "bf16" else torch.float32
+    model = load_model(*source, meta=accelerator.num_processes > 1 and not lora, dtype=dtype).train()
+    if lora:
+        add_adapters(model, args, checkpoint)
+    if args.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.to(accelerator.device) if lora else spread(model, source, accelerator)
+
+
+def reference_model(args, accelerator, model):
+    """The frozen model that the KL term compares with: what `model` was before training."""
+    if args.lora_rank:
+        return without_adapters(model)
+    source = model_source(args), args.model_revision
+    reference = load_model(*source, meta=accelerator.num_processes > 1).eval().requires_grad_(False)
+    if accelerator.num_processes == 1 and accelerator.mixed_precision == "bf16":
+        kernels.products_in_bf16(reference)
+    return spread(reference, source, accelerator)
+
+
+def spread(model, source, accelerator):
+    """The model on this process's device; of several processes each holds a part, and the main one loads the whole."""
+    if accelerator.num_processes > 1:
+        whole = load_model(*source) if accelerator.is_main_process else None
+        shard(model, whole, accelerator.device, accelerator.mixed_precision == "bf16")
+    return model.to(accelerator.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,8 +240,10 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     training) take the usual path: flex attention where the mask is a block mask, else scaled dot product.
     """
     if isinstance(attention_mask, BlockMask):
+        heads = query.shape[1] // key.shape[1]
         query, key = query.to(value.dtype), key.to(value.dtype)
-        out = kernels.flex()(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
+        key, value = (x.repeat_interleave(heads, 1) for x in (key, value))  # so that more blocks sum up gradients
+        out = kernels.flex()(query, key, value, block_mask=attention_mask, scale=scaling)
         return out.transpose(1, 2), None
     if isinstance(key, torch.Tensor):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -263,7 +308,7 @@ def generate(
     Returns responses (P * G, t) and their mask, True up to and including the first of the `eos` tokens.
     """
     P, G, T, device = len(prompts), group_size, uniforms.shape[1], model.device
-    width = max(len(p.input_ids) for p in prompts)
+    width = kernels.aligned(max(len(p.input_ids) for p in prompts), device)
     ids = torch.stack([pad(p.input_ids, (width - len(p.input_ids), 0), value=pad_id) for p in prompts]).to(device)
     positions = torch.stack([pad(p.position_ids, (width - len(p.input_ids), 0)) for p in prompts], 1).to(device)
     real = torch.stack([torch.arange(width) >= width - len(p.input_ids) for p in prompts]).to(device)  # (P, Lp)
@@ -524,16 +569,17 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
     """log p(target) and entropy in nats, each (N,) fp32, from hidden states (N, D), the head's weight (V, D) and
     targets (N,).
 
-    The (N, V) logits never exist as a whole: chunks of tokens, recomputed in the backward pass.
+    The (N, V) logits never exist as a whole: chunks of tokens, recomputed in the backward pass. Both values leave a
+    chunk as one tensor: of two, one without a part in the loss would keep what is recomputed for it, 8 V bytes a token.
     """
 
     def head(hidden, targets):
         logps = (linear(hidden, weight).float() / temperature).log_softmax(-1)  # autocast casts the weight once
-        return logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+        return torch.stack([logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)])
 
     parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    logps, entropy = zip(*parts)
-    return torch.cat(logps), torch.cat(entropy)
+    logps, entropy = torch.cat(parts, 1)
+    return logps, entropy
 
 
 @torch.no_grad()

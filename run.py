@@ -23,16 +23,27 @@ import transformers
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from common import Reward, filler, forward, load_model, load_processor, longest, loss_denominator, rollout, split_group
+from common import (
+    Reward,
+    filler,
+    forward,
+    load_processor,
+    longest,
+    loss_denominator,
+    reference_model,
+    rollout,
+    split_group,
+    trained_model,
+)
 from plumbing import checkpoints
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data, some_of
-from plumbing.kernels import products_in_bf16, use_cores
+from plumbing.kernels import use_cores
 from plumbing.memory import dry_run, out_of_memory
 from plumbing.metrics import Metrics, means
-from plumbing.sharding import full_tensor, local, shard, start_processes, total, unsharded
+from plumbing.sharding import full_tensor, local, start_processes, sum_gradients, total, unsharded
 from plumbing.stream import Stream
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
@@ -71,28 +82,11 @@ class Run:
 
     def load_models(self, checkpoint):
         """Processor, the model that is trained, from a checkpoint where there is one, and the reference model."""
-        args, source = self.args, model_source(self.args)
-        self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
+        args = self.args
+        self.processor = load_processor(model_source(args), args.model_revision, args.min_pixels, args.max_pixels)
         self.tokenizer = self.processor.tokenizer
-        self.model = self.load(checkpoint or source, "main" if checkpoint else args.model_revision)
-        self.reference = self.load(source, args.model_revision, frozen=True) if args.kl_coef else None
-
-    def load(self, name, revision, frozen=False):
-        """The model that is trained, or a frozen one; on several processes sharded, and whole on the main one alone."""
-        bf16 = self.accelerator.mixed_precision == "bf16"
-        model = load_model(name, revision, meta=self.world_size > 1).train(not frozen)
-        if frozen:
-            model.requires_grad_(False)
-        if self.args.freeze_vision:
-            model.model.visual.requires_grad_(False)
-        if self.args.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        if self.world_size > 1:
-            whole = load_model(name, revision) if self.is_main else None
-            shard(model, whole, self.accelerator.device, bf16)
-        elif frozen and bf16:
-            products_in_bf16(model)
-        return model.to(self.accelerator.device)
+        self.model = trained_model(args, self.accelerator, checkpoint)
+        self.reference = reference_model(args, self.accelerator, self.model) if args.kl_coef else None
 
     def load_data(self):
         args, rope_index = self.args, self.model.model.get_rope_index
@@ -285,6 +279,7 @@ class Run:
         """
         for p in self.parameters.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        sum_gradients(self.parameters.values())
         self.optimizer.param_groups[0]["lr"] = self.args.learning_rate * self.schedule(self.updates)
         foreach = self.accelerator.device.type == "cuda"  # one kernel for all, sharded or not
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm, foreach=foreach)
@@ -413,7 +408,9 @@ class Run:
         self.saved = self.step
         if self.all_reduce(sum(not local(p).isfinite().all() for p in self.parameters.values())):
             raise UserError(f"after step {self.step} the weights are not finite, and are not saved: {RUINED}.")
-        place = self.step, self.updates, self.stream.position, self.data.contents, self.world_size
+        writers = 1 if self.args.lora_rank else self.world_size  # of the optimiser's state
+        place = self.step, self.updates, self.stream.position, self.data.contents, writers
         state = checkpoints.State(*place, self.history, Path(sys.argv[0]).stem, dataclasses.asdict(self.args))
         trained, folder = (self.model, self.processor, self.optimizer, self.parameters), f"step-{self.step}"
-        checkpoints.save_checkpoint(self.output / folder, *trained, state, self.is_main, self.args.keep)
+        ending = self.stopping or self.step == self.args.steps
+        checkpoints.save_checkpoint(self.output / folder, *trained, state, self.is_main, self.args.keep, ending)

@@ -10,6 +10,7 @@ stream      the order of the prompts
 answers     is an answer right
 rewards     a reward of the user's own
 kinds       what the tokens of a response in an embedded world say
+adapters    LoRA: added, loaded, saved, merged
 sharding    several processes: FSDP2, and what they do together
 kernels     threads, which attention a part of the model uses, CUDA graphs
 memory      --dry_run: what fits

@@ -37,6 +37,10 @@ class ModelArgs:
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
     freeze_vision: bool = flag(False, "do not train the vision tower")
+    lora_rank: int = flag(0, "train LoRA adapters of this rank in the language model; 0: all weights", least=0)
+    lora_alpha: int | None = flag(
+        None, "what adapters add counts lora_alpha / lora_rank times (default: --lora_rank)", above=0
+    )
     gradient_checkpointing: bool | None = flag(
         None, "recompute activations in the backward pass (toy: off, else: on)", nargs="?", const=True, may_change=True
     )
@@ -127,7 +131,7 @@ class UpdateArgs:
     updates_per_step: int | None = flag(
         None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)", above=0
     )
-    learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6)", above=0, most=1)
+    learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6; of LoRA 10 times that)", above=0, most=1)
     schedule: Literal["constant", "linear", "cosine"] = flag("constant", "of the learning rate, over the whole run")
     warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", least=0)
     weight_decay: float = flag(0.01, "AdamW's", least=0, most=1)
@@ -192,7 +196,8 @@ class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateA
             "max_response_tokens": (64, 2048),
             "steps": (150, 60),
             "updates_per_step": (1, 4),
-            "learning_rate": (1e-4, 1e-6),
+            "lora_alpha": (self.lora_rank or None,) * 2,
+            "learning_rate": (1e-3, 1e-5) if self.lora_rank else (1e-4, 1e-6),
             "eval_temperature": (1.0, 0.0),
             "output": (f"runs/{Path(sys.argv[0]).stem}",) * 2,
         }

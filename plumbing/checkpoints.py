@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import json
 import re
-import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm.auto import tqdm
 
+from plumbing.adapters import adapters_of, save_adapters
 from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError, cannot_write
-from plumbing.files import set_aside, write_text
+from plumbing.files import remove, set_aside, write_text
 from plumbing.metrics import restore_log
 from plumbing.sharding import from_main, full_tensor
 
@@ -170,7 +170,7 @@ def restore_optimizer(folder, optimizer, parameters, updates):
     if {name.rpartition(".")[0] for name in saved} - {""} != set(parameters):
         raise UserError(
             f"--resume: the optimiser state in {folder} is of other weights than this run trains: "
-            f"give the same --model and --freeze_vision, or start anew with another --output."
+            f"give the same --model, --freeze_vision and --lora_rank, or start anew with another --output."
         )
     whole = saved == {name: value.shape for name, value in found.items()}
     if whole:
@@ -182,24 +182,26 @@ def restore_optimizer(folder, optimizer, parameters, updates):
         )
 
 
-def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main, keep):
+def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main, keep, ending=True):
     """`folder`, called step-N, and the link `last` beside it; `state` is the State that `find_checkpoint` gives back.
 
-    All processes take part: each writes its part of the optimiser, the main one the weights and all else. `keep`: so
-    many checkpoints stay, 0 for all. Raises UserError where the disk is full; the checkpoint before stays.
+    All processes take part: each writes its part of the optimiser, the main one the weights and all else; of adapters
+    it writes both, and at the `ending` of a run the merged model. `keep`: so many checkpoints stay, 0 for all. Raises
+    UserError where the disk is full; the checkpoint before stays.
     """
+    lora = bool(adapters_of(model))
     beside, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last.unfinished")
 
     def write_weights():
         remove(beside)
-        model.save_pretrained(beside, state_dict=weights)
+        save_adapters(model, beside, ending) if lora else model.save_pretrained(beside, state_dict=weights)
         processor.save_pretrained(beside)
         write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
 
     def write_optimizer():
         writer = HuggingFaceStorageWriter(beside / "optimizer", save_distributed=True)
         parts = moments(optimizer, parameters) | {"updates": torch.tensor(float(state.updates))}
-        dcp.save(parts, storage_writer=writer)  # what fails anywhere is raised everywhere
+        dcp.save(parts, storage_writer=writer, no_dist=lora)  # what fails anywhere is raised everywhere
 
     def put_in_place():
         set_aside(folder)
@@ -208,10 +210,10 @@ def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_m
         last.symlink_to(folder.name)
         last.replace(folder.with_name("last"))
 
-    once = dict(model.named_parameters())  # a head that is the embeddings stands here once
+    once = {} if lora else dict(model.named_parameters())  # a head that is the embeddings stands here once
     weights = collect({name: value for name, value in model.state_dict().items() if name in once}, is_main)
     failed = from_main(failure(write_weights) if is_main else None)
-    failed = failed or failure(write_optimizer)
+    failed = failed or from_main(failure(write_optimizer) if is_main or not lora else None)
     failed = failed or from_main(failure(put_in_place) if is_main else None)
     if failed:
         if is_main:
@@ -241,13 +243,6 @@ def remove_older(folder, keep):
     for found in folder.parent.glob("step-*.unfinished"):
         if re.fullmatch(r"step-\d+\.unfinished", found.name):
             remove(found)
-
-
-def remove(path):
-    """Removes a folder, or a file of its name, if there is one and if it can be removed."""
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def collect(tensors, is_main):

@@ -1,9 +1,11 @@
-"""Files that are whole at any moment: written beside and renamed, and nothing overwritten.
+"""Files that are whole at any moment: written beside and renamed, and nothing overwritten; what was half written goes.
 
 Not here: what is written (checkpoints.py, metrics.py, and whoever writes a result).
 """
 
+import contextlib
 import itertools
+import shutil
 
 
 def write_text(path, text):
@@ -18,3 +20,10 @@ def set_aside(path):
     if path.exists():
         names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
         path.rename(next(name for name in names if not name.exists()))
+
+
+def remove(path):
+    """Removes a folder, or a file of its name, if there is one and if it can be removed."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -98,6 +98,11 @@ def products_in_bf16(model):
     return model
 
 
+def aligned(tokens, device):
+    """A prompt's cache is so many tokens wide: on a GPU a multiple of 8, which products of bf16 want."""
+    return -(-tokens // 8) * 8 if device.type == "cuda" else tokens
+
+
 def tokens_between_checks(device):
     """After how many tokens sampling asks whether all responses have ended: a GPU stands still while it is asked."""
     return 16 if device.type == "cuda" else 1

@@ -21,7 +21,8 @@ def plan(args, gpus):
     the MLP's width; with gradient checkpointing that of one layer, and D for every layer. Sampling computes some of the
     prompts at a time, 2 D and 6 of all heads or 3 of the MLP, before the responses' cache is there. Gradients are those
     of the rows before. On several GPUs the update gathers two layers at a time, and the root (embeddings and head);
-    the gradients of one layer exist whole, and those of the root when activations are gone.
+    the gradients of one layer exist whole, and those of the root when activations are gone. With LoRA nothing is
+    sharded, the model is there in the compute type, and only adapters have gradients and a state.
     """
     try:
         source = {"revision": args.model_revision, "trust_remote_code": False}
@@ -31,12 +32,17 @@ def plan(args, gpus):
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
     text, vision = config.text_config, config.vision_config
-    parameters = size(model)
+    parameters, lora = size(model), bool(args.lora_rank)
+    tower = 0 if args.freeze_vision or lora else 1  # a frozen one keeps no activations
     trained = parameters - args.freeze_vision * size(model.model.visual)
+    if lora:
+        linear = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
+        trained = args.lora_rank * sum(m.in_features + m.out_features for m in linear)
+    shards = 1 if lora else gpus  # each GPU holds so many parts of the weights
     layers = [size(layer) for layer in [*model.model.language_model.layers, *model.model.visual.blocks]]
     root = parameters - sum(layers)
     bytes_each = 4 if args.dtype == "float32" else 2  # bytes of one, in compute
-    stream = bytes_each if gpus > 1 else 4  # of what goes from layer to layer: autocast leaves sums and norms in fp32
+    stream = bytes_each if shards > 1 or lora else 4  # from layer to layer: autocast leaves sums and norms in fp32
     G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
     row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
     patches = args.max_pixels // vision.patch_size**2 if args.max_pixels else prompt * vision.spatial_merge_size**2
@@ -56,11 +62,12 @@ def plan(args, gpus):
     text_shape = text.hidden_size, text.num_attention_heads * head, text.intermediate_size
     at_once = min(batch, max(1, args.tokens_per_row // prompt))  # prompts that are computed at a time
     prefill = max(temporaries(at_once * patches, *vision_shape), temporaries(at_once * prompt, *text_shape))
-    vision_bytes = activations(patches, vision.depth, *vision_shape)
+    vision_bytes = tower * activations(patches, vision.depth, *vision_shape)
     text_bytes = activations(row, text.num_hidden_layers, *text_shape)
-    logits = HEAD_CHUNK * text.vocab_size * 4 * 4 + embeddings * 4  # four fp32 copies of a chunk, the head's gradient
+    logits = HEAD_CHUNK * text.vocab_size * 4 * 4  # four fp32 copies of a chunk
+    logits += 0 if lora else embeddings * 4  # the head's gradient
     by_layer = bytes_each * (root + 2 * max(layers))
-    whole_weights = bytes_each * parameters if gpus > 1 or bytes_each == 2 else 0
+    whole_weights = bytes_each * (trained if lora else parameters) if shards > 1 or bytes_each == 2 else 0
     reference = 4 * parameters / gpus if gpus > 1 or bytes_each == 4 else 2 * parameters + 4 * embeddings
     cached = 2 * text.num_key_value_heads * head * bytes_each  # keys and values of a token in a layer
     room = math.ceil(T / min(T, 128)) * min(T, 128)  # of common.py's ROOM
@@ -68,21 +75,21 @@ def plan(args, gpus):
     attention = batch * G * text.num_attention_heads * (prompt + room) * 12  # scores: 2 x bf16, 2 x fp32
     return {
         "kept": {
-            "weights": 4 * parameters / gpus,
-            "optimiser": 8 * trained / gpus,
-            "reference": reference if args.kl_coef else 0,
+            "weights": bytes_each * parameters + 4 * trained if lora else 4 * parameters / gpus,
+            "optimiser": 8 * trained / shards,
+            "reference": reference if args.kl_coef and not lora else 0,
         },
         "sampling": {
-            "gathered weights": by_layer if args.reshard_while_sampling and gpus > 1 else whole_weights,
+            "gathered weights": by_layer if args.reshard_while_sampling and shards > 1 else whole_weights,
             "key-value cache": batch * prompt * text.num_hidden_layers * cached + grown,
             "attention": attention,
             "logits": batch * G * text.vocab_size * 24,  # 2 x fp32, and 2 x fp64 to add up probabilities
             "prompts": max(0, prefill - grown - attention),
         },
         "update": {
-            "gathered weights": by_layer + (bytes_each + 4) * max(layers) if gpus > 1 else whole_weights,
-            "gradients": 4 * trained / gpus,
-            "activations": max(vision_bytes + text_bytes, (gpus > 1) * (bytes_each + 4) * root - logits),
+            "gathered weights": by_layer + (bytes_each + 4) * max(layers) if shards > 1 else whole_weights,
+            "gradients": 4 * trained / shards,
+            "activations": max(vision_bytes + text_bytes, (shards > 1) * (bytes_each + 4) * root - logits),
             "head": logits,
         },
     }
@@ -97,7 +104,7 @@ def dry_run(args):
     gpus, memory = args.dry_run, gpu_memory(args)
     refuse_uneven(args, gpus)
     peaks = plan(args, gpus)
-    digits = 1 if memory >= 1 else 6
+    digits, sharded = 1 if memory >= 1 else 6, gpus > 1 and not args.lora_rank
     lines = [f"{args.model} on {gpus} GPUs of {memory:g} GB; GB on each, without what CUDA and fragments take:"]
     for peak in ("sampling", "update"):
         parts = {**peaks["kept"], **peaks[peak]}
@@ -109,8 +116,8 @@ def dry_run(args):
         if total < memory:
             continue
         if fixed >= memory:
-            turn = "none helps: weights, gradients and optimiser alone are too much; take more GPUs"
-        elif peak == "sampling" and gpus > 1 and kept + peaks[peak]["gathered weights"] / 1e9 >= memory:
+            turn = "none helps: {} alone are too much; {}".format(*kept_and_advice(args))
+        elif peak == "sampling" and sharded and kept + peaks[peak]["gathered weights"] / 1e9 >= memory:
             turn = "--reshard_while_sampling"
         elif peak == "sampling":
             turn = "--rollout_prompts"
@@ -130,6 +137,13 @@ def dry_run(args):
         f"and what the method adds"
     )
     return "\n".join(lines)
+
+
+def kept_and_advice(args):
+    """What stays for the whole run, and what to do where that alone does not fit."""
+    if args.lora_rank:
+        return "model and adapters", "leave --lora_rank out: all weights are trained then, a part of them on each GPU"
+    return "weights, gradients and optimiser", "take more GPUs, or --lora_rank 32"
 
 
 def gpu_memory(args):
@@ -162,7 +176,8 @@ def refuse_what_cannot_fit(args, gpus):
     peaks, memory = plan(args, gpus), gpu_memory(args)
     need = (sum(peaks["kept"].values()) + peaks["update"]["gradients"]) / 1e9
     if need >= memory:
+        kept, advice = kept_and_advice(args)
         raise UserError(
-            f"weights, gradients and optimiser of {args.model} need {need:.1f} GB on each of {gpus} GPUs that have "
-            f"{memory:.1f} GB: take more GPUs; --dry_run 8 says what 8 need."
+            f"{kept} of {args.model} need {need:.1f} GB on each of {gpus} GPUs that have {memory:.1f} GB: {advice}; "
+            f"--dry_run 8 says what 8 need."
         )

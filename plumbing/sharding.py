@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from plumbing.adapters import places
 from plumbing.commandline import UserError
 from plumbing.memory import refuse_uneven, refuse_what_cannot_fit
 
@@ -43,6 +44,10 @@ def start_processes(args):
     if gpu:
         torch.set_float32_matmul_precision("high")  # TF32, where a product is not in bf16
     world_size = accelerator.num_processes
+    if places(args.model)[3]:
+        raise UserError(f"--model {args.model} holds adapters: --resume goes on with them; to begin with, merge them.")
+    if args.lora_rank and args.reshard_while_sampling:
+        raise UserError("--reshard_while_sampling is for sharded weights; with --lora_rank none are: leave it out.")
     if args.cuda_graphs is None:
         args.cuda_graphs = gpu and world_size == 1 and not args.reshard_while_sampling
     if args.cuda_graphs and not gpu:
@@ -161,6 +166,17 @@ def on_any_process(count, sharded, device):
         count = torch.tensor(count, device=device)
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)  # in place
     return bool(count)
+
+
+@torch.no_grad()
+def sum_gradients(parameters):
+    """Gradients of weights that each process holds whole, summed over all; those of sharded ones are summed already."""
+    whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
+    if whole and torch.distributed.is_initialized():
+        flat = torch.cat([grad.flatten() for grad in whole])
+        torch.distributed.all_reduce(flat)
+        for grad, part in zip(whole, flat.split([grad.numel() for grad in whole])):
+            grad.copy_(part.view_as(grad))
 
 
 def from_main(value):

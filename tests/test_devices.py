@@ -62,7 +62,7 @@ def two_devices(monkeypatch):
     tensor = torch.tensor
     with torch.device("meta"):  # what makes tensors is listed by torch when this is used first, and must not be ours
         pass
-    backward, grad, load, parameters = torch.autograd.backward, torch.autograd.grad, load_model, []
+    backward, grad, parameters = torch.autograd.backward, torch.autograd.grad, []
 
     def moved(self, *args, **kwargs):
         if args and isinstance(args[0], torch.Tensor):
@@ -83,10 +83,13 @@ def two_devices(monkeypatch):
     def made(*args, device=None, **kwargs):
         return tensor(*args, **kwargs) if device is None else tensor(*args, **kwargs).to(device)
 
-    def loaded(*args, **kwargs):
-        model = load(*args, **kwargs)
-        parameters.extend(model.parameters())
-        return model
+    def watched(make):
+        def made(*args, **kwargs):
+            model = make(*args, **kwargs)
+            parameters.extend(model.parameters())
+            return model
+
+        return made
 
     def backwards(*args, **kwargs):
         with _disable_current_modes():
@@ -104,8 +107,9 @@ def two_devices(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "backward", backwards)
     monkeypatch.setattr(torch.autograd, "grad", gradients)
-    for module in (run, evaluation, show):
-        monkeypatch.setattr(module, "load_model", loaded)
+    for module in (common, evaluation, show):
+        monkeypatch.setattr(module, "load_model", watched(load_model))
+    monkeypatch.setattr(common, "add_adapters", watched(common.add_adapters))
     monkeypatch.setattr(common, "checkpoint", lambda function, *args, use_reentrant: function(*args))
     monkeypatch.setattr(torch.Tensor, "to", moved)
     monkeypatch.setattr(torch.Tensor, "cpu", fetched)
@@ -135,11 +139,12 @@ def test_what_fails_on_a_gpu_fails_here(two_devices):
 
 
 @pytest.mark.parametrize("module", [grpo, vepo, vgpo, prpo, pepo, saei])
-@pytest.mark.parametrize("updates", [1, 2])
-def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates):
+@pytest.mark.parametrize("updates, lora", [(1, 0), (2, 0), (2, 4)])
+def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates, lora):
     flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --eval_rows 2 --show_every 1 --kl_coef 0.01"
     size = "--n1 2 --n2 2 --save_images 4 --measure_every 1" if module is saei else "--group_size 4"
     parts = f"--updates_per_step {updates} --tokens_per_row {260 // updates**2}"  # some pictures share a batch, or none
+    parts += f" --lora_rank {lora}"
     runs = []
 
     def failing_once(group, *rest, gradient=saei.entropy_gradient):  # one prompt keeps its clean picture

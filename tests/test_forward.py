@@ -1,6 +1,7 @@
 """The packed row against a plain padded batch, and the chunked head against plain logits."""
 
 import copy
+import gc
 from random import Random
 
 import pytest
@@ -220,3 +221,14 @@ def test_unpack():
     assert unpack(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 2, 0], [3, 0, 0]]
     wide = unpack(torch.arange(6.0).view(3, 2), mask)
     assert wide.shape == (2, 3, 2) and wide[1, 0].tolist() == [4, 5] and not wide[~mask].any()
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_what_has_no_part_in_the_loss_keeps_no_logits(part):
+    """While it is still referred to, as a script does until its next row."""
+    N, V, chunk = 60, 3001, 20
+    hidden, weight = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    values = token_logps(hidden, weight, torch.randint(V, (N,)), chunk=chunk)
+    values[part].sum().backward()
+    gc.collect()
+    assert [x.shape for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= V * chunk] == []

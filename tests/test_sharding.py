@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, read_metrics, timeless, weights
+from helpers import ROOT, read_metrics, same, timeless, weights
 from pair import Pair, run_job
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -85,7 +85,17 @@ EVERYTHING = ["--updates_per_step", 2, "--kl_coef", 0.05, "--entropy_coef", 0.01
 EVERYTHING += ["--tokens_per_row", 130, "--temperature", 1.3, "--aggregation", "sequence", "--max_grad_norm", 0.1]
 
 
-@pytest.mark.parametrize("flags", [["--eval_rows", 7, "--eval_every", 1], [*EVERYTHING, "--eval_rows", 0]])
+LORA = ["--lora_rank", 4, "--learning_rate", 1e-3]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--eval_rows", 7, "--eval_every", 1],
+        [*EVERYTHING, "--eval_rows", 0],
+        [*EVERYTHING, *LORA, "--eval_rows", 7],
+    ],
+)
 def test_two_processes_equal_one(tmp_path, alone, finished, flags):
     """With text-only rows beside pictures, responses of different lengths, groups cut into several rows."""
     assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags))
@@ -215,13 +225,22 @@ patch(run.Run, "log", dies)
 """
 
 
-@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
-def test_resume_on_another_number_of_processes(tmp_path, first, then, alone, start, finished):
-    flags = ["--eval_rows", 0, "--steps", 3]
+@pytest.mark.parametrize("first, then, more", [(2, 1, []), (1, 2, []), (2, 1, LORA), (1, 2, LORA)])
+def test_resume_on_another_number_of_processes(tmp_path, first, then, more, alone, start, finished):
+    flags = ["--eval_rows", 0, "--steps", 3, *more]
     codes, console = start(first, tmp_path / "cut", *flags, "--save_every", 1, patch=DIES)
     assert codes == [1] * first and "power cut" in console
     assert (tmp_path / "cut/last").resolve().name == "step-1"
     assert_equal(alone(*flags), finished(then, tmp_path / "cut", *flags, "--resume"))
+
+
+def test_adapters_on_two_processes_resume_to_the_bit(tmp_path, start, finished):
+    flags = [*LORA, "--eval_rows", 0, "--steps", 3, "--save_every", 1]
+    whole = finished(2, tmp_path / "whole", *flags)
+    codes, _ = start(2, tmp_path / "cut", *flags, patch=DIES)
+    assert codes == [1, 1] and len(list((tmp_path / "cut/last/optimizer").iterdir())) == 1
+    resumed = finished(2, tmp_path / "cut", *flags, "--resume")
+    assert same(whole[0], resumed[0]) and whole[1] == resumed[1]
 
 
 FULL_ON_THE_MAIN = """

@@ -1,0 +1,159 @@
+"""LoRA (arXiv 2106.09685): adapters in the language model's linear layers, added, loaded, saved and merged, by PEFT.
+
+    W x  ->  W x + alpha / rank B A x          A (rank, in) random, B (out, rank) 0, both trained; W frozen
+
+W is written to nowhere, not for sampling either: to bf16 weights, each of which is rounded to the nearest, most of BA
+adds nothing at all (tests/test_adapters.py), and the policy that samples would not be the one that is trained.
+Checkpoints hold PEFT's own two files in adapter/. Not here: what is trained, and when it is saved (run.py).
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from plumbing.arguments import EMBEDDED
+from plumbing.commandline import UserError, cannot_open
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # PEFT's names
+
+
+class Adapted(Linear):
+    """PEFT's layer, with B, the factor and the sum in one product, in place: in sampling, launches are what costs."""
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        out, low = self.base_layer(flat), self.lora_A["default"](flat)
+        out.addmm_(low.to(out.dtype), self.lora_B["default"].weight.to(out.dtype).T, alpha=self.scaling["default"])
+        return out.view(*x.shape[:-1], -1)
+
+
+def add_adapters(model, args, checkpoint=None):
+    """Adapters of --lora_rank and --lora_alpha in every linear layer of the language model; all else is frozen.
+
+    As a checkpoint has them, or new: A drawn by --seed, the same on every process, and B = 0, which changes nothing.
+    """
+    linear = [name for name, m in model.model.language_model.named_modules() if isinstance(m, torch.nn.Linear)]
+    kinds = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        target_modules=rf".*language_model\..*\.({kinds})",
+        base_model_name_or_path=args.model,
+        revision=args.model_revision,
+    )
+    inject(model, config, args.seed)
+    return load_adapters(model, checkpoint / "adapter") if checkpoint else model
+
+
+def inject(model, config, seed=0, dtype=torch.float32):
+    """The model with adapters in the layers that the configuration names."""
+    model.requires_grad_(False)
+    config._register_custom_module({torch.nn.Linear: Adapted})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+    for p in adapters_of(model).values():
+        p.data = p.data.to(dtype)
+    return model
+
+
+def adapters_of(model):
+    """{PEFT's name: parameter} of the adapters of a model; {} where it has none."""
+    named = model.named_parameters()
+    return {PREFIX + name.replace(".default.", "."): p for name, p in named if ".lora_" in name}
+
+
+def load_adapters(model, folder, dtype=torch.float32):
+    """The model with the adapters of a folder of PEFT's; raises UserError where they are not all there, or others."""
+    config = read_config(folder)
+    if not adapters_of(model):
+        inject(model, config, dtype=dtype)
+    own = adapters_of(model)
+    try:
+        found = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the adapters in {folder} cannot be read ({error}): take another checkpoint.") from None
+    shapes = {name: value.shape for name, value in found.items()}
+    if shapes != {name: p.shape for name, p in own.items()}:
+        wrong = sorted(shapes.keys() ^ own.keys()) or [name for name, p in own.items() if shapes[name] != p.shape]
+        raise UserError(
+            f"the adapters in {folder} are not plain LoRA of {config.base_model_name_or_path}, as its "
+            f"{CONFIG} says: they differ in {len(wrong)} tensors, such as {wrong[0]}."
+        )
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(found[name])
+    return model
+
+
+def read_config(folder):
+    """The LoraConfig in a folder; raises UserError where it is none, or of another kind."""
+    try:
+        config = LoraConfig.from_pretrained(folder)
+    except Exception as error:  # whatever PEFT says of a damaged file
+        raise UserError(cannot_open("--model", folder, error)) from None
+    if config.peft_type != "LORA" or config.use_dora or config.use_rslora or not config.base_model_name_or_path:
+        raise UserError(f"--model {folder} holds adapters that are not plain LoRA of a model that it names.")
+    return config
+
+
+def save_adapters(model, folder, merge):
+    """PEFT's files in folder/adapter; beside it config.json, or with `merge` the merged model, in fp32."""
+    (folder / "adapter").mkdir(parents=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapters_of(model).items()}
+    save_file(tensors, folder / "adapter" / WEIGHTS, metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(folder / "adapter")
+    if not merge:
+        model.config.save_pretrained(folder)
+        return
+    whole = without_adapters(model).to("meta", torch.float32)  # of which only names and settings are used
+    whole.save_pretrained(folder, state_dict=merged(model))
+
+
+@torch.no_grad()
+def merged(model):
+    """{name: W + alpha / rank B A}, fp32 and in main memory, of all weights, those without adapters as they are."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapted)}
+    weights = {}
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        value, owner = p.float(), layers.get(name.rpartition(".base_layer.")[0])
+        if owner is not None and name.endswith(".weight"):
+            low, high = owner.lora_A["default"].weight, owner.lora_B["default"].weight
+            value = torch.addmm(value, high.float(), low.float(), alpha=owner.scaling["default"])
+        weights[name.replace(".base_layer.", ".")] = value.cpu().contiguous()
+    return weights
+
+
+def without_adapters(model):
+    """The frozen model itself: another tree of modules around the same weights, which take no memory twice."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    twin = copy.deepcopy(model, shared)
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, Adapted):
+            parent, _, own = name.rpartition(".")
+            setattr(twin.get_submodule(parent), own, layer.base_layer)
+    return twin.requires_grad_(False).eval()
+
+
+def places(name, revision="main"):
+    """(where configuration and processor are, where the weights are, revision of both, folder of adapters or None).
+
+    `name`: a model; a checkpoint that holds adapters alone; or a folder of PEFT's, in a checkpoint or anywhere.
+    """
+    folder = Path(name)
+    if (folder / "adapter" / CONFIG).exists() and not list(folder.glob("*.safetensors")):
+        folder = folder / "adapter"
+    if not (folder / CONFIG).exists():
+        return name, name, revision, None
+    config = read_config(folder)
+    base = config.base_model_name_or_path
+    base = str(EMBEDDED[base] / "model") if base in EMBEDDED else base
+    beside = folder.parent if (folder.parent / "config.json").exists() else base
+    return beside, base, config.revision or "main", folder
