@@ -9,6 +9,7 @@ On a card: python tests/bench.py --gpu 3b, or 7b. Milliseconds, in the shape of 
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpu  # noqa: E402
 
 from common import Reward, forward, group_advantages, load_processor, picture_inputs, policy_loss, rollout  # noqa: E402
+from plumbing.adapters import add_adapters  # noqa: E402
 from plumbing.arguments import INSTRUCTION, TOY, SharedArgs  # noqa: E402
 from plumbing.data import Data  # noqa: E402
 
@@ -314,6 +316,14 @@ def main():
             lambda: plain_sampling(model, prompts, tokens),
             lambda: rollout(model, processor.tokenizer, prompts, args, 0),
             options.repeats,
+        )
+        adapted = add_adapters(copy.deepcopy(model), SharedArgs(lora_rank=32))
+        compare(
+            "sampling: with adapters of rank 32 / without",
+            lambda: rollout(adapted, processor.tokenizer, prompts, args, 0),
+            lambda: rollout(model, processor.tokenizer, prompts, args, 0),
+            options.repeats,
+            "bar 1.15",
         )
     if not options.no_methods:
         method_steps(model, processor, image_tokens, tokens, options.repeats)

@@ -165,7 +165,7 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
         f"{bandwidth / 1e12:.2f} TB/s are copied, {product / 1e12:.0f} TFLOP/s reached in a large bf16 product\n"
     )
     for graphs, value in token.items():
-        what = f"a token of {len(prompts) * G} responses{', with --cuda_graphs' if graphs else ''}"
+        what = f"a token of {len(prompts) * G} responses{', as a CUDA graph' if graphs else ''}"
         print(f"{what:46s}{1e3 * value:7.1f} ms   {value / least:.1f} x its bytes / bandwidth, {1e3 * least:.1f} ms")
     share = f", {speed / said:.0%} MFU by the data sheet" if said else ""
     print(f"{'update of a group':46s}{1e3 * updating:7.0f} ms   {speed / product:.0%} of the large product{share}")
@@ -175,7 +175,7 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     print("gathering and summing, clipping, checkpoints and waiting:")
     print(", ".join(f"{phase} {value:.1f}" for phase, value in phases.items()))
     if True in sampling:
-        print(f"sampling with --cuda_graphs {batches * sampling[True]:.1f}")
+        print(f"sampling with CUDA graphs, as on one card, {batches * sampling[True]:.1f}")
     graphs = f"{1e3 * token[True]:.1f}" if True in token else "-"
     mfu = f"{speed / said:.0%}" if said else "-"
     seconds_of = " | ".join(f"{value:.0f}" for value in phases.values())

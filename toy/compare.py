@@ -4,8 +4,9 @@
     python toy/compare.py --report                # the tables and toy/comparison.png, from what is there
 
 Every run: 150 steps of 16 prompts, 8 responses each (12 for SaEI, 6 + 6, and for the GRPO that it is compared with),
-the toy's learning rate, and each method's own constants as its paper has them: nothing was tuned. DAPO leaves groups of
-one mind out and does not replace them, so that all arms sample as many responses. Two runs at a time, one core each.
+the toy's learning rate (LoRA's is ten times as high), and each method's own constants as its paper has them: nothing
+was tuned. DAPO leaves groups of one mind out and does not replace them, so that all arms sample as many responses. Two
+runs at a time, one core each.
 
 The main figure is online accuracy: of the sampled responses over the whole run, on prompts that were not seen before,
 the same ones in the same order in every arm with that seed (of the toy's 2,002 the last 25 steps see some again; SaEI:
@@ -48,6 +49,7 @@ ARMS = {  # name: (arm of toy/arm.py and flags, the arm that it is compared with
     "random 20 %": ("vepo.py --select random", "GRPO"),
     "PRPO shuffled": ("prpo.py --shuffle", "GRPO"),
     "oracle: reads alone": ("oracle", "GRPO"),
+    "GRPO, LoRA rank 8": ("grpo.py --lora_rank 8", "GRPO"),
     "GRPO, 12": ("grpo.py --group_size 12", "GRPO, 12"),
     "SaEI, 6 + 6": ("saei.py", "GRPO, 12"),
 }
