@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm.auto import tqdm
 
-from plumbing.adapters import adapters_of, save_adapters
+from plumbing.adapters import adapters_of, places, save_adapters
 from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError, cannot_write
 from plumbing.files import remove, set_aside, write_text
@@ -63,7 +63,7 @@ def read_state(folder):
 
 def trained_with(model):
     """{flag: value} of the run that wrote a checkpoint; {} for a model that is none of ours. Raises UserError."""
-    path = Path(model) / "trainer_state.json"
+    path = Path(places(model)[0]) / "trainer_state.json"  # of adapters: beside their folder
     if model in EMBEDDED or not path.exists() or '"global_step"' in path.read_text():  # of transformers' own Trainer
         return {}
     return read_state(path.parent).arguments

@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from common import forward, load_model, load_processor, policy_loss
 from plumbing.adapters import adapters_of, add_adapters, merged, places, save_adapters, without_adapters
 from plumbing.arguments import SharedArgs
+from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -136,6 +137,8 @@ def test_two_runs_of_one_kind_resume_to_the_bit_and_open_everywhere(tmp_path):
     assert torch.equal(forward(load_model(tmp_path / "bare"), row)[0], adapted_logps)
     assert load_processor(tmp_path / "bare").tokenizer("1 + 1").input_ids
     assert places(tmp_path / "a" / "step-3")[3] == tmp_path / "a" / "step-3" / "adapter"
+    for name in ("last", "step-3", "step-3/adapter"):
+        assert trained_with(str(tmp_path / "a" / name))["lora_rank"] == 8
 
 
 @pytest.mark.parametrize("script", ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"])

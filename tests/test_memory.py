@@ -1,4 +1,4 @@
-"""The dry run against known models and measured memory; as a script it prints the README's table."""
+"""The dry run against known models and measured memory; as a script it prints the README's tables."""
 
 import os
 import subprocess
@@ -210,6 +210,10 @@ if __name__ == "__main__":
     from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
-        for size, gpus in (("3B", 8), ("7B", 8), ("32B", 16), ("7B", 1)):
-            args = SharedArgs(model=str(write_config(size, Path(folder))), dry_run=gpus)
-            print(dry_run(args).replace(args.model, f"Qwen2.5-VL-{size}"), end="\n\n")
+        lora, small = {"dry_run": 1, "lora_rank": 32}, {"rollout_prompts": 2, "tokens_per_row": 4096}
+        tables = [("3B", {"dry_run": 8}), ("7B", {"dry_run": 8}), ("32B", {"dry_run": 16}), ("7B", {"dry_run": 1})]
+        tables += [("3B", lora | {"gpu_memory": 24, "rollout_prompts": 16}), ("3B", lora | {"gpu_memory": 48})]
+        tables += [("7B", lora | {"gpu_memory": 24} | small), ("7B", lora | {"gpu_memory": 48, "rollout_prompts": 16})]
+        for size, flags in [*tables, ("7B", lora)]:
+            args = SharedArgs(model=str(write_config(size, Path(folder))), **flags)
+            print(flags, dry_run(args).replace(args.model, f"Qwen2.5-VL-{size}"), end="\n\n")
