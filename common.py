@@ -126,8 +126,8 @@ def trained_model(args, accelerator, checkpoint=None):
     whole on every process.
     """
     lora, source = bool(args.lora_rank), (model_source(args), args.model_revision)
-    if checkpoint and not lora:
-        source = checkpoint, "main"
+    if checkpoint:  # with adapters: their base, as they name it
+        source = places(checkpoint / "adapter")[1:3] if lora else (checkpoint, "main")
     dtype = torch.bfloat16 if lora and accelerator.mixed_precision == "bf16" else torch.float32
     model = load_model(*source, meta=accelerator.num_processes > 1 and not lora, dtype=dtype).train()
     if lora:

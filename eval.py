@@ -29,6 +29,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from common import load_model, load_processor, rollout
+from plumbing.adapters import places
 from plumbing.answers import Checker, extract_answer, letters, normalise
 from plumbing.arguments import EMBEDDED, INSTRUCTION, check_pixels, model_source
 from plumbing.checkpoints import trained_with
@@ -83,7 +84,9 @@ class Args:
 
     def __post_init__(self):
         self.trained = trained = trained_with(self.model)  # a checkpoint of ours knows how it was trained
-        toy = next((name for name in (self.model, trained.get("model")) if name in EMBEDDED), None)
+        source, base, _, _ = places(model_source(self))  # adapters may be of a toy, too
+        toys = {str(folder / "model"): name for name, folder in EMBEDDED.items()}
+        toy = trained["model"] if trained.get("model") in EMBEDDED else toys.get(str(base))
         usual = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
         for name in (*usual, "image_column", "problem_column", "answer_column"):
             if getattr(self, name) is None:
@@ -94,7 +97,7 @@ class Args:
         self.benchmarks = self.benchmarks or "own"
         if not toy and not trained:  # a checkpoint's processor has the limits of its training
             self.min_pixels, self.max_pixels = self.min_pixels or 262_144, self.max_pixels or 1_000_000
-        name = Path(self.model).resolve().parent.name if trained else Path(self.model).name
+        name = Path(source).resolve().parent.name if trained else Path(self.model).name
         self.output = self.output or f"runs/eval/{name}"
         self.group_size = self.samples
         check_numbers(self)

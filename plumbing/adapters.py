@@ -8,6 +8,7 @@ Checkpoints hold PEFT's own two files in adapter/. Not here: what is trained, an
 """
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing.arguments import EMBEDDED
-from plumbing.commandline import UserError, cannot_open
+from plumbing.commandline import UserError
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # PEFT's names
 
@@ -39,11 +40,12 @@ def add_adapters(model, args, checkpoint=None):
     """
     linear = [name for name, m in model.model.language_model.named_modules() if isinstance(m, torch.nn.Linear)]
     kinds = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
+    local = args.model not in EMBEDDED and Path(args.model).exists()
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         target_modules=rf".*language_model\..*\.({kinds})",
-        base_model_name_or_path=args.model,
+        base_model_name_or_path=str(Path(args.model).resolve()) if local else args.model,  # a link may move on
         revision=args.model_revision,
     )
     inject(model, config, args.seed)
@@ -51,8 +53,7 @@ def add_adapters(model, args, checkpoint=None):
 
 
 def inject(model, config, seed=0, dtype=torch.float32):
-    """The model with adapters in the layers that the configuration names."""
-    model.requires_grad_(False)
+    """The model, frozen by PEFT, with adapters in the layers that the configuration names."""
     config._register_custom_module({torch.nn.Linear: Adapted})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,19 +72,21 @@ def adapters_of(model):
 def load_adapters(model, folder, dtype=torch.float32):
     """The model with the adapters of a folder of PEFT's; raises UserError where they are not all there, or others."""
     config = read_config(folder)
-    if not adapters_of(model):
-        inject(model, config, dtype=dtype)
-    own = adapters_of(model)
     try:
+        own = adapters_of(model) or adapters_of(inject(model, config, dtype=dtype))
         found = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the adapters in {folder} cannot be read ({error}): take another checkpoint.") from None
+        raise UserError(f"the adapters in {folder} cannot be read as safetensors ({error}): take others.") from None
+    except Exception as error:  # whatever PEFT says of a configuration
+        raise UserError(f"the adapters in {folder} do not fit their base: {str(error)[:160]}.") from None
+    if any("lm_head" in name for name in own):
+        raise UserError(f"the adapters in {folder} are in the head too, which is used without them here.")
     shapes = {name: value.shape for name, value in found.items()}
     if shapes != {name: p.shape for name, p in own.items()}:
         wrong = sorted(shapes.keys() ^ own.keys()) or [name for name, p in own.items() if shapes[name] != p.shape]
         raise UserError(
-            f"the adapters in {folder} are not plain LoRA of {config.base_model_name_or_path}, as its "
-            f"{CONFIG} says: they differ in {len(wrong)} tensors, such as {wrong[0]}."
+            f"the adapters in {folder} are not those that its {CONFIG}, or this run, names: they differ in "
+            f"{len(wrong)} tensors, such as {wrong[0]}."
         )
     with torch.no_grad():
         for name, p in own.items():
@@ -91,15 +94,40 @@ def load_adapters(model, folder, dtype=torch.float32):
     return model
 
 
+PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}
+PLAIN |= {"layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_lora_weights", "task_type", "peft_type"}
+PLAIN |= {"auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}  # free to differ
+
+
 def read_config(folder):
-    """The LoraConfig in a folder; raises UserError where it is none, or of another kind."""
+    """The LoraConfig in a folder; raises UserError where it is none, or has more to it than the formula above."""
     try:
-        config = LoraConfig.from_pretrained(folder)
+        said, config = json.loads((folder / CONFIG).read_text()), LoraConfig.from_pretrained(folder)
     except Exception as error:  # whatever PEFT says of a damaged file
-        raise UserError(cannot_open("--model", folder, error)) from None
-    if config.peft_type != "LORA" or config.use_dora or config.use_rslora or not config.base_model_name_or_path:
-        raise UserError(f"--model {folder} holds adapters that are not plain LoRA of a model that it names.")
+        raise UserError(f"{folder} holds no adapters that can be read ({type(error).__name__}: {error}).") from None
+    default = vars(LoraConfig())
+    more = [name for name, value in vars(config).items() if name not in PLAIN and value != default.get(name)]
+    more += [name for name, value in said.items() if name not in default and value]  # of a newer PEFT
+    more += (
+        [] if said.get("init_lora_weights") in (True, False, "gaussian") else ["init_lora_weights"]
+    )  # of the base too
+    more += [] if said.get("peft_type") == "LORA" else ["peft_type"]
+    more += [] if isinstance(config.base_model_name_or_path, str) else ["base_model_name_or_path"]
+    if more:
+        said = ", ".join(more)
+        raise UserError(f"{folder} holds adapters that are more than plain LoRA of a model that it names ({said}).")
     return config
+
+
+def refuse_adapters(args):
+    """Raises UserError for what cannot go with adapters."""
+    if places(args.model)[3]:
+        raise UserError(
+            f"--model {args.model} holds adapters: --resume goes on with a run's own; a new run begins with a whole "
+            f"model, such as the merged one in last/ of a run that has ended."
+        )
+    if args.lora_rank and args.reshard_while_sampling:
+        raise UserError("--reshard_while_sampling is for sharded weights; with --lora_rank none are: leave it out.")
 
 
 def save_adapters(model, folder, merge):
@@ -155,5 +183,7 @@ def places(name, revision="main"):
     config = read_config(folder)
     base = config.base_model_name_or_path
     base = str(EMBEDDED[base] / "model") if base in EMBEDDED else base
+    if (base.startswith(("/", ".")) and not Path(base).exists()) or (Path(base) / CONFIG).exists():
+        raise UserError(f"{folder} holds adapters of {base}, which is not there as a whole model: put it back.")
     beside = folder.parent if (folder.parent / "config.json").exists() else base
-    return beside, base, config.revision or "main", folder
+    return beside, base, config.revision or revision, folder

@@ -37,9 +37,11 @@ class ModelArgs:
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
     freeze_vision: bool = flag(False, "do not train the vision tower")
-    lora_rank: int = flag(0, "train LoRA adapters of this rank in the language model; 0: all weights", least=0)
+    lora_rank: int = flag(
+        0, "train LoRA adapters of this rank in the language model; 0: all weights", least=0, most=1024
+    )
     lora_alpha: int | None = flag(
-        None, "what adapters add counts lora_alpha / lora_rank times (default: --lora_rank)", above=0
+        None, "what adapters add counts lora_alpha / lora_rank times (default: --lora_rank)", above=0, most=10**6
     )
     gradient_checkpointing: bool | None = flag(
         None, "recompute activations in the backward pass (toy: off, else: on)", nargs="?", const=True, may_change=True
@@ -187,6 +189,8 @@ class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateA
 
     def __post_init__(self):
         toy = self.model in EMBEDDED
+        if self.lora_alpha and not self.lora_rank:
+            raise UserError(f"--lora_alpha {self.lora_alpha} is for adapters: give --lora_rank too, or leave it out.")
         defaults = {  # flag: (for the toy, for any other model)
             "data": (self.model, "hiyouga/geometry3k"),
             "gradient_checkpointing": (False, True),

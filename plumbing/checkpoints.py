@@ -119,12 +119,12 @@ def changes(args, state, contents=None):
 
 
 def refuse_changes(found, args):
-    """Raises UserError for `changes`, unless they are wanted."""
-    if found and not args.allow_changed:
+    """Raises UserError for `changes`, unless they are wanted; what is trained is never another."""
+    if found and (not args.allow_changed or "lora_rank" in found):
         said = "; ".join(f"{what} was {then}, is {now}" for what, (then, now) in found.items())
         raise UserError(
             f"--resume: {args.output} was begun otherwise ({said}): give the same, or another --output; "
-            f"--allow_changed goes on all the same, and writes it into metrics.jsonl."
+            f"--allow_changed, but for --lora_rank, goes on all the same, and writes it into metrics.jsonl."
         )
 
 

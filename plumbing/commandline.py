@@ -67,7 +67,7 @@ def check_numbers(args):
         if low is not None and high is not None:
             said = f"between {low:,} and {high:,}"
         inside = (
-            math.isfinite(value)
+            -math.inf < value < math.inf
             and (limits.get("above") is None or value > limits["above"])
             and (low is None or value >= low)
             and (high is None or value <= high)

@@ -8,6 +8,7 @@ import math
 import torch
 import transformers
 
+from plumbing.adapters import refuse_adapters
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
 from plumbing.kernels import HEAD_CHUNK
@@ -103,6 +104,7 @@ def dry_run(args):
     """What a run needs, as text, with the first flag to turn where it does not fit."""
     gpus, memory = args.dry_run, gpu_memory(args)
     refuse_uneven(args, gpus)
+    refuse_adapters(args)
     peaks = plan(args, gpus)
     digits, sharded = 1 if memory >= 1 else 6, gpus > 1 and not args.lora_rank
     lines = [f"{args.model} on {gpus} GPUs of {memory:g} GB; GB on each, without what CUDA and fragments take:"]

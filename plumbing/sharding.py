@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from plumbing.adapters import places
+from plumbing.adapters import refuse_adapters
 from plumbing.commandline import UserError
 from plumbing.memory import refuse_uneven, refuse_what_cannot_fit
 
@@ -44,10 +44,7 @@ def start_processes(args):
     if gpu:
         torch.set_float32_matmul_precision("high")  # TF32, where a product is not in bf16
     world_size = accelerator.num_processes
-    if places(args.model)[3]:
-        raise UserError(f"--model {args.model} holds adapters: --resume goes on with them; to begin with, merge them.")
-    if args.lora_rank and args.reshard_while_sampling:
-        raise UserError("--reshard_while_sampling is for sharded weights; with --lora_rank none are: leave it out.")
+    refuse_adapters(args)
     if args.cuda_graphs is None:
         args.cuda_graphs = gpu and world_size == 1 and not args.reshard_while_sampling
     if args.cuda_graphs and not gpu:

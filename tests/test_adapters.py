@@ -1,12 +1,13 @@
 """LoRA: adapters that are 0 change nothing, nothing else is trained, PEFT and transformers open what is saved."""
 
+import json
 import shutil
 
 import peft
 import pytest
 import torch
 from helpers import ROOT, SHAPES, same, tiny_group, tiny_model, tiny_prompt, train, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from common import forward, load_model, load_processor, policy_loss
@@ -158,22 +159,85 @@ def test_what_cannot_be_done_with_adapters(tmp_path):
     train("grpo", tmp_path / "run", *LORA, "--steps", 2, "--save_every", 1)
     step = tmp_path / "run" / "step-1"
     for flags, sentence in [
-        (["--model", step, "--data", "toy"], "holds adapters: --resume goes on with them"),
+        (["--model", step, "--data", "toy"], "holds adapters: --resume goes on with a run's own"),
+        (["--model", step, "--data", "toy", "--dry_run", 1], "holds adapters"),
+        (["--lora_alpha", 16], "--lora_alpha 16 is for adapters: give --lora_rank too"),
+        ([*LORA, "--lora_alpha", "1" + "0" * 400], "must be above 0 and at most 1,000,000"),
         ([*LORA, "--reshard_while_sampling"], "with --lora_rank none are: leave it out"),
-        (["--lora_rank", -1], "--lora_rank -1 must be at least 0"),
+        (["--lora_rank", -1], "--lora_rank -1 must be between 0 and 1,024"),
     ]:
         with pytest.raises(UserError, match=sentence):
             train("grpo", tmp_path / "other", *flags, "--steps", 1)
-    with pytest.raises(UserError, match="lora_rank was 8, is 0"):
-        train("grpo", tmp_path / "run", "--steps", 3, "--resume", "--learning_rate", 1e-3)
+    for wanted in ([], ["--allow_changed"]):
+        with pytest.raises(UserError, match="lora_rank was 8, is 0"):
+            train("grpo", tmp_path / "run", "--steps", 3, "--resume", "--learning_rate", 1e-3, *wanted)
 
 
 @pytest.mark.parametrize(
-    "name, sentence", [("adapter_config.json", "cannot be opened"), ("adapter_model.safetensors", "cannot be read")]
+    "name, sentence",
+    [("adapter_config.json", "no adapters that can be read"), ("adapter_model.safetensors", "cannot be read as")],
 )
 def test_damaged_adapters(tmp_path, name, sentence):
     _, model = adapted()
     save_adapters(model, tmp_path, merge=False)
     (tmp_path / "adapter" / name).write_text("{")
+    with pytest.raises(UserError, match=sentence):
+        add_adapters(tiny_model("qwen2_5_vl"), SharedArgs(lora_rank=4, lora_alpha=8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"use_dora": True}, r"more than plain LoRA of a model that it names \(use_dora\)"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"use_supernew": 1}, "use_supernew"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"base_model_name_or_path": None}, r"\(base_model_name_or_path\)"),
+        ({"base_model_name_or_path": "/gone/away"}, "holds adapters of /gone/away, which is not there"),
+        ({"target_modules": ["query", "value"]}, "do not fit their base"),
+        ({"r": -1}, "do not fit their base"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "are in the head too"),
+    ],
+)
+def test_adapters_that_would_be_another_model_are_refused(tmp_path, change, sentence):
+    """What PEFT would compute and the formula does not say is never left out in silence."""
+    add_adapters(model := load_model(TOY), SharedArgs(lora_rank=2))
+    save_adapters(model, tmp_path, merge=False)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=sentence):
+        load_model(tmp_path)
+
+
+def test_a_base_is_named_by_where_it_is_and_not_by_a_link(tmp_path, monkeypatch):
+    (tmp_path / "step-1").mkdir()
+    shutil.copytree(TOY, tmp_path / "step-1" / "model")
+    (tmp_path / "last").symlink_to("step-1")
+    monkeypatch.chdir(tmp_path)
+    add_adapters(model := load_model("last/model"), SharedArgs(model="last/model", lora_rank=2))
+    save_adapters(model, tmp_path / "run", merge=False)
+    monkeypatch.chdir("/")
+    assert places(tmp_path / "run")[1] == str(tmp_path / "step-1" / "model")
+    shutil.rmtree(tmp_path / "step-1")
+    with pytest.raises(UserError, match="which is not there as a whole model"):
+        load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda tensors: tensors.pop(next(iter(tensors))), "differ in 1 tensors, such as base_model.model"),
+        (lambda tensors: tensors.update(other=torch.zeros(1)), "differ in 1 tensors, such as other"),
+        (lambda tensors: tensors.update({k: v[..., :1].contiguous() for k, v in tensors.items()}), "differ in 42"),
+    ],
+)
+def test_adapters_of_another_model(tmp_path, change, sentence):
+    _, model = adapted()
+    save_adapters(model, tmp_path, merge=False)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(UserError, match=sentence):
         add_adapters(tiny_model("qwen2_5_vl"), SharedArgs(lora_rank=4, lora_alpha=8), tmp_path)
