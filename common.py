@@ -95,7 +95,7 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
 def load_model(name, revision="main", meta=False, dtype=torch.float32):
     """A Qwen-VL model, or one with adapters (LoRA). Raises UserError for other models.
 
-    `dtype`: of the weights, fp32 for training; the model's `.to` would round the frequencies of the positions as well.
+    `dtype`: of the weights, fp32 for training; `.to` afterwards would round the rotary frequencies as well.
     `meta`: shapes, no weights. Weights come from safetensors alone: what is pickled may run code.
     """
     options = {"dtype": dtype, "attn_implementation": {"text_config": "shared_prefix"}, "trust_remote_code": False}
@@ -236,13 +236,13 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     """Attention of G response tokens per prompt to the prompt's keys, shared, and to their own response's keys.
 
     query (P, H, G, d); key and value: (prefix (P, H', Lp, d), suffix (P, H', G, t, d)) from `SharedPrefixCache`, H' the
-    key-value heads; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors (prefill,
-    training) take the usual path: flex attention where the mask is a block mask, else scaled dot product.
+    key-value heads, t its room; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors
+    (prefill, training) take the usual path: flex attention where the mask is a block mask, else scaled dot product.
     """
     if isinstance(attention_mask, BlockMask):
-        heads = query.shape[1] // key.shape[1]
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        key, value = (x.repeat_interleave(heads, 1) for x in (key, value))  # so that more blocks sum up gradients
+        # a key head's gradient would be summed by one of the GPU's blocks over all queries of all heads that share it
+        query, key, shares = query.to(value.dtype), key.to(value.dtype), query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(shares, 1) for x in (key, value))
         out = kernels.flex()(query, key, value, block_mask=attention_mask, scale=scaling)
         return out.transpose(1, 2), None
     if isinstance(key, torch.Tensor):

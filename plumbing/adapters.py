@@ -2,8 +2,8 @@
 
     W x  ->  W x + alpha / rank B A x          A (rank, in) random, B (out, rank) 0, both trained; W frozen
 
-W is written to nowhere, not for sampling either: to bf16 weights, each of which is rounded to the nearest, most of BA
-adds nothing at all (tests/test_adapters.py), and the policy that samples would not be the one that is trained.
+W is never changed, not for sampling either: rounded into bf16 weights, a small BA would leave most of them as they are
+(tests/test_adapters.py), and the policy that samples would not be the one that is trained.
 Checkpoints hold PEFT's own two files in adapter/. Not here: what is trained, and when it is saved (run.py).
 """
 
@@ -24,7 +24,7 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 
 
 class Adapted(Linear):
-    """PEFT's layer, with B, the factor and the sum in one product, in place: in sampling, launches are what costs."""
+    """x (..., in) -> (..., out): PEFT's layer without its switches; B, factor and sum are one product, in place."""
 
     def forward(self, x):
         flat = x.flatten(0, -2)
@@ -36,7 +36,8 @@ class Adapted(Linear):
 def add_adapters(model, args, checkpoint=None):
     """Adapters of --lora_rank and --lora_alpha in every linear layer of the language model; all else is frozen.
 
-    As a checkpoint has them, or new: A drawn by --seed, the same on every process, and B = 0, which changes nothing.
+    As a checkpoint has them (raises UserError where it has others), or new: A drawn by --seed, the same on every
+    process, and B = 0, which changes nothing. The model itself is returned.
     """
     linear = [name for name, m in model.model.language_model.named_modules() if isinstance(m, torch.nn.Linear)]
     kinds = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
@@ -53,7 +54,7 @@ def add_adapters(model, args, checkpoint=None):
 
 
 def inject(model, config, seed=0, dtype=torch.float32):
-    """The model, frozen by PEFT, with adapters in the layers that the configuration names."""
+    """The model itself, frozen by PEFT, with adapters of a type in the layers that the configuration names."""
     config._register_custom_module({torch.nn.Linear: Adapted})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -94,9 +95,10 @@ def load_adapters(model, folder, dtype=torch.float32):
     return model
 
 
+# what of a configuration may be other than PEFT's default; three of them are looked at below
 PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}
 PLAIN |= {"layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_lora_weights", "task_type", "peft_type"}
-PLAIN |= {"auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}  # free to differ
+PLAIN |= {"auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
 
 
 def read_config(folder):
@@ -120,7 +122,7 @@ def read_config(folder):
 
 
 def refuse_adapters(args):
-    """Raises UserError for what cannot go with adapters."""
+    """Raises UserError for adapters as --model, and for --lora_rank with what is for sharded weights."""
     if places(args.model)[3]:
         raise UserError(
             f"--model {args.model} holds adapters: --resume goes on with a run's own; a new run begins with a whole "
@@ -145,17 +147,17 @@ def save_adapters(model, folder, merge):
 
 @torch.no_grad()
 def merged(model):
-    """{name: W + alpha / rank B A}, fp32 and in main memory, of all weights, those without adapters as they are."""
+    """{name: W + alpha / rank B A} of all weights, fp32, in main memory; W where there is no adapter."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapted)}
     weights = {}
     for name, p in model.named_parameters():
         if ".lora_" in name:
             continue
-        value, owner = p.float(), layers.get(name.rpartition(".base_layer.")[0])
+        value, owner = p.cpu().float(), layers.get(name.rpartition(".base_layer.")[0])
         if owner is not None and name.endswith(".weight"):
-            low, high = owner.lora_A["default"].weight, owner.lora_B["default"].weight
-            value = torch.addmm(value, high.float(), low.float(), alpha=owner.scaling["default"])
-        weights[name.replace(".base_layer.", ".")] = value.cpu().contiguous()
+            low, high = (part["default"].weight.cpu().float() for part in (owner.lora_A, owner.lora_B))
+            value = torch.addmm(value, high, low, alpha=owner.scaling["default"])
+        weights[name.replace(".base_layer.", ".")] = value.contiguous()
     return weights
 
 
@@ -173,7 +175,8 @@ def without_adapters(model):
 def places(name, revision="main"):
     """(where configuration and processor are, where the weights are, revision of both, folder of adapters or None).
 
-    `name`: a model; a checkpoint that holds adapters alone; or a folder of PEFT's, in a checkpoint or anywhere.
+    `name`: a model; a checkpoint that holds adapters alone; or a folder of PEFT's, in a checkpoint or anywhere. Raises
+    UserError for adapters that are not plain, and where their base is gone.
     """
     folder = Path(name)
     if (folder / "adapter" / CONFIG).exists() and not list(folder.glob("*.safetensors")):

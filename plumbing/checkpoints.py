@@ -119,12 +119,12 @@ def changes(args, state, contents=None):
 
 
 def refuse_changes(found, args):
-    """Raises UserError for `changes`, unless they are wanted; what is trained is never another."""
+    """Raises UserError for `changes`, unless they are wanted; --lora_rank never changes."""
     if found and (not args.allow_changed or "lora_rank" in found):
         said = "; ".join(f"{what} was {then}, is {now}" for what, (then, now) in found.items())
         raise UserError(
             f"--resume: {args.output} was begun otherwise ({said}): give the same, or another --output; "
-            f"--allow_changed, but for --lora_rank, goes on all the same, and writes it into metrics.jsonl."
+            f"--allow_changed goes on all the same (not with another --lora_rank), and writes it into metrics.jsonl."
         )
 
 
@@ -185,9 +185,9 @@ def restore_optimizer(folder, optimizer, parameters, updates):
 def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main, keep, ending=True):
     """`folder`, called step-N, and the link `last` beside it; `state` is the State that `find_checkpoint` gives back.
 
-    All processes take part: each writes its part of the optimiser, the main one the weights and all else; of adapters
-    it writes both, and at the `ending` of a run the merged model. `keep`: so many checkpoints stay, 0 for all. Raises
-    UserError where the disk is full; the checkpoint before stays.
+    All processes take part: each writes its part of the optimiser, the main one the weights and all else; with adapters
+    the optimiser too, and at the `ending` of a run the merged model. `parameters`: {name: what is trained}; `keep`: so
+    many checkpoints stay, 0 for all. Raises UserError where it cannot be written; the checkpoint before stays.
     """
     lora = bool(adapters_of(model))
     beside, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last.unfinished")

@@ -81,14 +81,14 @@ def plan(args, gpus):
             "reference": reference if args.kl_coef and not lora else 0,
         },
         "sampling": {
-            "gathered weights": by_layer if args.reshard_while_sampling and shards > 1 else whole_weights,
+            "computing copy": by_layer if args.reshard_while_sampling and shards > 1 else whole_weights,
             "key-value cache": batch * prompt * text.num_hidden_layers * cached + grown,
             "attention": attention,
             "logits": batch * G * text.vocab_size * 24,  # 2 x fp32, and 2 x fp64 to add up probabilities
             "prompts": max(0, prefill - grown - attention),
         },
         "update": {
-            "gathered weights": by_layer + (bytes_each + 4) * max(layers) if shards > 1 else whole_weights,
+            "computing copy": by_layer + (bytes_each + 4) * max(layers) if shards > 1 else whole_weights,
             "gradients": 4 * trained / shards,
             "activations": max(vision_bytes + text_bytes, (shards > 1) * (bytes_each + 4) * root - logits),
             "head": logits,
@@ -114,12 +114,12 @@ def dry_run(args):
         shown = ", ".join(f"{name} {value / 1e9:.{digits}f}" for name, value in parts.items() if value)
         lines.append(f"  {peak:9s}{total:7.{digits}f}   {'fits' if total < memory else 'DOES NOT FIT'}   ({shown})")
         kept = sum(peaks["kept"].values()) / 1e9
-        fixed = kept + sum(peaks["update"][part] for part in ("gathered weights", "gradients", "head")) / 1e9
+        fixed = kept + sum(peaks["update"][part] for part in ("computing copy", "gradients", "head")) / 1e9
         if total < memory:
             continue
         if fixed >= memory:
             turn = "none helps: {} alone are too much; {}".format(*kept_and_advice(args))
-        elif peak == "sampling" and sharded and kept + peaks[peak]["gathered weights"] / 1e9 >= memory:
+        elif peak == "sampling" and sharded and kept + peaks[peak]["computing copy"] / 1e9 >= memory:
             turn = "--reshard_while_sampling"
         elif peak == "sampling":
             turn = "--rollout_prompts"

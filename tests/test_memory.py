@@ -37,7 +37,7 @@ def test_the_parts_of_a_plan_by_hand(tmp_path):
     peaks = plan(SharedArgs(model=path), 8)
     token = 2 * 4 * 128 * 2  # bytes of keys and values in a layer
     assert peaks["sampling"] == {
-        "gathered weights": 2 * 8_292_166_656,
+        "computing copy": 2 * 8_292_166_656,
         "key-value cache": 32 * 2048 * 28 * token + 32 * 8 * 2048 * 29 * token,
         "attention": 32 * 8 * 28 * (2048 + 2048) * 12,
         "logits": 32 * 8 * 152_064 * 24,
@@ -51,7 +51,7 @@ def test_the_parts_of_a_plan_by_hand(tmp_path):
     head = 512 * 152_064 * 16 + 152_064 * D * 4
     gathered = 2 * (root + 2 * layer) + 6 * layer
     want = {
-        "gathered weights": gathered,
+        "computing copy": gathered,
         "gradients": 4 * 8_292_166_656 / 8,
         "activations": text + vision,
         "head": head,
