@@ -84,8 +84,8 @@ class Args:
 
     def __post_init__(self):
         self.trained = trained = trained_with(self.model)  # a checkpoint of ours knows how it was trained
-        source, base, _, _ = places(model_source(self))  # adapters may be of a toy, too
-        toys = {str(folder / "model"): name for name, folder in EMBEDDED.items()}
+        folder, base, _, _ = places(model_source(self))  # adapters may be of a toy, too
+        toys = {str(path / "model"): name for name, path in EMBEDDED.items()}
         toy = trained["model"] if trained.get("model") in EMBEDDED else toys.get(str(base))
         usual = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
         for name in (*usual, "image_column", "problem_column", "answer_column"):
@@ -97,7 +97,7 @@ class Args:
         self.benchmarks = self.benchmarks or "own"
         if not toy and not trained:  # a checkpoint's processor has the limits of its training
             self.min_pixels, self.max_pixels = self.min_pixels or 262_144, self.max_pixels or 1_000_000
-        name = Path(source).resolve().parent.name if trained else Path(self.model).name
+        name = Path(folder).resolve().parent.name if trained else Path(self.model).name
         self.output = self.output or f"runs/eval/{name}"
         self.group_size = self.samples
         check_numbers(self)

@@ -142,8 +142,10 @@ def test_two_runs_of_one_kind_resume_to_the_bit_and_open_everywhere(tmp_path):
         assert trained_with(str(tmp_path / "a" / name))["lora_rank"] == 8
 
 
-@pytest.mark.parametrize("script", ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "script, dtype",
+    [*((script, "float32") for script in ("grpo", "vepo", "vgpo", "prpo", "pepo", "saei")), ("grpo", "bfloat16")],
+)
 def test_every_script_trains_them_without_a_line_of_its_own(tmp_path, script, dtype):
     """Old log-probs, reference and entropy bonus too; the merged model is the base and what was added, in fp32."""
     more = ["--updates_per_step", 2, "--kl_coef", 0.1, "--entropy_coef", 0.01, "--steps", 2, "--dtype", dtype]

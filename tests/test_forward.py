@@ -231,4 +231,4 @@ def test_what_has_no_part_in_the_loss_keeps_no_logits(part):
     values = token_logps(hidden, weight, torch.randint(V, (N,)), chunk=chunk)
     values[part].sum().backward()
     gc.collect()
-    assert [x.shape for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= V * chunk] == []
+    assert [x.shape for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-1:] == (V,)] == []
