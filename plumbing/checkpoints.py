@@ -102,6 +102,8 @@ def find_checkpoint(args):
             safe_open(part, "pt")  # is it whole
         if len(parts) != state.processes:
             raise OSError(f"its optimizer/ holds {len(parts)} files of {state.processes}")
+        if state.arguments.get("lora_rank") and not (folder / "adapter").is_dir():
+            raise OSError("its adapter/ is missing")
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole checkpoint ({error}): point {output}/last to another, or start anew."

@@ -170,6 +170,11 @@ def test_what_cannot_be_done_with_adapters(tmp_path):
     ]:
         with pytest.raises(UserError, match=sentence):
             train("grpo", tmp_path / "other", *flags, "--steps", 1)
+    shutil.rmtree(tmp_path / "run" / "step-2" / "adapter")
+    with pytest.raises(UserError, match="step-2 is not a whole checkpoint .its adapter/ is missing"):
+        train("grpo", tmp_path / "run", *LORA, "--steps", 3, "--resume")
+    (tmp_path / "run" / "last").unlink()
+    (tmp_path / "run" / "last").symlink_to("step-1")
     for wanted in ([], ["--allow_changed"]):
         with pytest.raises(UserError, match="lora_rank was 8, is 0"):
             train("grpo", tmp_path / "run", "--steps", 3, "--resume", "--learning_rate", 1e-3, *wanted)
