@@ -65,6 +65,17 @@ def test_the_parts_of_a_plan_by_hand(tmp_path):
     assert alone["sampling"]["key-value cache"] == 32 * 2048 * 28 * token + 32 * 8 * 256 * 29 * token  # room for 256
 
 
+def test_the_parts_of_a_plan_with_adapters_by_hand(tmp_path):
+    """The whole model on each of any number of GPUs, rank times both sides of each linear layer in fp32."""
+    path = str(write_config("7B", tmp_path))
+    one, eight = (plan(SharedArgs(model=path, lora_rank=32, kl_coef=0.1), gpus) for gpus in (1, 8))
+    adapters = 32 * 28 * (2 * 2 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18_944))
+    assert one["kept"] == {"weights": 2 * 8_292_166_656 + 4 * adapters, "optimiser": 8 * adapters, "reference": 0}
+    assert eight["kept"] == one["kept"] and eight["update"] == one["update"]
+    assert one["update"]["gradients"] == 4 * adapters and one["update"]["computing copy"] == 2 * adapters
+    assert one["update"]["head"] == 512 * 152_064 * 16
+
+
 def test_what_each_flag_changes(tmp_path):
     path = str(write_config("3B", tmp_path))
 
