@@ -124,6 +124,13 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path):
         Run(args)
 
 
+def test_adapters_of_a_model_that_fits_no_card_name_the_other_way(tmp_path):
+    flags = {"gpu_memory": 16, "lora_rank": 32, "output": str(tmp_path / "run")}
+    sentence = "model and adapters of .* need 17.9 GB on each of 1 GPUs that have 16.0 GB: leave --lora_rank out: all"
+    with pytest.raises(UserError, match=sentence):
+        Run(SharedArgs(model=str(write_config("7B", tmp_path)), dtype="bfloat16", **flags))
+
+
 def test_a_model_that_is_not_there():
     with pytest.raises(UserError, match="--model /nowhere cannot be opened"):
         dry_run(SharedArgs(model="/nowhere", dry_run=8))

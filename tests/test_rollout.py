@@ -84,6 +84,10 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
     """Through several windows of the cache and a batch that gets smaller, and as CUDA graphs would go through them."""
     monkeypatch.setattr(kernels, "tokens_between_checks", lambda device: between)
     monkeypatch.setattr(kernels, "recorded", as_a_graph)
+    aligned = kernels.aligned
+    if graphs:  # prompts padded to a multiple of 8, as on a GPU
+        monkeypatch.setattr(kernels, "aligned", lambda tokens, _: aligned(tokens, torch.device("cuda")))
+    assert [aligned(tokens, torch.device("cuda")) for tokens in (1, 8, 9)] == [8, 8, 16]
     model, G, max_tokens = tiny_model(family).eval(), 5, 16
     prompts = [  # different lengths, sizes and numbers of images, one without
         tiny_prompt(model, [(4, 6)]),

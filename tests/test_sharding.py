@@ -243,6 +243,23 @@ def test_adapters_on_two_processes_resume_to_the_bit(tmp_path, start, finished):
     assert same(whole[0], resumed[0]) and whole[1] == resumed[1]
 
 
+SAVES_AT_ONCE = """
+def again(self):
+    self.saved = None
+    self.save()
+    return iter(())
+patch(run.Run, "steps", again)
+"""
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_adapters_cross_the_number_of_processes_to_the_bit(tmp_path, first, then, finished):
+    flags, output = [*LORA, "--eval_rows", 0, "--steps", 1], tmp_path / "run"
+    before, _ = finished(first, output, *flags)
+    after, _ = finished(then, output, *flags, "--resume", patch=SAVES_AT_ONCE)
+    assert same(before, after) and len(list(output.glob("step-1*"))) == 2  # it was written anew
+
+
 FULL_ON_THE_MAIN = """
 from transformers import PreTrainedModel
 save = PreTrainedModel.save_pretrained
