@@ -47,12 +47,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def handlers():
-    """A run takes SIGINT and SIGTERM; give them back."""
+def given_back():
+    """A run takes SIGINT and SIGTERM, and accelerate keeps its precision for the whole process; both are given back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if accelerate := sys.modules.get("accelerate"):
+        accelerate.state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture
