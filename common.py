@@ -12,6 +12,7 @@ the prompt once.
 
 import contextlib
 import dataclasses
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -32,9 +33,10 @@ from plumbing.answers import Checker, extract_answer
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
 from plumbing.data import Prompt, prompt_text
+from plumbing.families import grey_picture, limit_pixels, picture_inputs, refuse_family, vision
 from plumbing.kernels import HEAD_CHUNK
 from plumbing.rewards import load_reward
-from plumbing.sharding import grey_picture, inside, is_sharded, on_any_process, shard
+from plumbing.sharding import inside, is_sharded, on_any_process, shard
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and processor
@@ -47,19 +49,18 @@ def image_only(cls):
 
 
 def load_config(name, revision="main"):
-    """The configuration of a Qwen-VL model, never by code that comes with it. Raises UserError for other models."""
+    """The configuration of a model of a known family, never by code that comes with it. Raises UserError for others."""
     source, _, revision, _ = places(name, revision)
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever transformers says of a folder that is no model
         raise UserError(cannot_open("--model", name, error)) from None
-    if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        raise UserError(f"--model {name} is a {config.model_type}; use a qwen2_vl, qwen2_5_vl or qwen3_vl model.")
+    refuse_family(name, config)
     return config
 
 
 def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
-    """Tokenizer and image processor of a Qwen-VL model behind the interface of its own processor class.
+    """Tokenizer and image processor of a model behind the interface of its own processor class.
 
     `min_pixels` and `max_pixels`: area of a picture after resizing; None keeps the model's own. Raises UserError, also
     where tokenizer, chat template and model do not fit together.
@@ -74,7 +75,7 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
             processor = image_only(cls).from_pretrained(source, **options)
     except Exception as error:  # the same
         raise UserError(cannot_open("--model", name, error)) from None
-    tokenizer, pictures = processor.tokenizer, processor.image_processor
+    tokenizer = processor.tokenizer
     try:
         ids = tokenizer(prompt_text(processor, "<image>1 + 1?", "")).input_ids
     except Exception as error:  # whatever the template language makes of a broken one
@@ -84,16 +85,12 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
             f"--model {name} has a tokenizer or chat template that loses text or picture of a question: tokenizer.json "
             f"and chat_template.jinja must be the model's own."
         )
-    size = {"shortest_edge": min_pixels or pictures.size["shortest_edge"]}
-    size["longest_edge"] = max_pixels or pictures.size["longest_edge"]
-    if size["shortest_edge"] > size["longest_edge"]:
-        raise UserError("pictures of {shortest_edge} to {longest_edge} pixels: set --min_pixels too.".format(**size))
-    pictures.size = dict(pictures.size) | size
+    limit_pixels(config, processor.image_processor, min_pixels, max_pixels)
     return processor
 
 
 def load_model(name, revision="main", meta=False, dtype=torch.float32):
-    """A Qwen-VL model, or one with adapters (LoRA). Raises UserError for other models.
+    """A model of a known family, also with adapters (LoRA). Raises UserError for others.
 
     `dtype`: of the weights, fp32 for training; `.to` afterwards would round the rotary frequencies as well.
     `meta`: shapes, no weights. Weights come from safetensors alone: what is pickled may run code.
@@ -105,7 +102,7 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
         if meta:
             with torch.device("meta"):
                 model = transformers.AutoModelForImageTextToText.from_config(config, **options)
-            return kernels.with_windows(model)
+            return kernels.prepared(model)
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, found = transformers.AutoModelForImageTextToText.from_pretrained(source, revision=revision, **options)
     except Exception as error:  # whatever transformers says of a damaged file, or of a number in a config
@@ -116,7 +113,7 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
     if any(wrong.values()):  # what is missing would be drawn at random
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
         raise UserError(f"--model {source} is damaged, or no model of its config.json: of its tensors {said}.")
-    return kernels.with_windows(load_adapters(model, adapters, dtype) if adapters else model)
+    return kernels.prepared(load_adapters(model, adapters, dtype) if adapters else model)
 
 
 def trained_model(args, accelerator, checkpoint=None):
@@ -133,7 +130,8 @@ def trained_model(args, accelerator, checkpoint=None):
     if lora:
         add_adapters(model, args, checkpoint)
     if args.freeze_vision:
-        model.model.visual.requires_grad_(False)
+        for module in vision(model)[0]:
+            module.requires_grad_(False)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(accelerator.device) if lora else spread(model, source, accelerator)
@@ -274,7 +272,8 @@ def token_chooser(model, temperature, top_p, top_k):
 
     Image and video placeholder tokens are banned: one of them in a response breaks the next forward pass.
     """
-    banned = [model.config.image_token_id, model.config.video_token_id]
+    known = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    banned = [token for token in known if token is not None]
     warpers = [transformers.SuppressTokensLogitsProcessor(banned, device=model.device)]
     if temperature != 1.0 and temperature > 0:
         warpers.append(transformers.TemperatureLogitsWarper(temperature))
@@ -314,29 +313,29 @@ def generate(
     real = torch.stack([torch.arange(width) >= width - len(p.input_ids) for p in prompts]).to(device)  # (P, Lp)
     cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, device)
 
-    def next_logits(prompts, **inputs):
-        pictures = picture_inputs(prompts, device)
+    def next_logits(prompts, ids, mask, positions):
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **picture_inputs(model, prompts)}
 
         def compute(model):
-            if sharded and prompts and not pictures:
+            if sharded and prompts and "pixel_values" not in inputs:
                 grey_picture(model)
-            hidden = model.model(**inputs, **pictures, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
             return model.lm_head(hidden[:, -1:] if prompts else hidden)
 
         return inside(model, compute) if sharded else compute(model)
 
     size = P if sharded else max(1, prefill_tokens // width)  # sharded weights are gathered as often by all processes
     parts = [slice(start, start + size) for start in range(0, P, size)]
-    inputs = [{"input_ids": ids[p], "attention_mask": real[p], "position_ids": positions[:, p]} for p in parts]
-    logits = torch.cat([next_logits(prompts[p], **x) for p, x in zip(parts, inputs)])  # (P, 1, V)
+    inputs = [(ids[p], real[p], positions[:, p].squeeze(0)) for p in parts]
+    logits = torch.cat([next_logits(prompts[p], *x) for p, x in zip(parts, inputs)])  # (P, 1, V)
     logits = logits[:, 0].repeat_interleave(G, 0)  # (P * G, V)
     after = positions.amax((0, 2)) + 1  # (P,) the position of a response's first token
 
     def decode(tokens, real, after):  # waits for no value of a tensor, so that it can be recorded
         own = (torch.arange(cache.room, device=device) <= cache.written).expand(len(tokens), -1)
         sees = torch.cat([real, own], 1)[:, None, None]  # (P, 1, 1, Lp + room)
-        at = (after + cache.written)[:, None].expand(3, -1, G)
-        return next_logits([], input_ids=tokens, attention_mask=sees, position_ids=at).flatten(0, 1)
+        at = (after + cache.written)[:, None].expand(len(positions), -1, G).squeeze(0)
+        return next_logits([], tokens, sees, at).flatten(0, 1)
 
     responses = torch.full((P, G, T), pad_id, device=device)
     uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
@@ -370,17 +369,6 @@ def generate(
     responses = responses[:, :, : t + 1].flatten(0, 1)
     is_end = torch.isin(responses, eos)
     return responses, (is_end.cumsum(1) - is_end.long()) == 0
-
-
-def picture_inputs(prompts, device):
-    """pixel_values and image_grid_thw of all prompts' images one after the other, or nothing where there are none."""
-    prompts = [p for p in prompts if p.image_grid_thw is not None]
-    if not prompts:
-        return {}
-    return {
-        "pixel_values": torch.cat([p.pixel_values.to(device) for p in prompts]),  # a method may have made some there
-        "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]).to(device),
-    }
 
 
 def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature=None, room=None):
@@ -488,7 +476,7 @@ def pack(row, device):
     """The row [prompt | response 1 | ... | response G] as model inputs.
 
     A response sees the prompt and itself, and its positions go on after the prompt's. Returns input_ids (1, L),
-    position_ids (3, 1, L), attention_mask (1, 1, L, L), bool or a block mask.
+    position_ids (3, 1, L) or (1, L), attention_mask (1, 1, L, L), bool or a block mask.
     """
     prompt, mask = row.prompt, row.mask.to(device)
     shared, (G, T) = len(prompt.input_ids), mask.shape
@@ -496,7 +484,7 @@ def pack(row, device):
     owner = torch.arange(1, G + 1, device=device)[:, None].expand(G, T)[mask]  # (N,) 1 to G
     owner = torch.cat([owner.new_zeros(shared), owner])  # (L,) 0: the prompt
     positions = prompt.position_ids.to(device)
-    positions = torch.cat([positions, (positions.max() + 1 + step).expand(3, -1)], 1)
+    positions = torch.cat([positions, (positions.max() + 1 + step).expand(len(positions), -1)], 1)  # (3 or 1, L)
 
     def sees(batch, head, q, k):
         return ((owner[q] == owner[k]) | (owner[k] == 0)) & (q >= k)
@@ -507,7 +495,7 @@ def pack(row, device):
         index = torch.arange(len(owner), device=device)
         visible = sees(None, None, index[:, None], index)[None, None]
     ids = torch.cat([prompt.input_ids.to(device), row.responses.to(device)[mask]])
-    return {"input_ids": ids[None], "position_ids": positions[:, None], "attention_mask": visible}
+    return {"input_ids": ids[None], "position_ids": positions[:, None].squeeze(0), "attention_mask": visible}
 
 
 def logit_index(row, device):
@@ -536,7 +524,7 @@ def forward(model, row, temperature=1.0, watch=None):
     targets = row.responses.to(model.device)[mask]
 
     def compute(model):
-        pictures = picture_inputs([row.prompt], model.device)
+        pictures = picture_inputs(model, [row.prompt])
         nothing = 0 * grey_picture(model) if is_sharded(model) and not pictures else 0  # in the backward pass too
         with watched(model.model.language_model.layers, watch):
             hidden = model.model(**inputs, **pictures, use_cache=False).last_hidden_state[0] + nothing
@@ -617,12 +605,14 @@ def with_picture(row, change):
 
 
 def still_noise(pixel_values, generator):
-    """Standard normal noise for pixel_values (patches, 3 x 2 x p x p): channel, time, height and width of a patch.
+    """Standard normal noise for pixel_values (patches, 3 x time x p x p): channel, time, height and width of a patch.
 
-    A still picture stands there twice, and both get the same noise.
+    Where a still picture stands there twice (Qwen-VL), both get the same noise.
     """
-    noise = torch.randn(len(pixel_values), 3, 1, pixel_values.shape[1] // 6, generator=generator)
-    return noise.expand(-1, -1, 2, -1).flatten(1)
+    pixels = pixel_values.shape[1] // 3
+    time = 1 if math.isqrt(pixels) ** 2 == pixels else 2  # a patch is square, and 2 p x p is no square number
+    noise = torch.randn(len(pixel_values), 3, 1, pixels // time, generator=generator)
+    return noise.expand(-1, -1, time, -1).flatten(1)
 
 
 def token_uniforms(row, seed, step):

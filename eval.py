@@ -35,6 +35,7 @@ from plumbing.arguments import EMBEDDED, INSTRUCTION, check_pixels, model_source
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, check_numbers, flag, parse_args
 from plumbing.data import Data, plain_text, some_of
+from plumbing.families import limit_pixels
 from plumbing.files import write_text
 from plumbing.kernels import use_cores
 from plumbing.pictures import Unusable
@@ -259,10 +260,10 @@ class Questions(Data):
 
     has_images = True
 
-    def __init__(self, name, split, args, processor, rope_index):
+    def __init__(self, name, split, args, processor, model):
         benchmark = BENCHMARKS[name]
         source, self.option = args.data or benchmark.id, "--data" if args.data else "--benchmarks"
-        self.name, self.args, self.processor, self.rope_index = source, args, processor, rope_index
+        self.name, self.args, self.processor, self.model = source, args, processor, model
         self.read, self.split, self.title = benchmark.read, split, f"{name} ({split})"
         self.rows = load_rows(source, split, benchmark.revision, self.option)
         self.folder = Path(source).parent
@@ -359,7 +360,7 @@ class Evaluation:
 
     def find_questions(self, name):
         """The splits of a benchmark; of data of one's own: that of --data, or what training evaluated the model on."""
-        args, model = self.args, (self.processor, self.model.model.get_rope_index)
+        args, model = self.args, (self.processor, self.model)
         if name != "own":
             splits = BENCHMARKS[name].splits[: 1 if args.data else None]
             return [Questions(name, split, args, *model) for split in splits]
@@ -606,8 +607,8 @@ def main():
         write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
         print(table(results))
-        size = evaluation.processor.image_processor.size
-        pixels = f"pictures of {size['shortest_edge']:,} to {size['longest_edge']:,} pixels"
+        limits = limit_pixels(evaluation.model.config, evaluation.processor.image_processor)
+        pixels = "pictures of {:,} to {:,} pixels".format(*limits)
         revisions = ", ".join(sorted(set(evaluation.protocol["revisions"].values())))
         asked = ", ".join(data.title for parts in evaluation.parts.values() for data in parts)
         print(f"{asked}, data revision {revisions}")

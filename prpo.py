@@ -34,6 +34,7 @@ from plumbing.commandline import parse_args
 from run import Run
 from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_picture
 from plumbing.commandline import flag
+from plumbing.families import patch_places
 
 
 @dataclass
@@ -47,10 +48,14 @@ class Args(SharedArgs):
     shuffle: bool = flag(False, "control arm: shuffle RVD inside each response")
 
 
-def blacken(pixel_values, generator, image_mean, image_std, probability=0.6):
-    """Each patch of the vision tower (14 pixels, or 16) black with this probability (PAPO, arXiv 2507.06448)."""
+def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, places=None):
+    """Each patch of the vision tower (14 pixels, or 16) black with this probability (PAPO, arXiv 2507.06448).
+
+    `places` (patches,): patches of the same place are black together, or the one would show what the other hides.
+    """
     black = -torch.tensor(image_mean) / torch.tensor(image_std)
-    chosen = torch.rand(len(pixel_values), 1, generator=generator) < probability
+    places = torch.arange(len(pixel_values)) if places is None else places
+    chosen = torch.rand(int(places.max()) + 1, 1, generator=generator)[places] < probability
     return torch.where(chosen, black.repeat_interleave(pixel_values.shape[1] // 3), pixel_values)
 
 
@@ -139,7 +144,8 @@ def perturbed_hidden(row, run, args, step):
     pictures = run.processor.image_processor
     scale = {"image_mean": pictures.image_mean, "image_std": pictures.image_std}
     generator = seeded(args.seed, step, row.prompt.index, row.prompt.serial, "views")
-    strong = with_picture(row, lambda pixels: blacken(pixels, generator, **scale, probability=args.blacken))
+    hidden = {"probability": args.blacken, "places": patch_places(run.model.config, row.prompt.image_grid_thw)}
+    strong = with_picture(row, lambda pixels: blacken(pixels, generator, **scale, **hidden))
     weak = with_picture(row, lambda pixels: add_pixel_noise(pixels, generator, **scale, std=args.weak_std))
     with run.phase("perturbed"), torch.no_grad():
         return [forward(run.model, view, args.temperature)[2] for view in (strong, weak)]

@@ -89,8 +89,8 @@ class Run:
         self.reference = reference_model(args, self.accelerator, self.model) if args.kl_coef else None
 
     def load_data(self):
-        args, rope_index = self.args, self.model.model.get_rope_index
-        self.data = Data(args.data, args.data_split, args, self.processor, rope_index)
+        args = self.args
+        self.data = Data(args.data, args.data_split, args, self.processor, self.model)
         self.eval_data = self.data.for_evaluation() if args.eval_rows else None
         self.say(f"training on {self.data}")
         if args.eval_rows:

@@ -41,6 +41,7 @@ from plumbing.commandline import parse_args
 from run import Run
 from common import Group, split_group, with_picture
 from plumbing.commandline import UserError, flag
+from plumbing.families import patch_shape
 
 
 @dataclass
@@ -89,12 +90,12 @@ def adversarial_step(image, gradient, step=2 / 255):
 
 
 def patchify(picture, image_processor):
-    """A picture (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
+    """A picture (3, H, W) in [0, 1] as pixel_values (patches, 3 x time x p x p), differentiably.
 
-    What the processor does with a picture of the right size: it normalises, cuts patches, puts the four of an image
+    What the processor does with a picture of the right size: it normalises, cuts patches, puts the m x m of an image
     token side by side, and repeats a still picture in time.
     """
-    p, m, time = image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
+    p, m, time = patch_shape(image_processor)
     mean, std = (
         torch.tensor(x)[:, None, None].to(picture) for x in (image_processor.image_mean, image_processor.image_std)
     )
@@ -105,7 +106,7 @@ def patchify(picture, image_processor):
 
 def unpatchify(pixel_values, grid, image_processor):
     """The picture (3, H, W) in [0, 1] behind pixel_values and its image_grid_thw (3,), in whole 255ths."""
-    p, m, time = image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
+    p, m, time = patch_shape(image_processor)
     mean, std = (
         torch.tensor(x)[:, None, None].to(pixel_values) for x in (image_processor.image_mean, image_processor.image_std)
     )

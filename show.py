@@ -50,6 +50,7 @@ from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, cannot_write, check_numbers, flag, parse_args
 from plumbing.curves import draw_curves, read_runs, student
 from plumbing.data import Data
+from plumbing.families import patches_of
 from plumbing.files import write_text
 from plumbing.kinds import KINDS, kinds_of
 
@@ -172,7 +173,7 @@ def opened(args):
         model.activation_checkpointing_enable({"use_reentrant": False})  # SaEI's attack has a backward pass
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     split = "test" if args.data in EMBEDDED else args.eval_split
-    return run_of(model, processor), Data(args.data, split, args, processor, model.model.get_rope_index)
+    return run_of(model, processor), Data(args.data, split, args, processor, model)
 
 
 @torch.no_grad()
@@ -188,7 +189,8 @@ def judged(group, run, args):
         return dataclasses.replace(group, loss_mask=group.mask)
 
     def watch(_, args, inputs):  # what is drawn is what was scored
-        seen.append(inputs.get("pixel_values"))
+        pixels = inputs.get("pixel_values")
+        seen.append(pixels if pixels is None else patches_of(run.model.config, pixels, group.prompt.image_grid_thw))
 
     with run.model.model.register_forward_pre_hook(watch, with_kwargs=True):
         vepo.scoring_forward(kept := row(), run, vepo.Args(**settings), 0)

@@ -3,6 +3,7 @@
 arguments   the flags that all scripts share
 files       written beside and renamed
 commandline how a flag is declared, checked and listed; the sentence that a user's mistake gets
+families    what differs between Qwen-VL and InternVL
 rows        hub data sets and local files -> rows
 pictures    a picture of any mode, opened, looked through, brought to RGB
 data        rows of any usual schema -> prompts

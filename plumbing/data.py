@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError
+from plumbing.families import prompt_tensors
 from plumbing.pictures import Unusable, open_picture, read_to_the_end, to_rgb
 from plumbing.rows import load_rows, local_splits
 
@@ -33,8 +34,8 @@ COLUMNS = {
 class Prompt:
     """One question, ready for the model.
 
-    input_ids (Lp,); position_ids (3, Lp), Qwen-VL's temporal, height and width positions; pixel_values (patches, C) and
-    image_grid_thw (images, 3), both None where there is no image.
+    input_ids (Lp,); position_ids (3, Lp), Qwen-VL's temporal, height and width positions, or (1, Lp); pixel_values
+    (patches, C) and image_grid_thw (pictures, 3), both None where there is none: see families.py.
     """
 
     index: int  # row of the data set: with seed, step and serial it determines every sampled token
@@ -78,8 +79,8 @@ class Data:
     that can be used, `indices` those of them that are not too long, `dropped` how many are, `unusable` {row: why}.
     """
 
-    def __init__(self, name, split, args, processor, rope_index, option="--data"):
-        self.name, self.args, self.processor, self.rope_index, self.option = name, args, processor, rope_index, option
+    def __init__(self, name, split, args, processor, model, option="--data"):
+        self.name, self.args, self.processor, self.model, self.option = name, args, processor, model, option
         self.title = f"{Path(name).name} ({split})" if name in EMBEDDED or not Path(name).is_file() else Path(name).name
         self.rows = load_rows(name, split, args.data_revision if name == args.data else "main", option)
         self.folder = Path(name) if Path(name).is_dir() else Path(name).parent
@@ -129,6 +130,12 @@ class Data:
                 f"{self.option} {self.name} has no row left to use ({self.dropped} were longer than "
                 f"--max_prompt_tokens {most})."
             )
+        longest = self.longest_tokens + self.args.max_response_tokens
+        if longest > (known := self.model.config.text_config.max_position_embeddings):
+            raise UserError(
+                f"{longest} tokens of a prompt and its response are more than the model's {known} positions: lower "
+                f"--max_prompt_tokens or --max_response_tokens."
+            )
 
     def look(self, index):
         """(problem, (height, width) of each picture, answer); reads the pictures to their end. Raises Unusable."""
@@ -175,7 +182,7 @@ class Data:
         has_split = len(splits) > 1 and args.eval_split in splits
         if args.eval_data or name in EMBEDDED or not Path(name).exists() or has_split:
             split = "test" if name in EMBEDDED else args.eval_split
-            return Data(name, split, args, self.processor, self.rope_index, "--eval_data")
+            return Data(name, split, args, self.processor, self.model, "--eval_data")
         return self.hold_out(min(len(self) // 10, 500), args.seed) if len(self) >= 10 else None
 
     def hold_out(self, rows, seed):
@@ -210,16 +217,16 @@ class Data:
 
     def prompt_tokens(self, problem, sizes):
         """Length of a prompt, from its text and the (height, width) of its pictures. Raises Unusable."""
-        pictures, tokenizer = self.processor.image_processor, self.processor.tokenizer
+        tokenizer = self.processor.tokenizer
         try:
-            patches = [pictures.get_number_of_image_patches(*size) for size in sizes]
+            tokens = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
         except ValueError as error:  # 200 times as wide as high
             raise Unusable(f"has an image that cannot be used ({error})") from None
         ids = tokenizer(prompt_text(self.processor, problem, self.args.instruction)).input_ids
         special = tokenizer.convert_tokens_to_ids([self.processor.image_token, self.processor.video_token])
         if sum(ids.count(token) for token in special) != len(sizes):
             raise Unusable("has the name of the model's image token in its text")
-        return len(ids) - len(sizes) + sum(patches) // pictures.merge_size**2
+        return len(ids) - len(sizes) + sum(tokens)
 
     def prompt(self, index):
         try:
@@ -229,13 +236,9 @@ class Data:
             raise UserError(f"row {index} of {self.name} {error}, which was whole when the run began.") from None
         text = prompt_text(self.processor, problem, self.args.instruction)
         made = self.processor(text=[text], images=images or None, return_tensors="pt")
-        grid = made.get("image_grid_thw")
-        if grid is None:
-            positions = torch.arange(made["input_ids"].shape[1]).expand(3, -1)
-        else:
-            positions = self.rope_index(made["input_ids"], made["mm_token_type_ids"], image_grid_thw=grid)[0][:, 0]
-        ids, is_image = made["input_ids"][0], made["mm_token_type_ids"][0] == 1
-        return Prompt(index, problem, answer, ids, positions, made.get("pixel_values"), grid, is_image)
+        sizes = [(image.height, image.width) for image in images]
+        ids, tensors = made["input_ids"][0], prompt_tensors(self.model, self.processor.image_processor, made, sizes)
+        return Prompt(index, problem, answer, ids, *tensors, ids == self.model.config.image_token_id)
 
 
 def some_of(order, rows, seed):

@@ -14,6 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from plumbing.families import vision
 
 BLOCK = 128  # tokens: what a packed row's responses do not see is skipped in blocks of so many
 HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
@@ -58,8 +61,11 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
 
     query, key, value (1, H, N, d); cu_seq_lens_q: where the windows begin, and N. Returns (1, N, H, d). One call on
     CUDA, of flash attention for windows of any length, which torch brings; elsewhere one for each length. transformers
-    itself would call another attention window by window, 2,272 times for a picture of a megapixel.
+    itself would call another attention window by window, 2,272 times for a picture of a megapixel. Without windows
+    (InternVL's equal tiles) all patches attend to each other.
     """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (N, H, d)
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
         cu, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
@@ -77,9 +83,15 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
     return torch.cat(parts)[order.argsort()][None], None
 
 
-def with_windows(model):
-    """The model with `window_attention` in its vision tower; as an argument, transformers would look for a package."""
-    model.model.visual.config._attn_implementation = "flash_windows"
+def prepared(model):
+    """The model with `window_attention` in its vision tower; as an argument, transformers would look for a package.
+
+    InternVL3's rotary frequencies, which grow beyond the model's own number of positions, stay as they are: data.py
+    refuses more, and to ask would wait for the GPU at each token.
+    """
+    vision(model)[0][0].config._attn_implementation = "flash_windows"
+    rotary = model.model.language_model.rotary_emb
+    rotary.rope_type = "default" if rotary.rope_type == "dynamic" else rotary.rope_type
     return model
 
 
@@ -92,7 +104,7 @@ def products_in_bf16(model):
     Autocast keeps its copies of what has a gradient alone. Norms and embeddings stay, so that the results are equal.
     """
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d):
             for name, p in list(module.named_parameters(recurse=False)):  # a head that is the embeddings gets its own
                 setattr(module, name, torch.nn.Parameter(p.bfloat16(), requires_grad=False))
     return model

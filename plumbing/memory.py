@@ -11,6 +11,7 @@ import transformers
 from plumbing.adapters import refuse_adapters
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
+from plumbing.families import vision, vision_sizes
 from plumbing.kernels import HEAD_CHUNK
 
 
@@ -32,21 +33,21 @@ def plan(args, gpus):
         raise UserError(cannot_open("--model", args.model, error)) from None
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
-    text, vision = config.text_config, config.vision_config
+    text = config.text_config
     parameters, lora = size(model), bool(args.lora_rank)
     tower = 0 if args.freeze_vision or lora else 1  # a frozen one keeps no activations
-    trained = parameters - args.freeze_vision * size(model.model.visual)
+    trained = parameters - args.freeze_vision * sum(map(size, vision(model)[0]))
     if lora:
         linear = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
         trained = args.lora_rank * sum(m.in_features + m.out_features for m in linear)
     shards = 1 if lora else gpus  # each GPU holds so many parts of the weights
-    layers = [size(layer) for layer in [*model.model.language_model.layers, *model.model.visual.blocks]]
+    layers = [size(layer) for layer in [*model.model.language_model.layers, *vision(model)[1]]]
     root = parameters - sum(layers)
     bytes_each = 4 if args.dtype == "float32" else 2  # bytes of one, in compute
     stream = bytes_each if shards > 1 or lora else 4  # from layer to layer: autocast leaves sums and norms in fp32
     G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
     row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
-    patches = args.max_pixels // vision.patch_size**2 if args.max_pixels else prompt * vision.spatial_merge_size**2
+    patches, depth, D, mlp = vision_sizes(config, args.max_pixels, prompt)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     batch = min(args.rollout_prompts, args.prompts_per_step // gpus)
     embeddings = text.vocab_size * text.hidden_size
@@ -58,12 +59,11 @@ def plan(args, gpus):
     def temporaries(tokens, D, heads, mlp):
         return tokens * (2 * D * stream + max(6 * heads, 3 * mlp) * bytes_each)
 
-    D = model.model.visual.blocks[0].norm1.weight.numel()
-    vision_shape = D, D, getattr(vision, "intermediate_size", 4 * D)
+    vision_shape = D, D, mlp
     text_shape = text.hidden_size, text.num_attention_heads * head, text.intermediate_size
     at_once = min(batch, max(1, args.tokens_per_row // prompt))  # prompts that are computed at a time
     prefill = max(temporaries(at_once * patches, *vision_shape), temporaries(at_once * prompt, *text_shape))
-    vision_bytes = tower * activations(patches, vision.depth, *vision_shape)
+    vision_bytes = tower * activations(patches, depth, *vision_shape)
     text_bytes = activations(row, text.num_hidden_layers, *text_shape)
     logits = HEAD_CHUNK * text.vocab_size * 4 * 4  # four fp32 copies of a chunk
     logits += 0 if lora else embeddings * 4  # the head's gradient

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plumbing.adapters import refuse_adapters
 from plumbing.commandline import UserError
+from plumbing.families import vision
 from plumbing.memory import refuse_uneven, refuse_what_cannot_fit
 
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of processes with one that still downloads or samples
@@ -66,7 +67,7 @@ def shard(model, source, device, bf16):
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     dtypes = (torch.bfloat16, torch.float32) if bf16 else (None, None)  # of compute, of the gradients' sum
     policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)  # the vision tower's angles stay fp32
-    for unit in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
+    for unit in [*vision(model)[1], *model.model.language_model.layers, model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
@@ -182,15 +183,3 @@ def from_main(value):
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(said, 0)
     return said[0]
-
-
-def grey_picture(model):
-    """A sum over the vision tower's outputs for a grey picture, for rows without one, before the text model runs.
-
-    Sharded weights are gathered by all processes together and in one order: where one has a picture, all run the tower.
-    """
-    vision = model.config.vision_config
-    size = vision.spatial_merge_size
-    pixels = torch.zeros(size**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
-    out = model.model.visual(pixels.to(model.device), grid_thw=torch.tensor([[1, size, size]], device=model.device))
-    return sum(part.sum() for part in [out.pooler_output, *getattr(out, "deepstack_features", [])])

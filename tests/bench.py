@@ -28,10 +28,11 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpu  # noqa: E402
 
-from common import Reward, forward, group_advantages, load_processor, picture_inputs, policy_loss, rollout  # noqa: E402
+from common import Reward, forward, group_advantages, load_processor, policy_loss, rollout  # noqa: E402
 from plumbing.adapters import add_adapters  # noqa: E402
 from plumbing.arguments import INSTRUCTION, TOY, SharedArgs  # noqa: E402
 from plumbing.data import Data  # noqa: E402
+from plumbing.families import picture_inputs  # noqa: E402
 
 P, G = 2, 8
 METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1, "saei": 2.0}  # what a step may cost, in GRPO's
@@ -72,7 +73,7 @@ def make_data(args, processor, model, image_tokens):
 
     with tempfile.TemporaryDirectory() as folder:
         datasets.Dataset.from_list(make_rows(P, image_tokens)).to_parquet(f"{folder}/rows.parquet")
-        data = Data(f"{folder}/rows.parquet", "train", args, processor, model.model.get_rope_index)
+        data = Data(f"{folder}/rows.parquet", "train", args, processor, model)
         return [data.prompt(i) for i in range(P)]
 
 
@@ -130,7 +131,7 @@ def plain_sampling(model, prompts, tokens):
             input_ids=torch.stack([p.input_ids for p in copies]),
             attention_mask=torch.stack([torch.ones_like(p.input_ids) for p in copies]),
             mm_token_type_ids=torch.stack([p.image_mask.int() for p in copies]),
-            **picture_inputs(copies, "cpu"),
+            **picture_inputs(model, copies),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=True,

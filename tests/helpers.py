@@ -12,7 +12,9 @@ import accelerate
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,7 +23,7 @@ import run  # noqa: E402
 from common import Group  # noqa: E402
 from plumbing.answers import Checker  # noqa: E402
 from plumbing.data import Data, Prompt  # noqa: E402
-from plumbing.kernels import with_windows  # noqa: E402
+from plumbing.kernels import prepared  # noqa: E402
 
 torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 transformers.utils.logging.disable_progress_bar()
@@ -65,30 +67,84 @@ def tiny_model(family, seed=0):
         )
         config = transformers.Qwen2_5_VLConfig(text_config=text_config(), vision_config=vision, **TOKENS)
         cls = transformers.Qwen2_5_VLForConditionalGeneration
+    elif family == "internvl":  # tiles of 4 x 4 patches, 4 tokens each
+        vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+        vision |= dict(initializer_range=0.3, use_qk_norm=True, norm_type="rms_norm")
+        text = text_config(max_position_embeddings=4096)
+        text["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}  # as InternVL3's
+        config = transformers.InternVLConfig(
+            text_config=transformers.Qwen2Config(**text), vision_config=vision, image_token_id=11, image_seq_length=4
+        )
+        cls = transformers.InternVLForConditionalGeneration
     else:
         vision |= dict(hidden_size=16, intermediate_size=24, out_hidden_size=32, deepstack_visual_indexes=[0, 1])
         vision |= dict(num_position_embeddings=64)
         text = text_config(head_dim=8, rope={"mrope_interleaved": True})
         config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
         cls = transformers.Qwen3VLForConditionalGeneration
-    model = with_windows(cls._from_config(config, attn_implementation={"text_config": "shared_prefix"}))
+    model = prepared(cls._from_config(config, attn_implementation={"text_config": "shared_prefix"}))
     model.generation_config.eos_token_id = END
     return model.float().train()
 
 
+TEMPLATE = (  # InternVL3's
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{{'<|im_end|>\n'}}{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_internvl(folder):
+    """A random InternVL with tiles of 28 x 28 pixels, one token each, and its processor, on the toy's tokenizer.
+
+    Beside it eight rows with one picture, two and none, of different sizes.
+    """
+    for i, (width, height) in enumerate([(28, 28), (84, 56), (40, 150), (30, 29), (300, 100), (9, 9)]):
+        noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
+    chosen = [[0], [1], [2, 3], [], [4], [5, 1], [], [2]]
+    lines = [{"images": [f"{i}.png" for i in which], "problem": "How many?", "answer": "1"} for which in chosen]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    names |= {"video_token": "<video>"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "toy/model", extra_special_tokens=names)
+    scale = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    pictures = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, **scale)
+    cls = common.image_only(transformers.InternVLProcessor)
+    cls(pictures, tokenizer, image_seq_length=1, chat_template=TEMPLATE).save_pretrained(folder)
+    config = tiny_model("internvl").config
+    text, vision = config.text_config, config.vision_config
+    text.vocab_size, text.eos_token_id, text.initializer_range = len(tokenizer), 2, 0.1
+    vision.image_size, vision._attn_implementation, config.image_seq_length = (28, 28), "sdpa", 1
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    torch.manual_seed(0)
+    transformers.InternVLForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 def tiny_prompt(model, grids, words=(20, 21, 22), index=0, seed=0):
-    """A prompt with one image per grid (h, w in patches), words before, between and after."""
+    """A prompt with one image per grid (h, w in patches), words before, between and after.
+
+    InternVL's pictures are whole tiles, and a thumbnail follows what is more than one.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids, kinds = list(words), [0] * len(words)
+    internvl = model.config.model_type == "internvl"
+    if internvl:
+        canvases = [(-(-h // 4) * 4, -(-w // 4) * 4) for h, w in grids]
+        grids = [grid for canvas in canvases for grid in (canvas, (4, 4))[: 1 + (canvas != (4, 4))]]
     for h, w in grids:
         n = h * w // 4
         ids += [9, *[11] * n, 10, 30]
         kinds += [0, *[1] * n, 0, 0]
     ids, kinds = torch.tensor(ids), torch.tensor(kinds)
     if not grids:
-        return Prompt(index, "", "", ids, torch.arange(len(ids)).expand(3, -1), None, None, kinds == 1)
+        positions = torch.arange(len(ids)).expand(1 if internvl else 3, -1)
+        return Prompt(index, "", "", ids, positions, None, None, kinds == 1)
     thw = torch.tensor([[1, h, w] for h, w in grids])
-    pixels = torch.randn(int(thw.prod(1).sum()), 1176, generator=generator)
+    pixels = torch.randn(int(thw.prod(1).sum()), 588 if internvl else 1176, generator=generator)
+    if internvl:
+        return Prompt(index, "", "", ids, torch.arange(len(ids))[None], pixels, thw, kinds == 1)
     positions = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=thw)[0][:, 0]
     return Prompt(index, "", "", ids, positions, pixels, thw, kinds == 1)
 
@@ -125,12 +181,29 @@ def padded_inputs(model, group):
     ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses.masked_fill(~mask, 0)], 1)
     attention = torch.cat([torch.ones(G, len(prompt.input_ids), dtype=torch.bool), mask], 1)
     inputs = {"input_ids": ids, "attention_mask": attention.long()}
-    if prompt.pixel_values is not None:
-        inputs["pixel_values"] = prompt.pixel_values.repeat(G, 1)
-        inputs["image_grid_thw"] = prompt.image_grid_thw.repeat(G, 1)
+    if prompt.pixel_values is not None and model.config.model_type != "internvl":
         inputs["mm_token_type_ids"] = torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int()
     model.model.rope_deltas = None
-    return inputs
+    return inputs | plain_pictures(model, prompt, G)
+
+
+def plain_pictures(model, prompt, copies):
+    """The pictures of some copies of a prompt as the model's own arguments, InternVL's tiles pixel by pixel."""
+    if prompt.pixel_values is None:
+        return {}
+    if model.config.model_type != "internvl":
+        repeated = prompt.pixel_values.repeat(copies, 1), prompt.image_grid_thw.repeat(copies, 1)
+        return dict(zip(("pixel_values", "image_grid_thw"), repeated))
+    tiles, start = [], 0
+    for _, h, w in prompt.image_grid_thw.tolist():
+        canvas = torch.empty(3, 14 * h, 14 * w).to(prompt.pixel_values)
+        for i in range(h * w):
+            row, column = 14 * (i // w), 14 * (i % w)
+            canvas[:, row : row + 14, column : column + 14] = prompt.pixel_values[start + i].view(3, 14, 14)
+        start += h * w
+        corners = [(row, column) for row in range(0, 14 * h, 56) for column in range(0, 14 * w, 56)]
+        tiles += [canvas[:, row : row + 56, column : column + 56] for row, column in corners]
+    return {"pixel_values": torch.stack(tiles).repeat(copies, 1, 1, 1)}
 
 
 def plain_states(model, group):

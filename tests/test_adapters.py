@@ -16,7 +16,7 @@ from plumbing.arguments import SharedArgs
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
 TOY = ROOT / "toy" / "model"
 LORA = ["--lora_rank", 8]
 

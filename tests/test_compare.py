@@ -251,7 +251,7 @@ def test_credit_is_the_gradient_of_each_methods_own_loss(monkeypatch):
     args = SharedArgs(model="toy-faint", group_size=8)
     processor, model = load_processor(model_source(args)), load_model(model_source(args))
     run = show.run_of(model, processor)
-    data = Data("toy-faint", "train", args, processor, model.model.get_rope_index)
+    data = Data("toy-faint", "train", args, processor, model)
     (group,) = rollout(model, processor.tokenizer, [data.prompt(0)], args, 0)
     advantages, kinds = torch.linspace(-1, 1, 8), credit.kind_masks(group, processor.tokenizer.decode)
     logps, entropy, hidden = forward(model, group)

@@ -18,7 +18,7 @@ from plumbing.stream import Stream
 
 def data_of(toy, name, split="train", **more):
     model, processor = toy
-    return Data(str(name), split, SharedArgs(**more), processor, model.model.get_rope_index)
+    return Data(str(name), split, SharedArgs(**more), processor, model)
 
 
 def test_prompt_of_the_toy_is_qwens_chat_template(toy):

@@ -195,7 +195,7 @@ def check():
 def questions(name, path, toy):
     model, processor = toy
     args = Args(data=str(path), benchmarks=name)
-    return Questions(name, "train", args, processor, model.model.get_rope_index)
+    return Questions(name, "train", args, processor, model)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -246,7 +246,7 @@ def test_images_stand_where_the_text_names_them():
 def test_prompt_of_training_and_evaluation_is_the_same(toy, tmp_path):
     model, processor = toy
     path = write(tmp_path / "rows.parquet", [FIXTURES["geometry3k"][0][0]])
-    training = Data(str(path), "train", SharedArgs(), processor, model.model.get_rope_index)
+    training = Data(str(path), "train", SharedArgs(), processor, model)
     asked = questions("geometry3k", path, toy)
     a, b = training.prompt(0), asked.prompt(0)
     assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.pixel_values, b.pixel_values)

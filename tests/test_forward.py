@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import forward, pack, response_and_image_states, split_group, token_logps, unpack
 from plumbing import kernels
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
 
 
 def padded(model, group, temperature=1.0):
@@ -76,7 +76,7 @@ def outputs_and_gradients(model, group):
     return [logps, entropy, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flex_attention_equals_the_boolean_mask(family, checkpointing, request):
     """Forward and backward; a row longer than the blocks of 128 tokens."""

@@ -38,7 +38,7 @@ def model():
 @pytest.fixture(scope="module")
 def prompts(model):
     processor = load_processor(TOY / "model")
-    data = Data("toy", "test", SharedArgs(), processor, model.model.get_rope_index)
+    data = Data("toy", "test", SharedArgs(), processor, model)
     return [data.prompt(i) for i in range(8)]
 
 

@@ -45,7 +45,7 @@ def test_calls_for_a_megapixel(monkeypatch, checkpointing):
     config.vision_config.depth, config.vision_config.window_size = 32, 112
     config.vision_config.fullatt_block_indexes = [7, 15, 23, 31]
     config.vision_config._attn_implementation = "sdpa"
-    model = kernels.with_windows(type(tiny_model("qwen2_5_vl"))._from_config(config)).train()
+    model = kernels.prepared(type(tiny_model("qwen2_5_vl"))._from_config(config)).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     grid = torch.tensor([[1, 72, 72]])  # 1,008 x 1,008 pixels
@@ -82,7 +82,7 @@ def test_no_weight_is_cast_anew_for_a_sampled_token(freeze_vision):
     assert casts(20) == casts(1) > 20
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_the_weights_of_a_frozen_models_products_are_bf16_already_and_nothing_else_changes(family):
     def measured(model):
         group = tiny_group(tiny_prompt(model, [(4, 6)]), [7, 1, 4])

@@ -53,7 +53,10 @@ DAMAGES = {
     "a template without the picture": (file("chat_template.jinja", "1 + 1?"), "loses text or picture of a question"),
     "a template without the text": (file("chat_template.jinja", "<|image_pad|>"), "loses text or picture"),
     "a broken config": (file("config.json", "{"), "cannot be opened"),
-    "another family": (configured(model_type="bert"), "is a bert; use a qwen2_vl, qwen2_5_vl or qwen3_vl model"),
+    "another family": (
+        configured(model_type="bert"),
+        "is bert; use one of qwen2_vl, qwen2_5_vl, qwen3_vl, internvl",
+    ),
     "code of its own": (FOREIGN_CODE, "cannot be opened .*custom code"),
 }
 

@@ -85,7 +85,7 @@ def test_similarity_against_loops():
     assert visual_similarity([layers[0][0].bfloat16()], [layers[0][1].bfloat16()]).dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 @pytest.mark.parametrize("images", SHAPES)
 @pytest.mark.parametrize("embedding_layer", [True, False])
 def test_weights_of_a_packed_row_equal_those_of_padded_rows(family, images, embedding_layer):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import END, tiny_model, tiny_prompt
+from helpers import END, plain_pictures, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -12,7 +12,7 @@ from plumbing import kernels
 from plumbing.arguments import SharedArgs
 from plumbing.data import Data
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
 ENDS = [*END, *range(40, 56)]  # so many that responses, and then whole groups, end at different lengths
 
 
@@ -31,9 +31,8 @@ def plain(model, prompt, G, max_tokens, choose, uniforms):
     """`generate` as a textbook would call it, on G copies of one prompt."""
     ids = prompt.input_ids.expand(G, -1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if prompt.pixel_values is not None:
-        inputs["pixel_values"] = prompt.pixel_values.repeat(G, 1)
-        inputs["image_grid_thw"] = prompt.image_grid_thw.repeat(G, 1)
+    inputs |= plain_pictures(model, prompt, G)
+    if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = prompt.image_mask.int().expand(G, -1)
     model.model.rope_deltas = None
     follow = FollowUniforms(choose, uniforms, ids.shape[1])
@@ -177,7 +176,7 @@ def test_a_rollout_does_not_depend_on_its_batch(toy):
     model, processor = toy
     model.train()
     args = SharedArgs(max_response_tokens=24)
-    data = Data("toy", "test", args, processor, model.model.get_rope_index)
+    data = Data("toy", "test", args, processor, model)
     prompts = [data.prompt(i) for i in (3, 6, 5, 0)]  # one picture, none, two, one
     together = rollout(model, processor.tokenizer, prompts, args, 7)
     args.rollout_prompts = 1
@@ -191,7 +190,7 @@ def test_a_rollout_does_not_depend_on_its_batch(toy):
 
 def test_mask_ends_with_the_first_end_of_turn(toy):
     model, processor = toy
-    data = Data("toy", "test", SharedArgs(), processor, model.model.get_rope_index)
+    data = Data("toy", "test", SharedArgs(), processor, model)
     for group in rollout(
         model, processor.tokenizer, [data.prompt(0), data.prompt(1)], SharedArgs(max_response_tokens=20), 1
     ):

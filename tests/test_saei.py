@@ -232,7 +232,7 @@ def test_join():
 def test_a_part_of_a_group_is_sampled_as_in_the_whole(toy, part):
     model, processor = toy
     args = Args(max_response_tokens=24)
-    data = Data("toy", "test", args, processor, model.model.get_rope_index)
+    data = Data("toy", "test", args, processor, model)
     prompts = [data.prompt(i) for i in (3, 6)]
     whole = rollout(model, processor.tokenizer, prompts, args, 7)
     some = rollout(model, processor.tokenizer, prompts, args, 7, part)

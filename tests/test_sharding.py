@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, read_metrics, same, timeless, weights
+from helpers import ROOT, read_metrics, same, save_internvl, timeless, weights
 from pair import Pair, run_job
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -29,6 +29,12 @@ def pair():
     processes = Pair()
     yield processes
     processes.close()
+
+
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory):
+    """A random InternVL in a folder, and data for it beside it."""
+    return save_internvl(tmp_path_factory.mktemp("internvl"))
 
 
 @pytest.fixture
@@ -113,6 +119,15 @@ def test_each_method_on_two_processes(tmp_path, alone, finished, method, updates
     if method == "saei":  # with 2 prompts a step the first process begins with a text-only prompt alone
         flags += [*SAEI, "--old_logps_image", "attacked", "--prompts_per_step", 2]
     assert_equal(alone(*flags, script=method), finished(2, tmp_path / "two", *flags, script=method))
+
+
+@pytest.mark.parametrize("method, flags", [("pepo", []), ("prpo", ["--reshard_while_sampling"]), ("saei", SAEI)])
+def test_internvl_on_two_processes(tmp_path, alone, finished, internvl, method, flags):
+    """Rows without a picture, with one and with two, of one tile and of several."""
+    flags = ["--model", internvl, "--data", internvl / "rows.jsonl", "--eval_rows", 0, "--kl_coef", 0.05, *flags]
+    flags += ["--min_pixels", 784, "--max_pixels", 784 * 6, "--max_response_tokens", 12, "--updates_per_step", 1]
+    one = alone(*(flag for flag in flags if flag != "--reshard_while_sampling"), script=method)
+    assert_equal(one, finished(2, tmp_path / "two", *flags, script=method))
 
 
 def test_sampling_from_sharded_weights(tmp_path, alone, finished):

@@ -20,7 +20,7 @@ def test_a_prompt_sees_one_draw_a_step(name, toy, monkeypatch):
     model, processor = toy
     module = importlib.import_module(name)
     args = module.Args()
-    data = Data("toy", "test", args, processor, model.model.get_rope_index)
+    data = Data("toy", "test", args, processor, model)
     seen = []
     empty = torch.zeros(1)
     monkeypatch.setattr(module, "forward", lambda _, row, __: [seen.append(row.prompt.pixel_values)] * 3)

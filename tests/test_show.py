@@ -264,7 +264,7 @@ def test_the_pictures_are_those_that_were_scored(toy, monkeypatch):
 def group_of(toy, pictures=1, responses=slice(None)):
     """Responses to the first prompt of the toy with so many pictures, the first of them right."""
     model, processor = toy
-    data = Data("toy", "test", SharedArgs(), processor, model.model.get_rope_index)
+    data = Data("toy", "test", SharedArgs(), processor, model)
     prompt = data.prompt(next(i for i in data.indices if len(data.fields(i)[1]) == pictures))
     (group,) = rollout(model, processor.tokenizer, [prompt], SharedArgs(), "show")
     group.accuracy, group.advantages = (torch.arange(8) == 0).float(), torch.linspace(1, -1, 8)
@@ -488,7 +488,7 @@ def test_a_random_step_is_as_large_as_the_attack(toy):
     """Each pixel moves by 2/255, up as often as down, and stays in [0, 1]."""
     model, processor = toy
     args = SharedArgs()
-    data = Data("toy", "test", args, processor, model.model.get_rope_index)
+    data = Data("toy", "test", args, processor, model)
     prompt = data.prompt(5)  # of two pictures
     run, image_processor = show.run_of(model, processor), processor.image_processor
     moved = show.random_step(prompt, run, 0)

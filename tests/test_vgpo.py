@@ -121,7 +121,7 @@ def test_factors_do_not_depend_on_the_other_rows():
         assert torch.equal(token_factors(compensate(focus[alone], mask[alone]), mask[alone]), want[alone])
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 @pytest.mark.parametrize("images", SHAPES)
 def test_focus_on_a_packed_row_equals_that_on_padded_rows(family, images):
     model = tiny_model(family)

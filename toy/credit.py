@@ -143,7 +143,7 @@ def credit(world, wanted):
     args = SharedArgs(model=world, group_size=12)
     processor, model = load_processor(model_source(args)), load_model(model_source(args))
     run, reward = run_of(model, processor), Reward(args)
-    data = Data(world, "train", args, processor, model.model.get_rope_index)
+    data = Data(world, "train", args, processor, model)
     rows = [index for index in data.indices if data.rows[index]["images"]]
     if len(rows) < wanted:
         raise UserError(f"--prompts {wanted}: {world} has {len(rows)} training prompts with a picture.")

@@ -1,0 +1,284 @@
+"""What differs between model families: InternVL's tiles as patches, and all that a run does with such a model."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers import plain_pictures, same, save_internvl, timeless, tiny_group, tiny_model, tiny_prompt, train, weights
+from PIL import Image
+
+import eval as evaluation
+import show
+from common import Reward, load_config, load_model, load_processor, seeded, still_noise
+from plumbing.arguments import SharedArgs
+from plumbing.commandline import UserError
+from plumbing.data import Data
+from plumbing.families import patch_places, patches_of, picture_inputs, vision_sizes
+from plumbing.memory import plan
+from prpo import blacken
+from run import Run
+from saei import Args, attack, unpatchify
+from show import run_of
+from vepo import diffuse
+
+PIXELS = ["--min_pixels", 784, "--max_pixels", 784 * 6]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_internvl(tmp_path_factory.mktemp("internvl"))
+
+
+@pytest.fixture(scope="module")
+def internvl(folder):
+    return load_model(str(folder)), load_processor(str(folder), min_pixels=784, max_pixels=784 * 6)
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return folder / "rows.jsonl"
+
+
+def pictures_of(prompt, processor):
+    parts = prompt.pixel_values.split(prompt.image_grid_thw.prod(1).tolist())
+    return [unpatchify(part, grid, processor.image_processor) for part, grid in zip(parts, prompt.image_grid_thw)]
+
+
+def data_of(rows, internvl):
+    model, processor = internvl
+    return Data(str(rows), "train", SharedArgs(), processor, model)
+
+
+@pytest.mark.parametrize("row, names", [(0, [0]), (1, [1]), (2, [2, 3]), (4, [4])])
+def test_patches_and_tiles_are_the_processors_own(rows, internvl, row, names):
+    """There and back: the very tiles; and each patch lies in its picture where it lay in the canvas."""
+    (model, processor), prompt = internvl, data_of(rows, internvl).prompt(row)
+    images = [Image.open(rows.parent / f"{i}.png") for i in names]
+    made = processor(text=["<IMG_CONTEXT>" * len(images)], images=images, return_tensors="pt")
+    assert torch.equal(picture_inputs(model, [prompt])["pixel_values"], made["pixel_values"])
+    assert torch.equal(plain_tiles(prompt), made["pixel_values"])
+    assert torch.equal(patches_of(model.config, made["pixel_values"], prompt.image_grid_thw), prompt.pixel_values)
+    assert int(prompt.image_mask.sum()) == len(made["pixel_values"])
+    assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids))[None])
+    if row == 1:  # 2 x 3 tiles and the thumbnail; nothing was resized: the very pixels
+        assert prompt.image_grid_thw.tolist() == [[1, 4, 6], [1, 2, 2]]
+        canvas, thumbnail = pictures_of(prompt, processor)
+        pixels = torch.tensor(list(images[0].tobytes())).view(56, 84, 3).permute(2, 0, 1) / 255
+        assert torch.equal(canvas, pixels) and thumbnail.shape == (3, 28, 28)
+
+
+def plain_tiles(prompt):
+    """Tiles of 28 x 28 pixels, by loops."""
+    tiles, start = [], 0
+    for _, h, w in prompt.image_grid_thw.tolist():
+        for i in range(0, h, 2):
+            for j in range(0, w, 2):
+                tile = torch.empty(3, 28, 28)
+                for y in range(2):
+                    for x in range(2):
+                        patch = prompt.pixel_values[start + (i + y) * w + j + x].view(3, 14, 14)
+                        tile[:, 14 * y : 14 * y + 14, 14 * x : 14 * x + 14] = patch
+                tiles.append(tile)
+        start += h * w
+    return torch.stack(tiles)
+
+
+def test_the_length_of_a_prompt_is_known_before_its_pictures_are_decoded(rows, internvl):
+    data = data_of(rows, internvl)
+    assert all(len(data.prompt(i).input_ids) == length for i, length in data.tokens.items()) and len(data) == 8
+
+
+def test_several_prompts_pictures_stand_one_after_the_other(internvl):
+    model = tiny_model("internvl")
+    prompts = [tiny_prompt(model, grids, seed=i) for i, grids in enumerate([[(4, 8)], [], [(4, 4), (8, 4)]])]
+    got = picture_inputs(model, prompts)
+    want = torch.cat([plain_pictures(model, prompt, 1)["pixel_values"] for prompt in (prompts[0], prompts[2])])
+    assert got.keys() == {"pixel_values"} and torch.equal(got["pixel_values"], want)
+    assert picture_inputs(model, [prompts[1]]) == {}
+
+
+def test_places_by_hand():
+    """Tiles of 4 x 4 patches. Two patches of a canvas of 2 x 1 tiles, one above the other, are one of its thumbnail."""
+    config, one = tiny_model("internvl").config, list(range(16))
+    assert patch_places(config, torch.tensor([[1, 4, 4]])).tolist() == one
+    got = patch_places(config, torch.tensor([[1, 8, 4], [1, 4, 4], [1, 4, 4]])).tolist()
+    above = [4 * (row // 2) + column for row in range(8) for column in range(4)]
+    assert got == [*above, *one, *(16 + place for place in one)]
+    wide = patch_places(config, torch.tensor([[1, 4, 8], [1, 4, 4]])).tolist()
+    assert wide[:8] == [0, 0, 1, 1, 2, 2, 3, 3] and wide[32:] == one
+    assert patch_places(tiny_model("qwen2_5_vl").config, torch.tensor([[1, 4, 4]])) is None
+
+
+def test_what_is_blackened_in_the_canvas_is_in_the_thumbnail(internvl):
+    """By pictures: a canvas of 2 x 3 tiles after blackening, shrunk by plain means, is black where the thumbnail is."""
+    model, processor = internvl
+    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+    white = ((1 - torch.tensor(mean)) / torch.tensor(std)).repeat_interleave(196)
+    grid = torch.tensor([[1, 4, 6], [1, 2, 2]])
+    scale = {"image_mean": mean, "image_std": std}
+    prompt = dataclasses.replace(tiny_prompt(model, []), pixel_values=white.expand(28, -1).clone(), image_grid_thw=grid)
+    seen = set()
+    for seed in range(20):
+        views = blacken(prompt.pixel_values, seeded(seed), **scale, places=patch_places(model.config, grid))
+        dark = dataclasses.replace(prompt, pixel_values=views)
+        canvas, thumbnail = (picture[0].round() for picture in pictures_of(dark, processor))
+        blocks = canvas.view(2, 28, 2, 42).mean((1, 3))
+        assert torch.equal(blocks, thumbnail.view(2, 14, 2, 14).mean((1, 3))) and set(blocks.unique().tolist()) <= {
+            0,
+            1,
+        }
+        seen.add(blocks.sum().item())
+    assert len(seen) > 2
+
+
+def test_noise_is_drawn_for_each_pixel_that_the_tower_sees():
+    """A tile has one time: no two entries share their noise, and 588 entries have variance 1."""
+    noise = still_noise(torch.zeros(500, 588), seeded(1))
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    assert (noise[:, :294] != noise[:, 294:]).float().mean() > 0.999
+    assert diffuse(torch.zeros(500, 588), seeded(1)).std().item() == pytest.approx(0.505, abs=0.005)
+
+
+def test_the_attack_moves_canvas_and_thumbnail(rows, internvl):
+    (model, processor), data = internvl, data_of(rows, internvl)
+    prompt = data.prompt(2)  # two pictures
+    group, run = tiny_group(prompt, [5, 3]), run_of(model, processor)
+    args = Args(n1=1, n2=1)
+    moved = dataclasses.replace(prompt, pixel_values=attack(group, run, args).pixel_values)
+    before, after = pictures_of(prompt, processor), pictures_of(moved, processor)
+    assert len(before) == len(prompt.image_grid_thw) == 3
+    for one, two in zip(before, after):
+        change = (one - two).abs()
+        assert 0 < change.max() <= 2.001 / 255 and two.min() >= 0 and two.max() <= 1
+        assert (change > 0).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("family", ["internvl"])
+def test_a_prepared_model_computes_what_transformers_own_does(family):
+    """With frequencies that may grow (InternVL3's rotary embedding), below the model's number of positions."""
+    ours = tiny_model(family)
+    config = tiny_model(family).config
+    config.vision_config._attn_implementation = "eager"
+    theirs = type(ours)._from_config(config, attn_implementation="eager").float().eval()
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.model.language_model.rotary_emb.rope_type == "dynamic"
+    prompt = tiny_prompt(ours, [(4, 8)])
+    with torch.no_grad():
+        inputs = {"input_ids": prompt.input_ids[None], **plain_pictures(ours, prompt, 1)}
+        want = theirs(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits
+        got = ours.eval()(**inputs).logits
+    assert torch.allclose(got, want, atol=1e-4)
+
+
+METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
+TERMS = ["--kl_coef", 0.1, "--entropy_coef", 0.01, "--max_response_tokens", 12, "--prompts_per_step", 4]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_it_and_its_checkpoint_is_transformers_own(folder, rows, tmp_path, method):
+    flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--updates_per_step", 2, "--tokens_per_row", 150]
+    lines = train(method, tmp_path / "run", *flags, "--steps", 1, "--eval_rows", 2)
+    assert all(value == value for line in lines for value in line.values() if isinstance(value, float))
+    last = tmp_path / "run" / "last"
+    before, after = load_model(str(folder)).state_dict(), weights(last)
+    trained = transformers.AutoModelForImageTextToText.from_pretrained(last)
+    moved = {name: not torch.equal(p, before[name]) for name, p in trained.named_parameters()}
+    assert all(moved.values()), [name for name, changed in moved.items() if not changed]
+    assert after and load_processor(last).image_processor.max_patches == 6
+
+
+def test_frozen_vision_is_tower_and_projector(folder, rows, tmp_path):
+    flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--steps", 1, "--eval_rows", 0, "--freeze_vision"]
+    train("grpo", tmp_path / "run", *flags)
+    before, after = load_model(str(folder)).state_dict(), load_model(tmp_path / "run" / "last").state_dict()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == ("vision" in name or "projector" in name), name
+
+
+def test_a_resumed_run_is_equal_to_the_bit(folder, rows, tmp_path, monkeypatch):
+    flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--eval_rows", 0, "--save_every", 1, "--steps", 2]
+    whole, log, calls = train("pepo", tmp_path / "whole", *flags), Run.log, iter(range(9))
+
+    def dies(run):  # in the second step, after its update
+        log(run)
+        if next(calls) == 1:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(Run, "log", dies)
+    with pytest.raises(RuntimeError):
+        train("pepo", tmp_path / "cut", *flags)
+    monkeypatch.setattr(Run, "log", log)
+    assert timeless(train("pepo", tmp_path / "cut", *flags, "--resume")) == timeless(whole)
+    assert same(*(weights(tmp_path / name / "last") for name in ("whole", "cut")))
+
+
+def test_adapters(folder, rows, tmp_path):
+    flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--steps", 1, "--eval_rows", 0, "--lora_rank", 2]
+    train("vepo", tmp_path / "run", *flags)
+    before, after = load_model(str(folder)).state_dict(), load_model(tmp_path / "run" / "last").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("language_model.layers" in name and "_proj" in name for name in changed)
+
+
+def test_evaluation_and_both_pages(folder, rows, tmp_path, monkeypatch, capsys):
+    def command(main, *flags):
+        flags = [*flags, "--model", folder, "--data", rows, *PIXELS, "--max_response_tokens", 8]
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, flags)])
+        main()
+
+    class Alternating(Reward):  # a random model's are all 0, and the page shows a right and a wrong one
+        def __call__(self, groups):
+            super().__call__(groups)
+            for group in groups:
+                group.accuracy = group.rewards = torch.arange(len(group.texts)) % 2.0
+            return torch.stack([group.rewards for group in groups])
+
+    command(evaluation.main, "--benchmarks", "own", "--output", tmp_path / "eval")
+    assert "pictures of 784 to 4,704 pixels" in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval/results.json").read_text())["scores"]["own"]["rows"] == 8
+    monkeypatch.setattr(show, "Reward", Alternating)
+    for what, place, file in (("tokens", "page.html", "page.html"), ("signals", ".", "signals.json")):
+        command(show.main, what, "--group_size", 2, "--page" if what == "tokens" else "--output", tmp_path / place)
+        assert (tmp_path / file).exists()
+
+
+def test_numbers_of_internvl3_2b():
+    """Published: vision 24 layers of 1,024, decoder Qwen2.5-1.5B; 2.09 billion parameters. A plan by hand."""
+    text = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
+    text |= dict(num_key_value_heads=2, vocab_size=151_674)
+    config = transformers.InternVLConfig(text_config=transformers.Qwen2Config(**text), vision_config={})
+    assert vision_sizes(config, 1_000_000, 2048) == (5 * 1025, 24, 1024, 4096)  # 4 tiles and the thumbnail
+    assert vision_sizes(config, 448**2, 2048)[0] == 1025 and vision_sizes(config, None, 2048)[0] == 8 * 1025
+
+
+def test_a_plan(folder, tmp_path):
+    args = SharedArgs(model=str(folder), min_pixels=784, max_pixels=784 * 6, dry_run=1)
+    parameters = sum(p.numel() for p in load_model(str(folder)).parameters())
+    assert plan(args, 1)["kept"]["weights"] == 4 * parameters
+    frozen = plan(dataclasses.replace(args, freeze_vision=True), 1)
+    language = sum(p.numel() for p in load_model(str(folder)).model.language_model.parameters())
+    assert frozen["kept"]["optimiser"] == 8 * language
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"model_type": "internvl", "text_config": {"model_type": "gpt_oss"}}, "is internvl with a gpt_oss decoder"),
+        ({"model_type": "internvl", "text_config": {"model_type": "qwen3_moe"}}, "with a qwen3_moe decoder"),
+        ({"model_type": "llava"}, "is llava; use"),
+    ],
+)
+def test_other_families_and_decoders_are_refused(tmp_path, change, sentence):
+    (tmp_path / "config.json").write_text(json.dumps(change))
+    with pytest.raises(UserError, match=sentence):
+        load_config(tmp_path)
+
+
+def test_pixels_of_less_than_a_tile_are_refused(folder):
+    with pytest.raises(UserError, match="--max_pixels 700 is less than one tile of this model, 784 pixels"):
+        load_processor(str(folder), max_pixels=700)
+    with pytest.raises(UserError, match="pictures of 7840 to 1568 pixels: set --min_pixels too"):
+        load_processor(str(folder), min_pixels=7840, max_pixels=1568 + 5)
