@@ -11,7 +11,8 @@ the state of response token t before layer l (last: after the final norm), v^l_n
     A_it = ((1 - lambda) + lambda w_it) A_i          lambda: from 0 to 1 over the run
 
 Formulas follow the released code (xzxxntxdy/PEPO). What differs, or is silent in the paper:
-  1. The paper averages over "all layers"; the code, and this file, count the embeddings too: `--no_embedding_layer`.
+  1. The paper averages over "all layers"; the code, and this file, count the embeddings too: 37 states of its
+     Qwen2.5-VL-3B, of 36 layers, and 29 of its InternVL3-2B, of 28: `--no_embedding_layer`.
   2. The paper's softmax has no temperature; every released script divides by tau = 1.8.
   3. Before a layer of Qwen3-VL stands what it reads, with the picture's deep features added.
   4. A prompt without a picture has w = 1: plain GRPO.
@@ -20,6 +21,7 @@ The scores come out of a forward pass that is made anyway: no extra one.
 
     python pepo.py                                                                  # the toy, minutes on a laptop CPU
     torchrun --nproc_per_node=8 pepo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs
+    torchrun --nproc_per_node=8 pepo.py --model OpenGVLab/InternVL3-2B-hf           # the other model of the paper
     ... pepo.py --aggregation sequence --kl_coef 0.001                              # PEPO_G of the paper, on GRPO
     ... pepo.py --clip_high 0.28 --filter_groups --drop_truncated                   # PEPO_D of the paper, on DAPO
     both with --prompts_per_step 8 --updates_per_step 1 --steps 262 --max_response_tokens 1024 --top_k 50

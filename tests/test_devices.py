@@ -10,7 +10,7 @@ import sys
 import accelerate
 import pytest
 import torch
-from helpers import main_of
+from helpers import main_of, save_internvl
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -139,12 +139,17 @@ def test_what_fails_on_a_gpu_fails_here(two_devices):
 
 
 @pytest.mark.parametrize("module", [grpo, vepo, vgpo, prpo, pepo, saei])
-@pytest.mark.parametrize("updates, lora", [(1, 0), (2, 0), (2, 4)])
-def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates, lora):
+@pytest.mark.parametrize("updates, lora, internvl", [(1, 0, False), (2, 0, False), (2, 4, False), (1, 0, True)])
+def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates, lora, internvl):
     flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --eval_rows 2 --show_every 1 --kl_coef 0.01"
     size = "--n1 2 --n2 2 --save_images 4 --measure_every 1" if module is saei else "--group_size 4"
     parts = f"--updates_per_step {updates} --tokens_per_row {260 // updates**2}"  # some pictures share a batch, or none
     parts += f" --lora_rank {lora}"
+    if internvl:
+        (tmp_path / "model").mkdir()
+        folder = save_internvl(tmp_path / "model")
+        parts += f" --model {folder} --data {folder / 'rows.jsonl'} --min_pixels 784 --max_pixels 4704"
+        parts += " --gradient_checkpointing False"  # which sees that this GPU is none
     runs = []
 
     def failing_once(group, *rest, gradient=saei.entropy_gradient):  # one prompt keeps its clean picture
