@@ -33,7 +33,7 @@ from plumbing.answers import Checker, extract_answer
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
 from plumbing.data import Prompt, prompt_text
-from plumbing.families import grey_picture, limit_pixels, picture_inputs, refuse_family, vision
+from plumbing.families import grey_picture, known, limit_pixels, note_head, picture_inputs, vision
 from plumbing.kernels import HEAD_CHUNK
 from plumbing.rewards import load_reward
 from plumbing.sharding import inside, is_sharded, on_any_process, shard
@@ -55,8 +55,7 @@ def load_config(name, revision="main"):
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever transformers says of a folder that is no model
         raise UserError(cannot_open("--model", name, error)) from None
-    refuse_family(name, config)
-    return config
+    return known(name, config)
 
 
 def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
@@ -71,7 +70,7 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
         cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
         try:
             processor = cls.from_pretrained(source, **options)
-        except (ImportError, OSError):  # no torchvision here, or none where this model was saved
+        except (ImportError, OSError, ValueError):  # no torchvision here, or none where this model was saved
             processor = image_only(cls).from_pretrained(source, **options)
     except Exception as error:  # the same
         raise UserError(cannot_open("--model", name, error)) from None
@@ -113,6 +112,7 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
     if any(wrong.values()):  # what is missing would be drawn at random
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
         raise UserError(f"--model {source} is damaged, or no model of its config.json: of its tensors {said}.")
+    note_head(model)
     return kernels.prepared(load_adapters(model, adapters, dtype) if adapters else model)
 
 

@@ -49,7 +49,7 @@ LETTERS = "ABCDEFGHIJ"
 class Args:
     """evaluation"""
 
-    model: str = flag("toy", "hub id, folder or checkpoint of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
+    model: str = flag("toy", "hub id, folder or checkpoint of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL3")
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "type of weights; auto: bfloat16 on a GPU, else float32"
@@ -367,6 +367,7 @@ class Evaluation:
         if args.data:
             return [Data(args.data, "test", args, *model)]
         trained = SimpleNamespace(**{**args.trained, "instruction": args.instruction})
+        trained.max_response_tokens = args.max_response_tokens
         found = Data(trained.data, trained.data_split, trained, *model).for_evaluation()
         if found is None:
             raise UserError(f"{args.model} was trained on all of {trained.data}: name other rows with --data.")

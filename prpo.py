@@ -60,7 +60,7 @@ def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, pla
 
 
 def add_pixel_noise(pixel_values, generator, image_mean, image_std, std=0.1):
-    """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both copies of a picture get the same noise."""
+    """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both times of a still picture get the same noise."""
     mean, scale = (torch.tensor(x).repeat_interleave(pixel_values.shape[1] // 3) for x in (image_mean, image_std))
     pixels = pixel_values * scale + mean + std * still_noise(pixel_values, generator)
     return (pixels.clamp(0, 1) - mean) / scale

@@ -77,9 +77,7 @@ OfTraining = dataclasses.make_dataclass(
 class ShownArgs(OfTraining):
     """model"""
 
-    model: str = flag(
-        "toy", "hub id, folder or checkpoint of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; embedded: toy, toy-faint"
-    )
+    model: str = flag("toy", "hub id, folder or checkpoint of a Qwen-VL or InternVL3; embedded: toy, toy-faint")
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     reshard_while_sampling = cuda_graphs = False  # flags of training's sampler: one process, one prompt at a time
     rollout_prompts, tokens_per_row = 1, SharedArgs.tokens_per_row

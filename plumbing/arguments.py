@@ -32,11 +32,11 @@ class ModelArgs:
     """model"""
 
     model: str = flag(
-        "toy", "hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; tiny embedded ones: toy, toy-faint"
+        "toy", "hub id or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL3; tiny embedded ones: toy, toy-faint"
     )
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
-    freeze_vision: bool = flag(False, "do not train the vision tower")
+    freeze_vision: bool = flag(False, "do not train the vision tower and what joins it to the decoder")
     lora_rank: int = flag(
         0, "train LoRA adapters of this rank in the language model; 0: all weights", least=0, most=1024
     )

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError
-from plumbing.families import prompt_tensors
+from plumbing.families import prompt_tensors, refuse_more_positions
 from plumbing.pictures import Unusable, open_picture, read_to_the_end, to_rgb
 from plumbing.rows import load_rows, local_splits
 
@@ -130,12 +130,7 @@ class Data:
                 f"{self.option} {self.name} has no row left to use ({self.dropped} were longer than "
                 f"--max_prompt_tokens {most})."
             )
-        longest = self.longest_tokens + self.args.max_response_tokens
-        if longest > (known := self.model.config.text_config.max_position_embeddings):
-            raise UserError(
-                f"{longest} tokens of a prompt and its response are more than the model's {known} positions: lower "
-                f"--max_prompt_tokens or --max_response_tokens."
-            )
+        refuse_more_positions(self.model.config, self.longest_tokens + self.args.max_response_tokens)
 
     def look(self, index):
         """(problem, (height, width) of each picture, answer); reads the pictures to their end. Raises Unusable."""

@@ -1,9 +1,9 @@
 """What differs between model families, side by side: Qwen-VL (2, 2.5 and 3) and InternVL3.
 
 Everywhere else a picture is the same for both: `pixel_values` (patches, 3 x time x p x p), a row for each patch of the
-vision tower, and `image_grid_thw` (pictures, 3), how they stand. InternVL stretches a picture over a canvas of square
-tiles, and adds the whole once more as a thumbnail of one tile, where it is not one tile already: canvas and thumbnail
-are two pictures here, and are cut into tiles where the tower takes them. Not here: what a method does to patches.
+vision tower, and `image_grid_thw` (pictures, 3), their rows and columns. InternVL stretches a picture over a canvas of
+square tiles, and adds the whole once more as a thumbnail of one tile, unless the canvas is one tile: canvas and
+thumbnail are two pictures here, and cut into tiles where the tower takes them. Not here: what is done to patches.
 """
 
 import math
@@ -21,14 +21,36 @@ def is_internvl(config):
     return config.model_type == "internvl"
 
 
-def refuse_family(name, config):
-    """Raises UserError for a model of another family."""
+def known(name, config):
+    """The configuration of a known family. Raises UserError for another.
+
+    InternVL's files on the hub do not say that the head is its own, and transformers would take it for the embeddings.
+    """
     what = config.model_type
-    if is_internvl(config) and config.text_config.model_type not in DECODERS:
-        what = f"internvl with a {config.text_config.model_type} decoder"
+    if is_internvl(config):
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings
+        if config.text_config.model_type not in DECODERS:
+            what = f"internvl with a {config.text_config.model_type} decoder"
     if what not in FAMILIES:
         usable = f"{', '.join(FAMILIES)} (InternVL with a {' or '.join(DECODERS)} decoder, its name ends with -hf)"
         raise UserError(f"--model {name} is {what}; use one of {usable}.")
+    return config
+
+
+def note_head(model):
+    """Writes into the model's configuration, which is saved with it, whether its head is the embeddings."""
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = tied
+
+
+def refuse_more_positions(config, tokens):
+    """Raises UserError for longer rows than a model is used for here whose frequencies grow with them: InternVL3."""
+    text = config.text_config
+    if text.rope_parameters.get("rope_type") == "dynamic" and tokens > text.max_position_embeddings:
+        raise UserError(
+            f"{tokens} tokens of the longest prompt and its response are more than the model's "
+            f"{text.max_position_embeddings} positions: lower --max_prompt_tokens or --max_response_tokens."
+        )
 
 
 def vision(model):
@@ -39,11 +61,12 @@ def vision(model):
     return [model.model.visual], model.model.visual.blocks  # what joins it to the decoder is inside
 
 
-def patch_shape(pictures):
-    """(p, m, time) of an image processor: a patch's side in pixels, a token's in patches, and the times it is there."""
-    if hasattr(pictures, "crop_to_patches"):
-        return 14, 1, 1  # every InternVL's; the four patches of a token do not stand together
-    return pictures.patch_size, pictures.merge_size, pictures.temporal_patch_size
+def patch_shape(image_processor):
+    """(p, m, time): pixels of a patch's side; patches of a token's side that stand together in pixel_values; how often
+    a still picture is repeated."""
+    if hasattr(image_processor, "crop_to_patches"):
+        return 14, 1, 1  # every InternVL's, whose patches stand row by row, though a token is 2 x 2 of them
+    return image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
 
 
 def tile_side(config):
@@ -51,46 +74,48 @@ def tile_side(config):
     return config.vision_config.image_size[0] // config.vision_config.patch_size[0]
 
 
-def limit_pixels(config, pictures, least=None, most=None):
-    """Sets the area of a picture after resizing, None: as it is; returns both. Raises UserError for an empty range.
+def limit_pixels(config, image_processor, least=None, most=None):
+    """Sets between how many pixels a picture is resized to; None keeps the image processor's own. Returns both.
 
-    InternVL's is one of whole tiles, of one at least, and its thumbnail is not counted.
+    InternVL's are rounded down to whole tiles, one at least, which transformers calls patches there; its thumbnail is
+    not counted. Raises UserError for an empty range.
     """
+    own = image_processor
     if is_internvl(config):
-        tile = pictures.size["height"] * pictures.size["width"]
+        tile = own.size["height"] * own.size["width"]
         if most and most < tile:
             raise UserError(f"--max_pixels {most} is less than one tile of this model, {tile} pixels: raise it.")
-        pictures.crop_to_patches = True
-        pictures.min_patches = max(1, least // tile) if least else pictures.min_patches
-        pictures.max_patches = most // tile if most else pictures.max_patches
-        limits = tile * pictures.min_patches, tile * pictures.max_patches
+        own.crop_to_patches = True
+        own.min_patches = max(1, least // tile) if least else own.min_patches
+        own.max_patches = most // tile if most else own.max_patches
+        limits = tile * own.min_patches, tile * own.max_patches
     else:
-        limits = least or pictures.size["shortest_edge"], most or pictures.size["longest_edge"]
-        pictures.size = dict(pictures.size) | dict(zip(("shortest_edge", "longest_edge"), limits))
+        limits = least or own.size["shortest_edge"], most or own.size["longest_edge"]
+        own.size = dict(own.size) | dict(zip(("shortest_edge", "longest_edge"), limits))
     if limits[0] > limits[1]:
         raise UserError(f"pictures of {limits[0]} to {limits[1]} pixels: set --min_pixels too.")
     return limits
 
 
-def prompt_tensors(model, pictures, made, sizes):
+def prompt_tensors(model, image_processor, made, sizes):
     """Of what a processor made of a prompt with pictures of these (height, width): positions, patches, and their grid.
 
     position_ids (3, Lp), temporal, height and width, or InternVL's (1, Lp); the others None where there is no picture.
     """
-    positions, grid = torch.arange(made["input_ids"].shape[1])[None], []
+    positions = torch.arange(made["input_ids"].shape[1])[None]
+    if not sizes:
+        return positions if is_internvl(model.config) else positions.expand(3, -1), None, None
     if not is_internvl(model.config):
-        if not sizes:
-            return positions.expand(3, -1), None, None
         kinds, grid = made["mm_token_type_ids"], made["image_grid_thw"]
         positions, _ = model.model.get_rope_index(made["input_ids"], kinds, image_grid_thw=grid)
         return positions[:, 0], made["pixel_values"], grid
-    if not sizes:
-        return positions, None, None
-    tile, side = (pictures.size["height"], pictures.size["width"]), tile_side(model.config)
+    grid, side, own = [], tile_side(model.config), image_processor
     for size in sizes:
-        columns, rows = get_optimal_tiled_canvas(size, tile, pictures.min_patches, pictures.max_patches)
+        tile = own.size["height"], own.size["width"]
+        columns, rows = get_optimal_tiled_canvas(size, tile, own.min_patches, own.max_patches)
         grid += [[1, rows * side, columns * side]] + [[1, side, side]] * (rows * columns > 1)
-    return positions, patches_of(model.config, made["pixel_values"], grid := torch.tensor(grid)), grid
+    grid = torch.tensor(grid)
+    return positions, patches_of(model.config, made["pixel_values"], grid), grid
 
 
 def picture_inputs(model, prompts):
@@ -137,9 +162,10 @@ def patch_places(config, grid):
 
 
 def grey_picture(model):
-    """A sum over the vision tower's outputs for a grey picture, for rows without one, before the text model runs.
+    """A sum over the tower's outputs for a grey picture of the smallest size, before the text model runs.
 
-    Sharded weights are gathered by all processes together and in one order: where one has a picture, all run the tower.
+    For rows without one: sharded weights are gathered by all processes together and in one order, and where one has a
+    picture, all run the tower.
     """
     shape = model.config.vision_config
     if is_internvl(model.config):
@@ -152,13 +178,16 @@ def grey_picture(model):
 
 
 def vision_sizes(config, pixels, tokens):
-    """(patches, depth, D, MLP) of the vision tower at the most: for pictures of so many pixels, or None: of tokens."""
+    """(patches, depth, D, MLP) of the vision tower for the largest picture: of so many pixels, or, for None, as large
+    as a prompt of so many tokens holds. InternVL's tiles have a class token each."""
     shape = config.vision_config
     if is_internvl(config):
-        patches = tile_side(config) ** 2
-        tiles = pixels // math.prod(shape.image_size) if pixels else tokens // config.image_seq_length
-        tiles += tiles > 1 and bool(pixels)  # the thumbnail
-        return tiles * (patches + 1), shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
+        tiles = tokens // config.image_seq_length  # with the thumbnail
+        if pixels:
+            tiles = pixels // math.prod(shape.image_size)
+            tiles += tiles > 1
+        patches = max(1, tiles) * (tile_side(config) ** 2 + 1)
+        return patches, shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
     patches = pixels // shape.patch_size**2 if pixels else tokens * shape.spatial_merge_size**2
     D = getattr(shape, "embed_dim", None) or shape.hidden_size
     return patches, shape.depth, D, getattr(shape, "intermediate_size", 4 * D)

@@ -61,8 +61,8 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
 
     query, key, value (1, H, N, d); cu_seq_lens_q: where the windows begin, and N. Returns (1, N, H, d). One call on
     CUDA, of flash attention for windows of any length, which torch brings; elsewhere one for each length. transformers
-    itself would call another attention window by window, 2,272 times for a picture of a megapixel. Without windows
-    (InternVL's equal tiles) all patches attend to each other.
+    itself would call another attention window by window, 2,272 times for a picture of a megapixel. InternVL's tiles are
+    a batch (tiles, H, N, d) without windows.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -118,7 +118,19 @@ def save_internvl(folder):
     vision.image_size, vision._attn_implementation, config.image_seq_length = (28, 28), "sdpa", 1
     config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     torch.manual_seed(0)
+    config.tie_word_embeddings = False
     transformers.InternVLForConditionalGeneration(config).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())  # as the hub has it: silent about the head, and older
+    del saved["tie_word_embeddings"]
+    text = saved["text_config"]
+    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
+    text["rope_scaling"] = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(saved))
+    (folder / "generation_config.json").unlink()
+    saved = json.loads((folder / "processor_config.json").read_text())
+    pictures = saved.pop("image_processor") | {"image_processor_type": "GotOcr2ImageProcessorFast"}
+    (folder / "processor_config.json").write_text(json.dumps(saved))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures | {"crop_to_patches": False}))
     return folder
 
 

@@ -16,7 +16,7 @@ from common import Reward, load_config, load_model, load_processor, seeded, stil
 from plumbing.arguments import SharedArgs
 from plumbing.commandline import UserError
 from plumbing.data import Data
-from plumbing.families import patch_places, patches_of, picture_inputs, vision_sizes
+from plumbing.families import note_head, patch_places, patches_of, picture_inputs, vision_sizes
 from plumbing.memory import plan
 from prpo import blacken
 from run import Run
@@ -156,11 +156,9 @@ def test_the_attack_moves_canvas_and_thumbnail(rows, internvl):
         assert (change > 0).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("family", ["internvl"])
-def test_a_prepared_model_computes_what_transformers_own_does(family):
+def test_a_prepared_model_computes_what_transformers_own_does():
     """With frequencies that may grow (InternVL3's rotary embedding), below the model's number of positions."""
-    ours = tiny_model(family)
-    config = tiny_model(family).config
+    ours, config = tiny_model("internvl"), tiny_model("internvl").config
     config.vision_config._attn_implementation = "eager"
     theirs = type(ours)._from_config(config, attn_implementation="eager").float().eval()
     theirs.load_state_dict(ours.state_dict())
@@ -245,13 +243,50 @@ def test_evaluation_and_both_pages(folder, rows, tmp_path, monkeypatch, capsys):
         assert (tmp_path / file).exists()
 
 
-def test_numbers_of_internvl3_2b():
-    """Published: vision 24 layers of 1,024, decoder Qwen2.5-1.5B; 2.09 billion parameters. A plan by hand."""
+def test_numbers_of_internvl3_2b(tmp_path):
+    """Published: vision 24 layers of 1,024, decoder Qwen2.5-1.5B with a head of its own, 2.09 billion parameters."""
     text = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
     text |= dict(num_key_value_heads=2, vocab_size=151_674)
-    config = transformers.InternVLConfig(text_config=transformers.Qwen2Config(**text), vision_config={})
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen2Config(**text), vision_config={"attention_bias": True}
+    )
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["tie_word_embeddings"]  # as on the hub
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    args = SharedArgs(model=str(tmp_path), dry_run=1)
+    peaks = plan(args, 1)
+    assert peaks["kept"]["weights"] == 4 * 2_088_957_440
     assert vision_sizes(config, 1_000_000, 2048) == (5 * 1025, 24, 1024, 4096)  # 4 tiles and the thumbnail
     assert vision_sizes(config, 448**2, 2048)[0] == 1025 and vision_sizes(config, None, 2048)[0] == 8 * 1025
+    tower, row = 5 * 1025 * 4 * (24 * 1024 + 6 * 1024 + 5 * 1024 + 4 * 4096), 16_384  # fp32 on a CPU
+    decoder = row * 4 * (28 * 1536 + 6 * 1536 + 5 * 1536 + 4 * 8960)
+    assert plan(SharedArgs(model=str(tmp_path), dtype="float32"), 1)["update"]["activations"] == tower + decoder
+
+
+def test_a_head_of_its_own_that_the_configuration_does_not_name(folder, tmp_path):
+    """InternVL3's files on the hub: a head, and no tie_word_embeddings, which transformers takes for tied."""
+    assert "tie_word_embeddings" not in json.loads((folder / "config.json").read_text())
+    model, empty = load_model(str(folder)), load_model(str(folder), meta=True)
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    assert dict(empty.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_model(str(tmp_path)).lm_head.weight, model.lm_head.weight)
+    model.lm_head.weight = model.get_input_embeddings().weight  # and one that is the embeddings
+    note_head(model)
+    model.save_pretrained(tmp_path / "tied")
+    tied = load_model(str(tmp_path / "tied"))
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    assert load_model(str(tmp_path / "tied"), meta=True).config.tie_word_embeddings
+
+
+def test_longer_rows_than_its_frequencies_are_for(folder, rows, internvl):
+    model, processor = internvl
+    with pytest.raises(
+        UserError, match="5[0-9]{3} tokens of the longest prompt and its response are more than .* 4096"
+    ):
+        Data(str(rows), "train", SharedArgs(max_response_tokens=5000), processor, model)
 
 
 def test_a_plan(folder, tmp_path):
@@ -259,8 +294,9 @@ def test_a_plan(folder, tmp_path):
     parameters = sum(p.numel() for p in load_model(str(folder)).parameters())
     assert plan(args, 1)["kept"]["weights"] == 4 * parameters
     frozen = plan(dataclasses.replace(args, freeze_vision=True), 1)
-    language = sum(p.numel() for p in load_model(str(folder)).model.language_model.parameters())
-    assert frozen["kept"]["optimiser"] == 8 * language
+    named = load_model(str(folder)).named_parameters()
+    rest = sum(p.numel() for name, p in named if "vision" not in name and "projector" not in name)
+    assert frozen["kept"]["optimiser"] == 8 * rest
 
 
 @pytest.mark.parametrize(
@@ -275,6 +311,8 @@ def test_other_families_and_decoders_are_refused(tmp_path, change, sentence):
     (tmp_path / "config.json").write_text(json.dumps(change))
     with pytest.raises(UserError, match=sentence):
         load_config(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        plan(SharedArgs(model=str(tmp_path), dry_run=1), 1)
 
 
 def test_pixels_of_less_than_a_tile_are_refused(folder):
