@@ -54,7 +54,8 @@ def load_config(name, revision="main"):
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever transformers says of a folder that is no model
-        raise UserError(cannot_open("--model", name, error)) from None
+        more = " Of an InternVL take the name that ends with -hf." if "custom code" in str(error) else ""
+        raise UserError(cannot_open("--model", name, error) + more) from None
     return known(name, config)
 
 
@@ -84,7 +85,7 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
             f"--model {name} has a tokenizer or chat template that loses text or picture of a question: tokenizer.json "
             f"and chat_template.jinja must be the model's own."
         )
-    limit_pixels(config, processor.image_processor, min_pixels, max_pixels)
+    limit_pixels(config, processor, min_pixels, max_pixels)
     return processor
 
 

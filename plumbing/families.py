@@ -28,7 +28,7 @@ def known(name, config):
     """
     what = config.model_type
     if is_internvl(config):
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings
+        config.tie_word_embeddings &= config.text_config.tie_word_embeddings
         if config.text_config.model_type not in DECODERS:
             what = f"internvl with a {config.text_config.model_type} decoder"
     if what not in FAMILIES:
@@ -74,15 +74,22 @@ def tile_side(config):
     return config.vision_config.image_size[0] // config.vision_config.patch_size[0]
 
 
-def limit_pixels(config, image_processor, least=None, most=None):
+def limit_pixels(config, processor, least=None, most=None):
     """Sets between how many pixels a picture is resized to; None keeps the image processor's own. Returns both.
 
     InternVL's are rounded down to whole tiles, one at least, which transformers calls patches there; its thumbnail is
-    not counted. Raises UserError for an empty range.
+    not counted. Raises UserError for an empty range, and for a processor that is not this model's.
     """
-    own = image_processor
+    own, shape = processor.image_processor, config.vision_config
+    size, fits = dict(own.size), "shortest_edge" in own.size
     if is_internvl(config):
-        tile = own.size["height"] * own.size["width"]
+        tile, tokens = [size.get("height"), size.get("width")], getattr(processor, "image_seq_length", None)
+        fits = [tile, tokens, shape.patch_size[0]] == [list(shape.image_size), config.image_seq_length, 14]
+        fits = fits and hasattr(own, "crop_to_patches") and tile[0] == tile[1]
+    if not fits:
+        raise UserError("the image processor of --model is not made for its vision tower: take a whole copy of it.")
+    if is_internvl(config):
+        tile = tile[0] * tile[1]
         if most and most < tile:
             raise UserError(f"--max_pixels {most} is less than one tile of this model, {tile} pixels: raise it.")
         own.crop_to_patches = True
@@ -90,10 +97,10 @@ def limit_pixels(config, image_processor, least=None, most=None):
         own.max_patches = most // tile if most else own.max_patches
         limits = tile * own.min_patches, tile * own.max_patches
     else:
-        limits = least or own.size["shortest_edge"], most or own.size["longest_edge"]
-        own.size = dict(own.size) | dict(zip(("shortest_edge", "longest_edge"), limits))
+        limits = least or size["shortest_edge"], most or size["longest_edge"]
+        own.size = size | dict(zip(("shortest_edge", "longest_edge"), limits))
     if limits[0] > limits[1]:
-        raise UserError(f"pictures of {limits[0]} to {limits[1]} pixels: set --min_pixels too.")
+        raise UserError(f"pictures of {limits[0]} to {limits[1]} pixels: set --min_pixels and --max_pixels.")
     return limits
 
 

@@ -2,12 +2,24 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 import transformers
-from helpers import plain_pictures, same, save_internvl, timeless, tiny_group, tiny_model, tiny_prompt, train, weights
+from helpers import (
+    ROOT,
+    plain_pictures,
+    same,
+    save_internvl,
+    timeless,
+    tiny_group,
+    tiny_model,
+    tiny_prompt,
+    train,
+    weights,
+)
 from PIL import Image
 
 import eval as evaluation
@@ -318,5 +330,39 @@ def test_other_families_and_decoders_are_refused(tmp_path, change, sentence):
 def test_pixels_of_less_than_a_tile_are_refused(folder):
     with pytest.raises(UserError, match="--max_pixels 700 is less than one tile of this model, 784 pixels"):
         load_processor(str(folder), max_pixels=700)
-    with pytest.raises(UserError, match="pictures of 7840 to 1568 pixels: set --min_pixels too"):
+    with pytest.raises(UserError, match="pictures of 7840 to 1568 pixels: set --min_pixels and --max_pixels"):
         load_processor(str(folder), min_pixels=7840, max_pixels=1568 + 5)
+
+
+def change(folder, file, **values):
+    path = folder / file
+    saved = json.loads(path.read_text())
+    for name, value in values.items():
+        (saved["vision_config"] if name in ("image_size", "patch_size") else saved)[name] = value
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("preprocessor_config.json", {"size": {"height": 56, "width": 56}}),
+        ("processor_config.json", {"image_seq_length": 4}),
+        ("config.json", {"image_size": [56, 56]}),  # transformers would interpolate its positions
+        ("config.json", {"patch_size": [7, 7]}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 784, "longest_edge": 7840}}),
+    ],
+)
+def test_a_processor_of_another_tower_is_refused(folder, tmp_path, file, values):
+    shutil.copytree(folder, tmp_path / "model")
+    change(tmp_path / "model", file, **values)
+    with pytest.raises(UserError, match="not made for its vision tower"):
+        load_processor(str(tmp_path / "model"))
+
+
+def test_the_processor_of_the_other_family_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "internvl")
+    (tmp_path / "internvl" / "preprocessor_config.json").unlink()
+    toy = json.loads((ROOT / "toy/model/processor_config.json").read_text())
+    change(tmp_path / "internvl", "processor_config.json", image_processor=toy["image_processor"])
+    with pytest.raises(UserError, match="not made for its vision tower"):
+        load_processor(str(tmp_path / "internvl"))
