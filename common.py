@@ -33,7 +33,7 @@ from plumbing.answers import Checker, extract_answer
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
 from plumbing.data import Prompt, prompt_text
-from plumbing.families import grey_picture, known, limit_pixels, note_head, picture_inputs, vision
+from plumbing.families import grey_picture, known_family, limit_pixels, note_head, picture_inputs, vision
 from plumbing.kernels import HEAD_CHUNK
 from plumbing.rewards import load_reward
 from plumbing.sharding import inside, is_sharded, on_any_process, shard
@@ -56,7 +56,7 @@ def load_config(name, revision="main"):
     except Exception as error:  # whatever transformers says of a folder that is no model
         more = " Of an InternVL take the name that ends with -hf." if "custom code" in str(error) else ""
         raise UserError(cannot_open("--model", name, error) + more) from None
-    return known(name, config)
+    return known_family(name, config)
 
 
 def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
@@ -273,8 +273,8 @@ def token_chooser(model, temperature, top_p, top_k):
 
     Image and video placeholder tokens are banned: one of them in a response breaks the next forward pass.
     """
-    known = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
-    banned = [token for token in known if token is not None]
+    special = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    banned = [token for token in special if token is not None]
     warpers = [transformers.SuppressTokensLogitsProcessor(banned, device=model.device)]
     if temperature != 1.0 and temperature > 0:
         warpers.append(transformers.TemperatureLogitsWarper(temperature))

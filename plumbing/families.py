@@ -21,7 +21,7 @@ def is_internvl(config):
     return config.model_type == "internvl"
 
 
-def known(name, config):
+def known_family(name, config):
     """The configuration of a known family. Raises UserError for another.
 
     InternVL's files on the hub do not say that the head is its own, and transformers would take it for the embeddings.

@@ -11,7 +11,7 @@ import transformers
 from plumbing.adapters import refuse_adapters
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
-from plumbing.families import known, vision, vision_sizes
+from plumbing.families import known_family, vision, vision_sizes
 from plumbing.kernels import HEAD_CHUNK
 
 
@@ -28,7 +28,7 @@ def plan(args, gpus):
     """
     try:
         source = {"revision": args.model_revision, "trust_remote_code": False}
-        config = known(args.model, transformers.AutoConfig.from_pretrained(model_source(args), **source))
+        config = known_family(args.model, transformers.AutoConfig.from_pretrained(model_source(args), **source))
     except (OSError, ValueError) as error:
         raise UserError(cannot_open("--model", args.model, error)) from None
     with torch.device("meta"):

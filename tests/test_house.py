@@ -95,6 +95,13 @@ def test_every_file_has_its_floor():
     assert all(f"\n{name}" in described for name in rooms)
 
 
+def test_what_differs_between_model_families_stands_in_one_place():
+    others = [path for path in FILES if path.stem != "families"]
+    assert [path.name for path in others if "internvl" in path.read_text() or ".visual" in path.read_text()] == [
+        "make.py"
+    ]
+
+
 def test_no_module_imports_itself_in_a_circle():
     """Followed from file to file, no way leads back."""
     graph = {}
