@@ -14,7 +14,7 @@ import datasets
 import gpu
 import pytest
 import torch
-from helpers import ROOT, read_metrics, tiny_group
+from helpers import ROOT, read_metrics, save_internvl, tiny_group
 from torch._dynamo.utils import counters
 
 from common import forward, generate, load_model, load_processor, seeded, token_chooser
@@ -166,6 +166,16 @@ METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
 
 @pytest.mark.parametrize("script, flags", [*((script, []) for script in METHODS), ("grpo", ["--lora_rank", 8])])
 def test_three_steps_of_every_method_are_those_of_a_cpu(tmp_path, script, flags):
+    on_card = steps(script, tmp_path / "card", *flags, card=True)
+    assert_close(on_card, steps(script, tmp_path / "cpu", *flags, card=False))
+
+
+@pytest.mark.parametrize("script", ["prpo", "saei"])
+def test_three_steps_of_internvl_are_those_of_a_cpu(tmp_path, script):
+    (tmp_path / "model").mkdir()
+    folder = save_internvl(tmp_path / "model")
+    flags = ["--model", folder, "--data", folder / "rows.jsonl", "--min_pixels", 784, "--max_pixels", 4704]
+    flags += ["--max_response_tokens", 12, "--updates_per_step", 1]
     on_card = steps(script, tmp_path / "card", *flags, card=True)
     assert_close(on_card, steps(script, tmp_path / "cpu", *flags, card=False))
 
