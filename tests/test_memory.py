@@ -1,5 +1,6 @@
 """The dry run against known models and measured memory; as a script it prints the README's tables."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 import transformers
 from gpu import config_of
-from helpers import ROOT
+from helpers import ROOT, save_internvl
 
 from common import load_processor
 from plumbing.arguments import SharedArgs
@@ -175,15 +176,31 @@ def write_model(folder, hidden, mlp, layers):
     return str(folder)
 
 
+def write_internvl(folder):
+    """The folder of a random InternVL of 92M parameters, with tiles of 112 x 112 pixels, 16 tokens each."""
+    folder.mkdir()
+    config = transformers.AutoConfig.from_pretrained(save_internvl(folder))
+    text, vision = config.text_config, config.vision_config
+    text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32_000, 640, 1728, 8
+    text.num_attention_heads, text.num_key_value_heads, text.layer_types = 10, 5, ["full_attention"] * 8
+    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers = 512, 1024, 6
+    vision.num_attention_heads, vision.image_size, config.image_seq_length = 8, (112, 112), 16
+    config.tie_word_embeddings = False
+    transformers.InternVLForConditionalGeneration(config).save_pretrained(folder)
+    for name, change in (("", {"image_seq_length": 16}), ("pre", {"size": {"height": 112, "width": 112}})):
+        path = folder / f"{name}processor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """The folders of the two models, and a file of a few rows."""
     folder = tmp_path_factory.mktemp("models")
     load_rows("toy", "test", "main").select(range(50)).to_parquet(folder / "rows.parquet")
     shapes = {"79M": (640, 1728, 8), "204M": (1024, 2816, 13)}
-    return {"toy": "toy", "data": str(folder / "rows.parquet")} | {
-        name: write_model(folder / name, *shape) for name, shape in shapes.items()
-    }
+    more = {"toy": "toy", "internvl": write_internvl(folder / "internvl"), "data": str(folder / "rows.parquet")}
+    return more | {name: write_model(folder / name, *shape) for name, shape in shapes.items()}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -194,6 +211,7 @@ def models(tmp_path_factory):
         ("79M", 0, False, "update", 1, 64),
         ("79M", 0, True, "update", 1, 64),
         ("79M", 0, True, "sampling", 20, 512),
+        ("internvl", 0, True, "update", 1, 64),
         ("204M", 32, False, "update", 1, 200),
         ("204M", 32, True, "sampling", 8, 512),
     ],
@@ -212,7 +230,8 @@ def test_the_plan_is_within_15_percent_of_what_is_measured(
         "tokens": tokens,
         "prompts": prompts,
         "peak": peak,
-        "pixels": 4 * 28**2 if peak == "sampling" else None,  # small pictures: the responses' cache is what counts
+        # small pictures: the responses' cache is what counts; of one tile and more
+        "pixels": 4 * 28**2 if peak == "sampling" else 112**2 if which == "internvl" else None,
         "checkpointing": checkpointing,
         "lora": lora,
     }
