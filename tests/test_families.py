@@ -23,6 +23,7 @@ from helpers import (
 from PIL import Image
 
 import eval as evaluation
+import prpo
 import show
 from common import Reward, load_config, load_model, load_processor, seeded, still_noise
 from plumbing.arguments import SharedArgs
@@ -146,11 +147,23 @@ def test_what_is_blackened_in_the_canvas_is_in_the_thumbnail(internvl):
     assert len(seen) > 2
 
 
+def test_prpos_strong_view_hides_a_place_in_both(rows, internvl, monkeypatch):
+    (model, processor), seen = internvl, []
+    row = tiny_group(data_of(rows, internvl).prompt(1), [3, 2])  # 2 x 3 tiles and the thumbnail
+    monkeypatch.setattr(prpo, "forward", lambda model, row, *_: (seen.append(row.prompt.pixel_values), None, None))
+    prpo.perturbed_hidden(row, run_of(model, processor), prpo.Args(), 0)
+    black = (seen[0] != row.prompt.pixel_values).any(1)
+    canvas, thumbnail = black[:24].view(2, 2, 2, 3), black[24:].view(2, 2)
+    assert 0 < black.sum() < len(black)
+    assert torch.equal(canvas, thumbnail[:, None, :, None].expand(2, 2, 2, 3))
+
+
 def test_noise_is_drawn_for_each_pixel_that_the_tower_sees():
-    """A tile has one time: no two entries share their noise, and 588 entries have variance 1."""
+    """A tile has one time: no two pixels share their noise, and 588 entries have variance 1."""
     noise = still_noise(torch.zeros(500, 588), seeded(1))
     assert noise.std().item() == pytest.approx(1, abs=0.01)
-    assert (noise[:, :294] != noise[:, 294:]).float().mean() > 0.999
+    first, second = noise.view(500, 3, 2, 98).unbind(2)  # Qwen-VL's two times would be equal
+    assert (first != second).float().mean() > 0.999
     assert diffuse(torch.zeros(500, 588), seeded(1)).std().item() == pytest.approx(0.505, abs=0.005)
 
 

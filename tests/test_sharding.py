@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import ROOT, read_metrics, same, save_internvl, timeless, weights
 from pair import Pair, run_job
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 FLAGS = ["--prompts_per_step", "4", "--group_size", "4", "--show_every", "0", "--steps", "2", "--learning_rate", "1e-4"]
@@ -128,6 +128,21 @@ def test_internvl_on_two_processes(tmp_path, alone, finished, internvl, method, 
     flags += ["--min_pixels", 784, "--max_pixels", 784 * 6, "--max_response_tokens", 12, "--updates_per_step", 1]
     one = alone(*(flag for flag in flags if flag != "--reshard_while_sampling"), script=method)
     assert_equal(one, finished(2, tmp_path / "two", *flags, script=method))
+
+
+def test_a_head_that_is_the_embeddings_where_the_configuration_says_otherwise(tmp_path, alone, finished, internvl):
+    """The main process's model decides: here a file without a head, and a decoder that is not said to be tied."""
+    model = tmp_path / "model"
+    shutil.copytree(internvl, model)
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if "lm_head" not in name}, model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    flags = ["--model", model, "--data", model / "rows.jsonl", "--eval_rows", 0, "--kl_coef", 0.05, "--steps", 1]
+    flags += ["--min_pixels", 784, "--max_pixels", 784 * 6, "--max_response_tokens", 12, "--updates_per_step", 1]
+    one, two = alone(*flags), finished(2, tmp_path / "two", *flags)
+    assert_equal(one, two)
+    assert not any("lm_head" in name for name in one[0])
 
 
 def test_sampling_from_sharded_weights(tmp_path, alone, finished):
