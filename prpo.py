@@ -144,8 +144,8 @@ def perturbed_hidden(row, run, args, step):
     pictures = run.processor.image_processor
     scale = {"image_mean": pictures.image_mean, "image_std": pictures.image_std}
     generator = seeded(args.seed, step, row.prompt.index, row.prompt.serial, "views")
-    hidden = {"probability": args.blacken, "places": patch_places(run.model.config, row.prompt.image_grid_thw)}
-    strong = with_picture(row, lambda pixels: blacken(pixels, generator, **scale, **hidden))
+    how = {"probability": args.blacken, "places": patch_places(run.model.config, row.prompt.image_grid_thw)}
+    strong = with_picture(row, lambda pixels: blacken(pixels, generator, **scale, **how))
     weak = with_picture(row, lambda pixels: add_pixel_noise(pixels, generator, **scale, std=args.weak_std))
     with run.phase("perturbed"), torch.no_grad():
         return [forward(run.model, view, args.temperature)[2] for view in (strong, weak)]
