@@ -12,7 +12,6 @@ the prompt once.
 
 import contextlib
 import dataclasses
-import math
 import random
 import re
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from plumbing.answers import Checker, extract_answer
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
 from plumbing.data import Prompt, prompt_text
-from plumbing.families import grey_picture, known_family, limit_pixels, note_head, picture_inputs, vision
+from plumbing.families import grey_picture, known_family, limit_pixels, picture_inputs, prepared, vision
 from plumbing.kernels import HEAD_CHUNK
 from plumbing.rewards import load_reward
 from plumbing.sharding import inside, is_sharded, on_any_process, shard
@@ -97,14 +96,14 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
     """
     options = {"dtype": dtype, "attn_implementation": {"text_config": "shared_prefix"}, "trust_remote_code": False}
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", in each process
+    auto = transformers.AutoModelForImageTextToText
     config, (_, source, revision, adapters) = load_config(name, revision), places(name, revision)
     try:
         if meta:
             with torch.device("meta"):
-                model = transformers.AutoModelForImageTextToText.from_config(config, **options)
-            return kernels.prepared(model)
+                return prepared(auto.from_config(config, **options))
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, found = transformers.AutoModelForImageTextToText.from_pretrained(source, revision=revision, **options)
+        model, found = auto.from_pretrained(source, config=config, revision=revision, **options)
     except Exception as error:  # whatever transformers says of a damaged file, or of a number in a config
         if "file named model.safetensors" in str(error):
             raise UserError(f"--model {name} has no safetensors; pickled weights may run code: convert them.") from None
@@ -113,8 +112,9 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
     if any(wrong.values()):  # what is missing would be drawn at random
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
         raise UserError(f"--model {source} is damaged, or no model of its config.json: of its tensors {said}.")
-    note_head(model)
-    return kernels.prepared(load_adapters(model, adapters, dtype) if adapters else model)
+    if config.tie_word_embeddings != (model.lm_head.weight is model.get_input_embeddings().weight):
+        raise UserError(f"--model {source} has a head of its own: its config.json must say tie_word_embeddings: false.")
+    return prepared(load_adapters(model, adapters, dtype) if adapters else model)
 
 
 def trained_model(args, accelerator, checkpoint=None):
@@ -131,8 +131,7 @@ def trained_model(args, accelerator, checkpoint=None):
     if lora:
         add_adapters(model, args, checkpoint)
     if args.freeze_vision:
-        for module in vision(model)[0]:
-            module.requires_grad_(False)
+        torch.nn.ModuleList(vision(model)[0]).requires_grad_(False)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(accelerator.device) if lora else spread(model, source, accelerator)
@@ -273,8 +272,7 @@ def token_chooser(model, temperature, top_p, top_k):
 
     Image and video placeholder tokens are banned: one of them in a response breaks the next forward pass.
     """
-    special = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
-    banned = [token for token in special if token is not None]
+    banned = [getattr(model.config, f"{kind}_token_id", -1) for kind in ("image", "video")]  # InternVL3 has no video
     warpers = [transformers.SuppressTokensLogitsProcessor(banned, device=model.device)]
     if temperature != 1.0 and temperature > 0:
         warpers.append(transformers.TemperatureLogitsWarper(temperature))
@@ -606,14 +604,12 @@ def with_picture(row, change):
 
 
 def still_noise(pixel_values, generator):
-    """Standard normal noise for pixel_values (patches, 3 x time x p x p): channel, time, height and width of a patch.
+    """Standard normal noise for pixel_values (patches, 3 x 2 x p x p): channel, time, height and width of a patch.
 
-    Where a still picture stands there twice (Qwen-VL), both get the same noise.
+    A still picture stands there twice, and both get the same noise.
     """
-    pixels = pixel_values.shape[1] // 3
-    time = 1 if math.isqrt(pixels) ** 2 == pixels else 2  # a patch is square, and 2 p x p is no square number
-    noise = torch.randn(len(pixel_values), 3, 1, pixels // time, generator=generator)
-    return noise.expand(-1, -1, time, -1).flatten(1)
+    noise = torch.randn(len(pixel_values), 3, 1, pixel_values.shape[1] // 6, generator=generator)
+    return noise.expand(-1, -1, 2, -1).flatten(1)
 
 
 def token_uniforms(row, seed, step):

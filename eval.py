@@ -608,8 +608,7 @@ def main():
         write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
         print(table(results))
-        limits = limit_pixels(evaluation.model.config, evaluation.processor)
-        pixels = "pictures of {:,} to {:,} pixels".format(*limits)
+        pixels = "pictures of {:,} to {:,} pixels".format(*limit_pixels(evaluation.model.config, evaluation.processor))
         revisions = ", ".join(sorted(set(evaluation.protocol["revisions"].values())))
         asked = ", ".join(data.title for parts in evaluation.parts.values() for data in parts)
         print(f"{asked}, data revision {revisions}")

@@ -48,19 +48,15 @@ class Args(SharedArgs):
     shuffle: bool = flag(False, "control arm: shuffle RVD inside each response")
 
 
-def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, places=None):
-    """Each patch of the vision tower (14 pixels, or 16) black with this probability (PAPO, arXiv 2507.06448).
-
-    `places` (patches,): patches of the same place are black together, or the one would show what the other hides.
-    """
+def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, places=slice(None)):
+    """Each patch (14 pixels, or 16) black with this probability (PAPO, arXiv 2507.06448), and one place as a whole."""
     black = -torch.tensor(image_mean) / torch.tensor(image_std)
-    places = torch.arange(len(pixel_values)) if places is None else places
-    chosen = torch.rand(int(places.max()) + 1, 1, generator=generator)[places] < probability
+    chosen = torch.rand(len(pixel_values), 1, generator=generator)[places] < probability
     return torch.where(chosen, black.repeat_interleave(pixel_values.shape[1] // 3), pixel_values)
 
 
 def add_pixel_noise(pixel_values, generator, image_mean, image_std, std=0.1):
-    """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both times of a still picture get the same noise."""
+    """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both copies of a picture get the same noise."""
     mean, scale = (torch.tensor(x).repeat_interleave(pixel_values.shape[1] // 3) for x in (image_mean, image_std))
     pixels = pixel_values * scale + mean + std * still_noise(pixel_values, generator)
     return (pixels.clamp(0, 1) - mean) / scale

@@ -60,7 +60,7 @@ def add_noise(pixel_values, generator, std=2.0):
 def diffuse(pixel_values, generator, step=500):
     """Forward diffusion: sqrt(abar) x + sqrt(1 - abar) noise after `step` of 1,000 steps (arXiv 2311.16922).
 
-    step 500: 0.863 x + 0.505 noise, on normalised pixels; both times of a still picture get the same noise.
+    step 500: 0.863 x + 0.505 noise, on normalised pixels; both copies of a picture get the same noise.
     """
     betas = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
     kept = (1 - betas).cumprod(0)[step].item()

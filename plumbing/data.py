@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError
-from plumbing.families import prompt_tensors, refuse_more_positions
+from plumbing.families import prompt_tensors
 from plumbing.pictures import Unusable, open_picture, read_to_the_end, to_rgb
 from plumbing.rows import load_rows, local_splits
 
@@ -130,7 +130,10 @@ class Data:
                 f"{self.option} {self.name} has no row left to use ({self.dropped} were longer than "
                 f"--max_prompt_tokens {most})."
             )
-        refuse_more_positions(self.model.config, self.longest_tokens + self.args.max_response_tokens)
+        longest, text = self.longest_tokens + self.args.max_response_tokens, self.model.config.text_config
+        if longest > text.max_position_embeddings:
+            said = f"prompt and response of up to {longest} tokens do not fit --model's {text.max_position_embeddings}"
+            raise UserError(f"{said} positions: lower --max_prompt_tokens or --max_response_tokens.")
 
     def look(self, index):
         """(problem, (height, width) of each picture, answer); reads the pictures to their end. Raises Unusable."""

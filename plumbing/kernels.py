@@ -14,9 +14,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-from plumbing.families import vision
 
 BLOCK = 128  # tokens: what a packed row's responses do not see is skipped in blocks of so many
 HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
@@ -61,11 +58,8 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
 
     query, key, value (1, H, N, d); cu_seq_lens_q: where the windows begin, and N. Returns (1, N, H, d). One call on
     CUDA, of flash attention for windows of any length, which torch brings; elsewhere one for each length. transformers
-    itself would call another attention window by window, 2,272 times for a picture of a megapixel. InternVL's tiles are
-    a batch (tiles, H, N, d) without windows.
+    itself would call another attention window by window, 2,272 times for a picture of a megapixel.
     """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (N, H, d)
     if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
         cu, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
@@ -81,18 +75,6 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
         parts.append(scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
     order = torch.cat([index.flatten() for index in order])
     return torch.cat(parts)[order.argsort()][None], None
-
-
-def prepared(model):
-    """The model with `window_attention` in its vision tower; as an argument, transformers would look for a package.
-
-    InternVL3's rotary frequencies, which grow beyond the model's own number of positions, stay as they are: data.py
-    refuses more, and to ask would wait for the GPU at each token.
-    """
-    vision(model)[0][0].config._attn_implementation = "flash_windows"
-    rotary = model.model.language_model.rotary_emb
-    rotary.rope_type = "default" if rotary.rope_type == "dynamic" else rotary.rope_type
-    return model
 
 
 AttentionInterface.register("flash_windows", window_attention)  # only a "flash" is told where the windows begin

@@ -11,7 +11,7 @@ import transformers
 from plumbing.adapters import refuse_adapters
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
-from plumbing.families import known_family, vision, vision_sizes
+from plumbing.families import known_family, largest_picture, vision
 from plumbing.kernels import HEAD_CHUNK
 
 
@@ -33,7 +33,7 @@ def plan(args, gpus):
         raise UserError(cannot_open("--model", args.model, error)) from None
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
-    text = config.text_config
+    text, shape = config.text_config, config.vision_config
     parameters, lora = size(model), bool(args.lora_rank)
     tower = 0 if args.freeze_vision or lora else 1  # a frozen one keeps no activations
     trained = parameters - args.freeze_vision * sum(map(size, vision(model)[0]))
@@ -47,7 +47,7 @@ def plan(args, gpus):
     stream = bytes_each if shards > 1 or lora else 4  # from layer to layer: autocast leaves sums and norms in fp32
     G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
     row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
-    patches, depth, D, mlp = vision_sizes(config, args.max_pixels, prompt)
+    patches = largest_picture(config, args.max_pixels, prompt)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     batch = min(args.rollout_prompts, args.prompts_per_step // gpus)
     embeddings = text.vocab_size * text.hidden_size
@@ -59,11 +59,12 @@ def plan(args, gpus):
     def temporaries(tokens, D, heads, mlp):
         return tokens * (2 * D * stream + max(6 * heads, 3 * mlp) * bytes_each)
 
-    vision_shape = D, D, mlp
+    D = getattr(shape, "embed_dim", None) or shape.hidden_size
+    vision_shape = D, D, getattr(shape, "intermediate_size", 4 * D)
     text_shape = text.hidden_size, text.num_attention_heads * head, text.intermediate_size
     at_once = min(batch, max(1, args.tokens_per_row // prompt))  # prompts that are computed at a time
     prefill = max(temporaries(at_once * patches, *vision_shape), temporaries(at_once * prompt, *text_shape))
-    vision_bytes = tower * activations(patches, depth, *vision_shape)
+    vision_bytes = tower * activations(patches, len(vision(model)[1]), *vision_shape)
     text_bytes = activations(row, text.num_hidden_layers, *text_shape)
     logits = HEAD_CHUNK * text.vocab_size * 4 * 4  # four fp32 copies of a chunk
     logits += 0 if lora else embeddings * 4  # the head's gradient

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plumbing.adapters import refuse_adapters
 from plumbing.commandline import UserError
-from plumbing.families import note_head, vision
+from plumbing.families import vision
 from plumbing.memory import refuse_uneven, refuse_what_cannot_fit
 
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of processes with one that still downloads or samples
@@ -64,12 +64,6 @@ def shard(model, source, device, bf16):
     Gradients are summed over the processes, not averaged: the loss is divided by the tokens of all of them already.
     Embeddings and head, which may be one tensor, go with the root.
     """
-    own = from_main(source is not None and source.lm_head.weight is not source.get_input_embeddings().weight)
-    embeddings = model.get_input_embeddings().weight
-    if own != (model.lm_head.weight is not embeddings):  # a configuration may be silent about it
-        new = torch.nn.Parameter(torch.empty_like(embeddings), requires_grad=embeddings.requires_grad)
-        model.lm_head.weight = new if own else embeddings
-    note_head(model)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     dtypes = (torch.bfloat16, torch.float32) if bf16 else (None, None)  # of compute, of the gradients' sum
     policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)  # the vision tower's angles stay fp32

@@ -17,7 +17,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Group, forward, generate, policy_loss, split_group, token_chooser  # noqa: E402
 from plumbing.arguments import TOY  # noqa: E402
-from plumbing.kernels import prepared  # noqa: E402
+from plumbing.families import prepared  # noqa: E402
 
 SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and two small ones:
     # hidden, mlp, layers, heads, kv heads, vocabulary, tied; vision: hidden, mlp, depth, heads

@@ -23,7 +23,7 @@ import run  # noqa: E402
 from common import Group  # noqa: E402
 from plumbing.answers import Checker  # noqa: E402
 from plumbing.data import Data, Prompt  # noqa: E402
-from plumbing.kernels import prepared  # noqa: E402
+from plumbing.families import prepared  # noqa: E402
 
 torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 transformers.utils.logging.disable_progress_bar()
@@ -154,8 +154,9 @@ def tiny_prompt(model, grids, words=(20, 21, 22), index=0, seed=0):
         positions = torch.arange(len(ids)).expand(1 if internvl else 3, -1)
         return Prompt(index, "", "", ids, positions, None, None, kinds == 1)
     thw = torch.tensor([[1, h, w] for h, w in grids])
-    pixels = torch.randn(int(thw.prod(1).sum()), 588 if internvl else 1176, generator=generator)
-    if internvl:
+    pixels = torch.randn(int(thw.prod(1).sum()), 1176, generator=generator)
+    if internvl:  # whose tower sees a picture once
+        pixels = pixels.view(-1, 3, 2, 196)[:, :, :1].expand(-1, -1, 2, -1).flatten(1)
         return Prompt(index, "", "", ids, torch.arange(len(ids))[None], pixels, thw, kinds == 1)
     positions = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=thw)[0][:, 0]
     return Prompt(index, "", "", ids, positions, pixels, thw, kinds == 1)
@@ -211,7 +212,7 @@ def plain_pictures(model, prompt, copies):
         canvas = torch.empty(3, 14 * h, 14 * w).to(prompt.pixel_values)
         for i in range(h * w):
             row, column = 14 * (i // w), 14 * (i % w)
-            canvas[:, row : row + 14, column : column + 14] = prompt.pixel_values[start + i].view(3, 14, 14)
+            canvas[:, row : row + 14, column : column + 14] = prompt.pixel_values[start + i].view(3, 2, 14, 14)[:, 0]
         start += h * w
         corners = [(row, column) for row in range(0, 14 * h, 56) for column in range(0, 14 * w, 56)]
         tiles += [canvas[:, row : row + 56, column : column + 56] for row, column in corners]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
 from common import forward, generate, token_chooser
-from plumbing import kernels
+from plumbing import families, kernels
 
 GRIDS = torch.tensor([[1, 4, 6], [1, 10, 12], [1, 2, 2], [1, 10, 12]])  # windows of 4, 8, 12 and 16 patches
 
@@ -45,7 +45,7 @@ def test_calls_for_a_megapixel(monkeypatch, checkpointing):
     config.vision_config.depth, config.vision_config.window_size = 32, 112
     config.vision_config.fullatt_block_indexes = [7, 15, 23, 31]
     config.vision_config._attn_implementation = "sdpa"
-    model = kernels.prepared(type(tiny_model("qwen2_5_vl"))._from_config(config)).train()
+    model = families.prepared(type(tiny_model("qwen2_5_vl"))._from_config(config)).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     grid = torch.tensor([[1, 72, 72]])  # 1,008 x 1,008 pixels

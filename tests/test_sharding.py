@@ -130,14 +130,15 @@ def test_internvl_on_two_processes(tmp_path, alone, finished, internvl, method, 
     assert_equal(one, finished(2, tmp_path / "two", *flags, script=method))
 
 
-def test_a_head_that_is_the_embeddings_where_the_configuration_says_otherwise(tmp_path, alone, finished, internvl):
-    """The main process's model decides: here a file without a head, and a decoder that is not said to be tied."""
+def test_an_internvl_whose_head_is_the_embeddings(tmp_path, alone, finished, internvl):
+    """A file without a head, and a decoder that says so."""
     model = tmp_path / "model"
     shutil.copytree(internvl, model)
     tensors = load_file(model / "model.safetensors")
     save_file({name: value for name, value in tensors.items() if "lm_head" not in name}, model / "model.safetensors")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    config["text_config"]["tie_word_embeddings"] = True
+    (model / "config.json").write_text(json.dumps(config))
     flags = ["--model", model, "--data", model / "rows.jsonl", "--eval_rows", 0, "--kl_coef", 0.05, "--steps", 1]
     flags += ["--min_pixels", 784, "--max_pixels", 784 * 6, "--max_response_tokens", 12, "--updates_per_step", 1]
     one, two = alone(*flags), finished(2, tmp_path / "two", *flags)
