@@ -30,8 +30,10 @@ def known_family(name, config):
 
 
 def prepared(model):
-    """The model with kernels.py's `window_attention` in Qwen-VL's tower, and InternVL3's frequencies as they are: they
-    would grow beyond its positions, which data.py refuses, and to look for it would wait for the GPU at each token."""
+    """The model with kernels.py's `window_attention` in Qwen-VL's tower, or with InternVL3's rotary frequencies fixed.
+
+    They change in rows beyond its positions, which data.py refuses; to look would wait for the GPU at each token.
+    """
     if is_internvl(model.config):
         model.model.language_model.rotary_emb.rope_type = "default"
     else:  # as an argument, transformers would look for a package
@@ -47,7 +49,7 @@ def vision(model):
 
 
 def patch_shape(image_processor):
-    """(p, m, 2): pixels of a patch's side; patches of a token's side that stand together in pixel_values; times."""
+    """(p, m, 2): pixels of a patch's side; patches of a token's side that stand together in pixel_values; copies."""
     if hasattr(image_processor, "crop_to_patches"):
         return 14, 1, 2  # every InternVL's, whose patches stand row by row, though a token is 2 x 2 of them
     return image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
@@ -64,24 +66,22 @@ def limit_pixels(config, processor, least=None, most=None):
     InternVL's are rounded down to whole tiles, which transformers calls patches there; its thumbnail is not counted.
     Raises UserError for an empty range, and for a processor that is not this model's.
     """
-    own, size, shape = processor.image_processor, dict(processor.image_processor.size), config.vision_config
-    fits = "shortest_edge" in size
+    own, shape = processor.image_processor, config.vision_config
+    size, fits = dict(own.size), "shortest_edge" in own.size
     if is_internvl(config):
         found = [size.get("height"), size.get("width"), getattr(processor, "image_seq_length", None)]
-        tile = shape.image_size[0] ** 2
         fits = found == [*shape.image_size, config.image_seq_length] and shape.patch_size[0] == 14
     if not fits:
         raise UserError("the image processor of --model is not made for its vision tower: take a whole copy of it.")
     if is_internvl(config):
+        tile = shape.image_size[0] ** 2
         least, most = max(tile, least or tile * own.min_patches), most or tile * own.max_patches
         own.crop_to_patches, own.min_patches, own.max_patches = True, least // tile, most // tile
     else:
         least, most = least or size["shortest_edge"], most or size["longest_edge"]
         own.size = size | {"shortest_edge": least, "longest_edge": most}
     if least > most:
-        raise UserError(
-            f"no picture has {least} pixels at least and {most} at most: set --min_pixels and --max_pixels."
-        )
+        raise UserError(f"no picture has {least} pixels at least and {most} at most: set --min_pixels, --max_pixels.")
     return least, most
 
 
@@ -90,11 +90,11 @@ def prompt_tensors(model, image_processor, made, sizes):
 
     position_ids (3, Lp), temporal, height and width, or InternVL's (1, Lp); the others None where there is no picture.
     """
-    positions = torch.arange(made["input_ids"].shape[1])[None]
     if not is_internvl(model.config):
         kinds, grid = made["mm_token_type_ids"], made.get("image_grid_thw")
         positions, _ = model.model.get_rope_index(made["input_ids"], kinds, image_grid_thw=grid)
         return positions[:, 0], made.get("pixel_values"), grid
+    positions = torch.arange(made["input_ids"].shape[1])[None]
     if not sizes:
         return positions, None, None
     grid, side, own = [], tile_side(model.config), image_processor
