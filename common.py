@@ -134,6 +134,7 @@ def trained_model(args, accelerator, checkpoint=None):
         torch.nn.ModuleList(vision(model)[0]).requires_grad_(False)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # are for reentrant ones, and give a frozen tower a backward pass
     return model.to(accelerator.device) if lora else spread(model, source, accelerator)
 
 

@@ -4,7 +4,8 @@ Shape: a random Qwen2.5-VL of 28M parameters with 8,192 tokens, 2 prompts of one
 tokens), G = 8, 64 response tokens. Every figure is a ratio of medians of interleaved runs, so that a machine that is
 slow today is slow for both sides. The last one runs the same step in TRL's GRPOTrainer (tests/requirements.txt).
 
-On a card: python tests/bench.py --gpu 3b, or 7b. Milliseconds, in the shape of the real model (tests/gpu.py).
+On a card: python tests/bench.py --gpu 3b, or 7b, or with --lora_rank 32. Milliseconds, in the shape of the real model
+(tests/gpu.py).
 """
 
 import argparse
@@ -272,6 +273,7 @@ def main():
     parser.add_argument(
         "--gpu", choices=["tiny", "1b", "3b", "7b"], nargs="?", const="3b", help="measure this shape on a card"
     )
+    parser.add_argument("--lora_rank", type=int, default=0, help="with --gpu: of adapters on the frozen model")
     parser.add_argument("--methods", action="store_true", help="nothing but the methods' steps")
     parser.add_argument("--no_methods", action="store_true", help="leave the methods' steps out")
     parser.add_argument("--no_trl", action="store_true", help="leave TRL's step out")
@@ -281,13 +283,17 @@ def main():
         parser.error(f"--image_tokens {image_tokens} is no square number of 4 or more: take 256 or 1024.")
     if options.repeats < 1 or (options.response_tokens is not None and options.response_tokens < 2):
         parser.error("--repeats must be 1 or more, and --response_tokens 2 or more.")
+    if options.lora_rank and not options.gpu:
+        parser.error("--lora_rank goes with --gpu: without it adapters of rank 32 are measured anyway.")
     transformers.utils.logging.set_verbosity_error()
     tokens = options.response_tokens or (512 if options.gpu else 64)
-    args = SharedArgs(group_size=G, max_response_tokens=tokens, max_prompt_tokens=10**4)
+    args = SharedArgs(group_size=G, max_response_tokens=tokens, max_prompt_tokens=10**4, lora_rank=options.lora_rank)
     processor = load_processor(TOY / "model", max_pixels=10**8)
     if options.gpu:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = gpu.random_model(options.gpu, device)
+        if args.lora_rank:
+            add_adapters(model, args)
         args.rollout_prompts = P if options.gpu == "tiny" else 32
         args.updates_per_step = 4
         prompt = make_data(args, processor, model, image_tokens)[0]

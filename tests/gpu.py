@@ -1,7 +1,8 @@
 """Random models in Qwen2.5-VL's shapes, and what a card makes of them: `python tests/bench.py --gpu 3b`.
 
 Nothing is downloaded and nothing is trained: the weights are random and bf16, as a process holds them while it computes
-in a run on several cards, and every response is as long as it may be. Runs on a CPU too, in the shape "tiny".
+in a run on several cards, and every response is as long as it may be. With `--lora_rank 32` a frozen model in bf16 with
+adapters in fp32, as each card of such a run has it. Runs on a CPU too, in the shape "tiny".
 """
 
 import dataclasses
@@ -55,6 +56,7 @@ def random_model(size, device):
         model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config_of(size), **options)
     model.generation_config.eos_token_id = []  # no response ends before it must
     model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
     return prepared(model).train()
 
 
@@ -92,16 +94,18 @@ def size_of(module):
 
 
 def flops(model, row):
-    """Of an update on a packed row, without what is recomputed: 6 a weight and token, 12 a pair of tokens that see
-    each other, head and layer. The attention of the vision tower is left out."""
+    """Of an update on a packed row, without what is recomputed: 6 a weight and token, 4 if it is frozen, in the vision
+    tower 2; 12 a pair of tokens that see each other, head and layer. The attention of the vision tower is left out."""
     text, layers = model.config.text_config, model.model.language_model.layers
     shared, lengths = len(row.prompt.input_ids), row.mask.sum(1).tolist()
     pairs = shared**2 / 2 + sum(length * (shared + length / 2) for length in lengths)
-    products = size_of(layers) * (shared + sum(lengths)) + text.vocab_size * text.hidden_size * sum(lengths)
+    frozen = not model.lm_head.weight.requires_grad
+    products = (shared + sum(lengths)) * sum(p.numel() * (6 if p.requires_grad else 4) for p in layers.parameters())
+    products += (4 if frozen else 6) * text.vocab_size * text.hidden_size * sum(lengths)
     patches, visual = 0 if row.prompt.pixel_values is None else len(row.prompt.pixel_values), model.model.visual
-    once = size_of(visual) - size_of(visual.merger) * 3 / 4 - size_of(visual.patch_embed) / 3
-    products += once * patches  # the merger sees four as one, and pixels get no gradient
-    return 6 * products + 12 * pairs * text.hidden_size * len(layers)
+    once = size_of(visual) - size_of(visual.merger) * 3 / 4  # the merger sees four as one
+    products += patches * (2 * once if frozen else 6 * once - 2 * size_of(visual.patch_embed))  # pixels get no gradient
+    return products + 12 * pairs * text.hidden_size * len(layers)
 
 
 def token_bytes(model, prompts, args):
@@ -115,6 +119,7 @@ def token_bytes(model, prompts, args):
 def report(model, size, prompt, args, repeats, groups=64, cards=8):
     """Prints what a step of `groups` prompts on each of `cards` cards takes, phase by phase."""
     device, G, T = model.device.type, args.group_size, args.max_response_tokens
+    adapted = torch.autocast(device, torch.bfloat16, enabled=bool(args.lora_rank))
     name, bandwidth, product, said = card(device, repeats)
     prompts = [dataclasses.replace(prompt, serial=i) for i in range(args.rollout_prompts)]
 
@@ -124,7 +129,8 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
         uniforms = torch.rand(len(prompts) * G, tokens)
         fixed = {"room": min(128, T), "prefill_tokens": args.tokens_per_row, "graphs": graphs}
         model.eval()  # checkpointing, of training, would keep no cache
-        taken = seconds(lambda: generate(model, prompts, G, choose, uniforms, [], 0, **fixed), repeats)
+        with adapted:
+            taken = seconds(lambda: generate(model, prompts, G, choose, uniforms, [], 0, **fixed), repeats)
         model.train()
         return taken
 
@@ -138,29 +144,32 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     rows = split_group(group, args.tokens_per_row)
 
     def score():
-        with torch.no_grad():
+        with adapted, torch.no_grad():
             for row in rows:
                 forward(model, row)
 
     def update():
         for row in rows:
-            logps, _, _ = forward(model, row)
+            with adapted:
+                logps, _, _ = forward(model, row)
             loss, _ = policy_loss(logps, logps.detach(), torch.linspace(-1, 1, len(row.mask), device=device), row.mask)
             loss.backward()
 
     scoring, updating = seconds(score, repeats), seconds(update, repeats)
     model.zero_grad()
     speed = sum(flops(model, row) for row in rows) / updating
-    part = torch.zeros(size_of(model) // cards, device=device, requires_grad=True)  # fp32, what a card keeps of it
+    trained, parts = sum(p.numel() for p in model.parameters() if p.requires_grad), 1 if args.lora_rank else cards
+    part = torch.zeros(trained // parts, device=device, requires_grad=True)  # fp32, what a card keeps of it
     part.grad = torch.zeros_like(part)
     stepping = seconds(torch.optim.AdamW([part], fused=True).step, repeats)
 
     batches = math.ceil(groups / len(prompts))
     phases = {"sampling": batches * sampling[False], "scoring": groups * scoring, "update": groups * updating}
     phases["update"] += args.updates_per_step * stepping
+    adapters = f", {trained / 1e6:.0f} million of adapters" if args.lora_rank else ""
     Lp, image = len(prompt.input_ids), int(prompt.image_mask.sum())
     print(
-        f"Qwen2.5-VL in the shape {size}: {size_of(model) / 1e9:.2f} billion random weights, bf16, on one {name}\n"
+        f"Qwen2.5-VL in the shape {size}: {size_of(model) / 1e9:.2f} billion random weights{adapters}, on one {name}\n"
         f"{len(prompts)} prompts x {G}, Lp = {Lp} of which {image} image tokens, Lr = {T}; torch {torch.__version__}\n"
         f"{bandwidth / 1e12:.2f} TB/s are copied, {product / 1e12:.0f} TFLOP/s reached in a large bf16 product\n"
     )
@@ -170,7 +179,10 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     share = f", {speed / said:.0%} MFU by the data sheet" if said else ""
     print(f"{'update of a group':46s}{1e3 * updating:7.0f} ms   {speed / product:.0%} of the large product{share}")
     print(f"{'forward pass of a group':46s}{1e3 * scoring:7.0f} ms")
-    print(f"{f'AdamW of 1/{cards} of the weights':46s}{1e3 * stepping:7.1f} ms")
+    what = "AdamW of the adapters" if args.lora_rank else f"AdamW of 1/{cards} of the weights"
+    print(f"{what:46s}{1e3 * stepping:7.1f} ms")
+    if device == "cuda":
+        print(f"{'memory at its peak':46s}{torch.cuda.max_memory_allocated() / 1e9:7.1f} GB")
     print(f"\nseconds of a step of {groups * cards} prompts x {G} on {cards} such cards, without rewards,")
     print("gathering and summing, clipping, checkpoints and waiting:")
     print(", ".join(f"{phase} {value:.1f}" for phase, value in phases.items()))

@@ -6,15 +6,17 @@ import shutil
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import ROOT, SHAPES, same, tiny_group, tiny_model, tiny_prompt, train, weights
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from common import forward, load_model, load_processor, policy_loss
+from common import forward, load_model, load_processor, policy_loss, trained_model
 from plumbing.adapters import adapters_of, add_adapters, merged, places, save_adapters, without_adapters
 from plumbing.arguments import SharedArgs
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError
+from plumbing.data import Data
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
 TOY = ROOT / "toy" / "model"
@@ -52,6 +54,23 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained(family):
     # 3 layers; q and o 32 x 32, k and v 32 x 16, gate, up and down 32 x 48: rank times the sum of both sides
     assert sum(p.numel() for p in adapters_of(model).values()) == 3 * 4 * (2 * 64 + 2 * 48 + 3 * 80)
     assert any(p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)  # those of A begin at 0
+
+
+@pytest.mark.parametrize("how", [{"lora_rank": 4, "lora_alpha": 4}, {"freeze_vision": True}])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_tower_has_no_backward_pass(args, picture_file, how, checkpointing):
+    """transformers' checkpointing asks for gradients of every input, and with them for those of the whole tower."""
+    for name, value in {**how, "gradient_checkpointing": checkpointing}.items():
+        setattr(args, name, value)
+    model, seen = trained_model(args, Accelerator(cpu=True)), []
+    visual = model.model.visual
+    visual.register_forward_hook(lambda _, inputs, out: seen.append(out.pooler_output.requires_grad))
+    prompt = Data(str(picture_file), "train", args, load_processor(TOY), model).prompt(0)
+    logps, _, _ = forward(model, tiny_group(prompt, [5, 1, 7]))
+    logps.sum().backward()
+    assert seen == [False]
+    assert all(p.grad is None for p in visual.parameters())
+    assert all(p.grad is not None for p in model.model.language_model.layers.parameters() if p.requires_grad)
 
 
 def test_a_is_drawn_by_seed_and_b_is_zero():

@@ -1,5 +1,6 @@
 """tests/bench.py and tests/gpu.py: what they count, and that they run where there is no card."""
 
+import re
 import sys
 
 import bench
@@ -10,6 +11,7 @@ from helpers import tiny_group
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import forward, load_processor, pack
+from plumbing.adapters import add_adapters
 from plumbing.arguments import TOY, SharedArgs
 
 
@@ -29,9 +31,16 @@ def test_the_shapes_have_their_names_sizes(size, billions):
 
 
 @pytest.mark.parametrize("image_tokens", [16, 256])
-def test_the_operations_of_an_update_are_those_that_torch_counts(image_tokens):
-    """But for attention, which torch does not count on a CPU: that is held to the pairs of tokens below."""
+@pytest.mark.parametrize("rank", [0, 16])
+def test_the_operations_of_an_update_are_those_that_torch_counts(image_tokens, rank):
+    """But for attention, which torch does not count on a CPU: that is held to the pairs of tokens below.
+
+    Nor does it count a product in place, which is B's; and what the first layer reads gets no gradient where all below
+    is frozen, which is much of two layers.
+    """
     model = gpu.random_model("tiny", "cpu").float()
+    if rank:
+        add_adapters(model, SharedArgs(lora_rank=rank))
     model.activation_checkpointing_disable()
     row = tiny_group(prompt_of(model, image_tokens), [50, 60, 70, 80])
     with FlopCounterMode(display=False) as counted:
@@ -40,7 +49,12 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(image_tokens):
     recomputed = 2 * int(row.mask.sum()) * 512 * 64  # the head, in chunks
     seen = pack(row, model.device)["attention_mask"].sum().item() - int(row.mask.sum()) / 2  # half of the diagonal
     seen -= len(row.prompt.input_ids) / 2
-    assert gpu.flops(model, row) - 12 * seen * 64 * 2 == pytest.approx(counted.get_total_flops() - recomputed, rel=0.03)
+    tokens = len(row.prompt.input_ids) + int(row.mask.sum())
+    in_place = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if "lora_B" in name)
+    first = r"layers\.0\.self_attn\.[qkv]_proj.*(base_layer\.weight|lora_A)"
+    spared = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if rank and re.search(first, name))
+    want = counted.get_total_flops() + in_place + spared - recomputed
+    assert gpu.flops(model, row) - 12 * seen * 64 * 2 == pytest.approx(want, rel=0.03)
 
 
 def test_bytes_of_a_token_by_hand():
@@ -52,12 +66,13 @@ def test_bytes_of_a_token_by_hand():
     assert gpu.token_bytes(model, [prompt] * 3, args) == 2 * (2 * layer + 512 * 64 + cached * tokens)
 
 
-def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["bench.py", "--gpu", "tiny", "--response_tokens", "5", "--image_tokens", "16", "--repeats", "1"]
-    )
+@pytest.mark.parametrize("rank", [0, 2])
+def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys, rank):
+    flags = ["--gpu", "tiny", "--response_tokens", "5", "--image_tokens", "16", "--repeats", "1", "--lora_rank"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags, str(rank)])
     bench.main()
     said = capsys.readouterr().out
+    assert ("million of adapters" in said) == ("AdamW of the adapters" in said) == bool(rank)
     assert "2 prompts x 8, Lp = 79 of which 16 image tokens, Lr = 5" in said
     assert "a step of 512 prompts x 8 on 8 such cards" in said and "x its bytes / bandwidth" in said
     assert said.splitlines()[-1].startswith("| tiny | CPU | ") and said.splitlines()[-1].count("|") == 10
@@ -70,6 +85,7 @@ def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys):
         (["--image_tokens", "-4"], "--image_tokens -4 is no square number of 4 or more"),
         (["--repeats", "0"], "--repeats must be 1 or more, and --response_tokens 2 or more"),
         (["--gpu", "tiny", "--response_tokens", "1"], "--response_tokens 2 or more"),
+        (["--lora_rank", "2"], "--lora_rank goes with --gpu"),
     ],
 )
 def test_flags_that_cannot_be(monkeypatch, capsys, flags, sentence):
