@@ -35,7 +35,7 @@ from plumbing.data import Prompt, prompt_text
 from plumbing.families import grey_picture, known_family, limit_pixels, picture_inputs, prepared, vision
 from plumbing.kernels import HEAD_CHUNK
 from plumbing.rewards import load_reward
-from plumbing.sharding import inside, is_sharded, on_any_process, shard
+from plumbing.sharding import inside, is_sharded, on_any_process, on_main, shard
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and processor
@@ -53,7 +53,7 @@ def load_config(name, revision="main"):
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever transformers says of a folder that is no model
-        more = " Of an InternVL take the name that ends with -hf." if "custom code" in str(error) else ""
+        more = " Of an InternVL take the name that ends with -hf or -HF." if "custom code" in str(error) else ""
         raise UserError(cannot_open("--model", name, error) + more) from None
     return known_family(name, config)
 
@@ -97,7 +97,8 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
     options = {"dtype": dtype, "attn_implementation": {"text_config": "shared_prefix"}, "trust_remote_code": False}
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", in each process
     auto = transformers.AutoModelForImageTextToText
-    config, (_, source, revision, adapters) = load_config(name, revision), places(name, revision)
+    _, source, revision, adapters = places(name, revision)
+    config = load_config(source, revision)  # that of the weights: beside adapters may be another
     try:
         if meta:
             with torch.device("meta"):
@@ -113,7 +114,7 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
         raise UserError(f"--model {source} is damaged, or no model of its config.json: of its tensors {said}.")
     if config.tie_word_embeddings != (model.lm_head.weight is model.get_input_embeddings().weight):
-        raise UserError(f"--model {source} has a head of its own: its config.json must say tie_word_embeddings: false.")
+        raise UserError(f"--model {source}: its head is not its embeddings, tie_word_embeddings must say so: false.")
     return prepared(load_adapters(model, adapters, dtype) if adapters else model)
 
 
@@ -134,7 +135,7 @@ def trained_model(args, accelerator, checkpoint=None):
         torch.nn.ModuleList(vision(model)[0]).requires_grad_(False)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # are for reentrant ones, and give a frozen tower a backward pass
+        model.disable_input_require_grads()  # only reentrant ones need them; a frozen tower would have a backward pass
     return model.to(accelerator.device) if lora else spread(model, source, accelerator)
 
 
@@ -152,7 +153,7 @@ def reference_model(args, accelerator, model):
 def spread(model, source, accelerator):
     """The model on this process's device; of several processes each holds a part, and the main one loads the whole."""
     if accelerator.num_processes > 1:
-        whole = load_model(*source) if accelerator.is_main_process else None
+        whole = on_main(lambda: load_model(*source))
         shard(model, whole, accelerator.device, accelerator.mixed_precision == "bf16")
     return model.to(accelerator.device)
 
@@ -273,7 +274,7 @@ def token_chooser(model, temperature, top_p, top_k):
 
     Image and video placeholder tokens are banned: one of them in a response breaks the next forward pass.
     """
-    banned = [getattr(model.config, f"{kind}_token_id", -1) for kind in ("image", "video")]  # InternVL3 has no video
+    banned = [getattr(model.config, f"{kind}_token_id", None) or -1 for kind in ("image", "video")]  # -1: there is none
     warpers = [transformers.SuppressTokensLogitsProcessor(banned, device=model.device)]
     if temperature != 1.0 and temperature > 0:
         warpers.append(transformers.TemperatureLogitsWarper(temperature))

@@ -49,7 +49,7 @@ class Args(SharedArgs):
 
 
 def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, places=slice(None)):
-    """Each patch (14 pixels, or 16) black with this probability (PAPO, arXiv 2507.06448), and one place as a whole."""
+    """Each patch (14 or 16 pixels) black with this probability (PAPO, arXiv 2507.06448), those of a place together."""
     black = -torch.tensor(image_mean) / torch.tensor(image_std)
     chosen = torch.rand(len(pixel_values), 1, generator=generator)[places] < probability
     return torch.where(chosen, black.repeat_interleave(pixel_values.shape[1] // 3), pixel_values)

@@ -92,8 +92,8 @@ def adversarial_step(image, gradient, step=2 / 255):
 def patchify(picture, image_processor):
     """A picture (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
 
-    What the processor does with a picture of the right size: it normalises, cuts patches, puts the m x m of an image
-    token side by side, and repeats a still picture in time.
+    What is done with a picture of the right size: it is normalised, cut into patches, of which m x m stand together,
+    those of an image token (of InternVL m is 1), and a still picture is repeated in time.
     """
     p, m, time = patch_shape(image_processor)
     mean, std = (

@@ -130,10 +130,11 @@ class Data:
                 f"{self.option} {self.name} has no row left to use ({self.dropped} were longer than "
                 f"--max_prompt_tokens {most})."
             )
-        longest, text = self.longest_tokens + self.args.max_response_tokens, self.model.config.text_config
-        if longest > text.max_position_embeddings:
-            said = f"prompt and response of up to {longest} tokens do not fit --model's {text.max_position_embeddings}"
-            raise UserError(f"{said} positions: lower --max_prompt_tokens or --max_response_tokens.")
+        longest, decoder = self.longest_tokens + self.args.max_response_tokens, self.model.config.text_config
+        grows = decoder.rope_parameters.get("rope_type") == "dynamic"  # rotary frequencies change in longer rows
+        if grows and longest > (most := decoder.max_position_embeddings):
+            said = f"prompt and response of up to {longest} tokens in {self.name} do not fit --model's {most} positions"
+            raise UserError(f"{said}: lower --max_prompt_tokens or --max_response_tokens.")
 
     def look(self, index):
         """(problem, (height, width) of each picture, answer); reads the pictures to their end. Raises Unusable."""
@@ -234,8 +235,7 @@ class Data:
             raise UserError(f"row {index} of {self.name} {error}, which was whole when the run began.") from None
         text = prompt_text(self.processor, problem, self.args.instruction)
         made = self.processor(text=[text], images=images or None, return_tensors="pt")
-        sizes = [(image.height, image.width) for image in images]
-        ids, tensors = made["input_ids"][0], prompt_tensors(self.model, self.processor.image_processor, made, sizes)
+        ids, tensors = made["input_ids"][0], prompt_tensors(self.model, self.processor.image_processor, made, images)
         return Prompt(index, problem, answer, ids, *tensors, ids == self.model.config.image_token_id)
 
 

@@ -1,9 +1,9 @@
 """What differs between model families, side by side: Qwen-VL (2, 2.5 and 3) and InternVL3.
 
-Everywhere else a picture is the same for both: `pixel_values` (patches, 3 x 2 x p x p), a row for each patch of the
-vision tower, the patch in it twice, and `image_grid_thw` (pictures, 3), their rows and columns. InternVL stretches a
-picture over a canvas of square tiles, and adds the whole once more as a thumbnail of one tile, unless the canvas is one
-tile: canvas and thumbnail are two pictures, cut into tiles where the tower takes them. Not here: what is done to them.
+Everywhere else both have `pixel_values` (patches, 3 x 2 x p x p), a row for each patch, the picture in it twice, and
+`image_grid_thw` (pictures, 3): 1, rows, columns. InternVL stretches a picture over a canvas of square tiles, and adds
+the whole once more as a thumbnail of one tile, unless the canvas is one tile: canvas and thumbnail are two pictures, of
+which the tower takes the first copy, cut into tiles. Not here: what is done to patches.
 """
 
 import torch
@@ -19,99 +19,98 @@ def is_internvl(config):
 
 
 def known_family(name, config):
-    """The configuration of a known family. Raises UserError for others: their attention may have more to it."""
-    what = config.model_type
-    if is_internvl(config):  # the hub's files are silent about a head of its own, and transformers takes it for tied
-        config.tie_word_embeddings &= config.text_config.tie_word_embeddings
-        what += f" with {config.text_config.model_type}"
+    """The configuration of a known family, with InternVL's head as it is. Raises UserError for another."""
+    what = config.model_type + (f" with {config.text_config.model_type}" if is_internvl(config) else "")
     if what not in FAMILIES:
         raise UserError(f"--model {name} is {what}; use one of {', '.join(FAMILIES)}.")
+    if is_internvl(config):  # the hub's files do not say that the head is not the embeddings; transformers' default is
+        config.tie_word_embeddings &= config.text_config.tie_word_embeddings
     return config
 
 
 def prepared(model):
     """The model with kernels.py's `window_attention` in Qwen-VL's tower, or with InternVL3's rotary frequencies fixed.
 
-    They change in rows beyond its positions, which data.py refuses; to look would wait for the GPU at each token.
+    transformers would change them in rows longer than data.py allows, and wait for the GPU at each token to see.
     """
     if is_internvl(model.config):
         model.model.language_model.rotary_emb.rope_type = "default"
-    else:  # as an argument, transformers would look for a package
+    else:  # registered in kernels.py; as attn_implementation=..., transformers would look for a flash-attn package
         model.model.visual.config._attn_implementation = "flash_windows"
     return model
 
 
 def vision(model):
-    """The modules that make a picture's tokens, the tower first, and the tower's layers."""
+    """(the modules that make a picture's tokens, the layers of the tower)."""
     if is_internvl(model.config):
         return [model.model.vision_tower, model.model.multi_modal_projector], model.model.vision_tower.encoder.layer
     return [model.model.visual], model.model.visual.blocks  # what joins it to the decoder is inside
 
 
 def patch_shape(image_processor):
-    """(p, m, 2): pixels of a patch's side; patches of a token's side that stand together in pixel_values; copies."""
+    """(p, m, copies): a patch is p x p pixels, m x m patches stand together in pixel_values, each so many times."""
     if hasattr(image_processor, "crop_to_patches"):
-        return 14, 1, 2  # every InternVL's, whose patches stand row by row, though a token is 2 x 2 of them
+        return 14, 1, 2  # every InternVL's, whose patches stand row by row
     return image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
 
 
 def tile_side(config):
-    """Patches of the side of InternVL's tiles."""
+    """Patches along the side of InternVL's tiles."""
     return config.vision_config.image_size[0] // config.vision_config.patch_size[0]
 
 
 def limit_pixels(config, processor, least=None, most=None):
-    """Sets between how many pixels a picture is resized to; None keeps the image processor's own. Returns both.
+    """Sets between how many pixels a picture is resized to; None keeps the image processor's own. Returns what holds.
 
     InternVL's are rounded down to whole tiles, which transformers calls patches there; its thumbnail is not counted.
     Raises UserError for an empty range, and for a processor that is not this model's.
     """
-    own, shape = processor.image_processor, config.vision_config
-    size, fits = dict(own.size), "shortest_edge" in own.size
+    own, tower, size = processor.image_processor, config.vision_config, dict(processor.image_processor.size or {})
+    fits, tile = "shortest_edge" in size, tower.image_size[0] ** 2 if is_internvl(config) else 1
     if is_internvl(config):
-        found = [size.get("height"), size.get("width"), getattr(processor, "image_seq_length", None)]
-        fits = found == [*shape.image_size, config.image_seq_length] and shape.patch_size[0] == 14
+        found = [size.get("height"), size.get("width"), tower.patch_size[0], hasattr(own, "crop_to_patches")]
+        fits = found == [*tower.image_size, 14, True] and processor.image_seq_length == config.image_seq_length
     if not fits:
         raise UserError("the image processor of --model is not made for its vision tower: take a whole copy of it.")
     if is_internvl(config):
-        tile = shape.image_size[0] ** 2
         least, most = max(tile, least or tile * own.min_patches), most or tile * own.max_patches
-        own.crop_to_patches, own.min_patches, own.max_patches = True, least // tile, most // tile
+        own.min_patches, own.max_patches = least // tile, most // tile
     else:
         least, most = least or size["shortest_edge"], most or size["longest_edge"]
         own.size = size | {"shortest_edge": least, "longest_edge": most}
     if least > most:
-        raise UserError(f"no picture has {least} pixels at least and {most} at most: set --min_pixels, --max_pixels.")
-    return least, most
+        raise UserError(f"--max_pixels {most} is below {least}, the least by --min_pixels or the model: raise it.")
+    return least // tile * tile, most // tile * tile
 
 
-def prompt_tensors(model, image_processor, made, sizes):
-    """Of what a processor made of a prompt with pictures of these (height, width): positions, patches, and their grid.
+def prompt_tensors(model, own, made, images):
+    """(position_ids, pixel_values, image_grid_thw) of a prompt that a processor made, its image processor being `own`.
 
-    position_ids (3, Lp), temporal, height and width, or InternVL's (1, Lp); the others None where there is no picture.
+    Positions (3, Lp), temporal, height and width, or InternVL's (1, Lp); the others None where there is no picture.
     """
     if not is_internvl(model.config):
         kinds, grid = made["mm_token_type_ids"], made.get("image_grid_thw")
         positions, _ = model.model.get_rope_index(made["input_ids"], kinds, image_grid_thw=grid)
         return positions[:, 0], made.get("pixel_values"), grid
     positions = torch.arange(made["input_ids"].shape[1])[None]
-    if not sizes:
+    if not images:
         return positions, None, None
-    grid, side, own = [], tile_side(model.config), image_processor
-    for size in sizes:
-        tile = own.size["height"], own.size["width"]
+    grid, side, tile = [], tile_side(model.config), (own.size["height"], own.size["width"])
+    for image in images:
+        size = image.height, image.width
         columns, rows = get_optimal_tiled_canvas(size, tile, own.min_patches, own.max_patches)
-        grid += [[1, rows * side, columns * side]] + [[1, side, side]] * (rows * columns > 1)
-    return positions, patches_of(model.config, made["pixel_values"], torch.tensor(grid)), torch.tensor(grid)
+        grid += [[1, rows * side, columns * side], [1, side, side]][: 1 + (rows * columns > 1)]
+    grid = torch.tensor(grid)
+    return positions, patches_of(model.config, made["pixel_values"], grid), grid
 
 
 def picture_inputs(model, prompts):
     """All prompts' pictures, one after the other, as the model's arguments; nothing where there are none."""
-    prompts = [p for p in prompts if p.image_grid_thw is not None]
+    prompts = [x for x in prompts if x.image_grid_thw is not None]
     if not prompts:
         return {}
-    pixels = torch.cat([p.pixel_values.to(model.device) for p in prompts])  # a method may have made some there
-    grid = torch.cat([p.image_grid_thw for p in prompts])
+    pixels = torch.cat([x.pixel_values.to(model.device) for x in prompts])  # a method may have made some there
+    grid = torch.cat([x.image_grid_thw for x in prompts])
     if not is_internvl(model.config):
         return {"pixel_values": pixels, "image_grid_thw": grid.to(model.device)}
     side, p, tiles = tile_side(model.config), model.config.vision_config.patch_size[0], []
@@ -133,7 +132,7 @@ def patches_of(config, pixel_values, grid):
 
 
 def patch_places(config, grid):
-    """Which place each patch of a prompt's pictures shows, (patches,) from 0 on; all, as a slice: each its own.
+    """The place, from 0 on, that each patch of a prompt's pictures shows: (patches,), or slice(None), each its own.
 
     A patch of InternVL's thumbnail is a block of the canvas's: with a canvas of 2 x 3 tiles, of 2 x 3 patches.
     """
@@ -148,15 +147,15 @@ def patch_places(config, grid):
 
 
 def grey_picture(model):
-    """A sum over the tower's outputs for a grey picture, for rows without one, before the text model runs.
+    """The tower run on a grey picture, before the text model, for a row that has none: the sum of its outputs.
 
-    Sharded weights are gathered by all processes together and in one order: where one has a picture, all run the tower.
+    Sharded weights are gathered by all processes together and in one order, and another may have a picture.
     """
-    shape = model.config.vision_config
+    tower = model.config.vision_config
     if is_internvl(model.config):
-        inputs = {"pixel_values": torch.zeros(1, 3, *shape.image_size)}
+        inputs = {"pixel_values": torch.zeros(1, 3, *tower.image_size)}
     else:
-        m, values = shape.spatial_merge_size, shape.in_channels * shape.temporal_patch_size * shape.patch_size**2
+        m, values = tower.spatial_merge_size, tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
         inputs = {"pixel_values": torch.zeros(m * m, values), "image_grid_thw": torch.tensor([[1, m, m]])}
     out = model.model.get_image_features(**{name: value.to(model.device) for name, value in inputs.items()})
     return sum(part.sum() for part in [*out.pooler_output, *(getattr(out, "deepstack_features", None) or [])])
@@ -164,8 +163,8 @@ def grey_picture(model):
 
 def largest_picture(config, pixels, tokens):
     """Patches of the largest picture: of so many pixels, or, for None, as large as a prompt of so many tokens holds."""
-    shape = config.vision_config
+    tower = config.vision_config
     if not is_internvl(config):
-        return pixels // shape.patch_size**2 if pixels else tokens * shape.spatial_merge_size**2
-    tiles = pixels // shape.image_size[0] ** 2 if pixels else tokens // config.image_seq_length - 1
-    return max(1, tiles + (tiles > 1)) * (tile_side(config) ** 2 + 1)  # with the thumbnail, and a class token for each
+        return pixels // tower.patch_size**2 if pixels else tokens * tower.spatial_merge_size**2
+    tiles = pixels // tower.image_size[0] ** 2 if pixels else tokens // config.image_seq_length - 1  # less a thumbnail
+    return (tiles + 1 if tiles > 1 else 1) * (tile_side(config) ** 2 + 1)  # a class token for each

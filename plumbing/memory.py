@@ -29,10 +29,10 @@ def plan(args, gpus):
     try:
         source = {"revision": args.model_revision, "trust_remote_code": False}
         config = known_family(args.model, transformers.AutoConfig.from_pretrained(model_source(args), **source))
-    except (OSError, ValueError) as error:
+        with torch.device("meta"):
+            model = transformers.AutoModelForImageTextToText.from_config(config)
+    except Exception as error:  # whatever transformers says of a damaged file, or of a number in a config
         raise UserError(cannot_open("--model", args.model, error)) from None
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(config)
     text, shape = config.text_config, config.vision_config
     parameters, lora = size(model), bool(args.lora_rank)
     tower = 0 if args.freeze_vision or lora else 1  # a frozen one keeps no activations

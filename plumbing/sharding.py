@@ -177,6 +177,18 @@ def sum_gradients(parameters):
             grad.copy_(part.view_as(grad))
 
 
+def on_main(function):
+    """function() on the main process, None on the others; where it ends in a UserError, all processes end."""
+    result = refused = None
+    try:
+        result = function() if torch.distributed.get_rank() == 0 else None
+    except UserError as error:
+        refused = error
+    if from_main(refused is not None):
+        raise refused or SystemExit(2)  # the main process has said why
+    return result
+
+
 def from_main(value):
     """What the main process says, on all of them."""
     said = [value]

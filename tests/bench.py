@@ -284,7 +284,7 @@ def main():
     if options.repeats < 1 or (options.response_tokens is not None and options.response_tokens < 2):
         parser.error("--repeats must be 1 or more, and --response_tokens 2 or more.")
     if options.lora_rank and not options.gpu:
-        parser.error("--lora_rank goes with --gpu: without it adapters of rank 32 are measured anyway.")
+        parser.error("--lora_rank is for --gpu; the comparison on a CPU always measures rank 32.")
     transformers.utils.logging.set_verbosity_error()
     tokens = options.response_tokens or (512 if options.gpu else 64)
     args = SharedArgs(group_size=G, max_response_tokens=tokens, max_prompt_tokens=10**4, lora_rank=options.lora_rank)

@@ -94,8 +94,8 @@ def size_of(module):
 
 
 def flops(model, row):
-    """Of an update on a packed row, without what is recomputed: 6 a weight and token, 4 if it is frozen, in the vision
-    tower 2; 12 a pair of tokens that see each other, head and layer. The attention of the vision tower is left out."""
+    """Of an update on a packed row, without what is recomputed: 6 a weight and token, 4 a frozen one, 2 in the frozen
+    tower; 12 a pair of tokens that see each other, head and layer. The attention of the vision tower is left out."""
     text, layers = model.config.text_config, model.model.language_model.layers
     shared, lengths = len(row.prompt.input_ids), row.mask.sum(1).tolist()
     pairs = shared**2 / 2 + sum(length * (shared + length / 2) for length in lengths)
@@ -119,7 +119,7 @@ def token_bytes(model, prompts, args):
 def report(model, size, prompt, args, repeats, groups=64, cards=8):
     """Prints what a step of `groups` prompts on each of `cards` cards takes, phase by phase."""
     device, G, T = model.device.type, args.group_size, args.max_response_tokens
-    adapted = torch.autocast(device, torch.bfloat16, enabled=bool(args.lora_rank))
+    autocast = torch.autocast(device, torch.bfloat16, enabled=bool(args.lora_rank))
     name, bandwidth, product, said = card(device, repeats)
     prompts = [dataclasses.replace(prompt, serial=i) for i in range(args.rollout_prompts)]
 
@@ -129,7 +129,7 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
         uniforms = torch.rand(len(prompts) * G, tokens)
         fixed = {"room": min(128, T), "prefill_tokens": args.tokens_per_row, "graphs": graphs}
         model.eval()  # checkpointing, of training, would keep no cache
-        with adapted:
+        with autocast:
             taken = seconds(lambda: generate(model, prompts, G, choose, uniforms, [], 0, **fixed), repeats)
         model.train()
         return taken
@@ -144,13 +144,13 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     rows = split_group(group, args.tokens_per_row)
 
     def score():
-        with adapted, torch.no_grad():
+        with autocast, torch.no_grad():
             for row in rows:
                 forward(model, row)
 
     def update():
         for row in rows:
-            with adapted:
+            with autocast:
                 logps, _, _ = forward(model, row)
             loss, _ = policy_loss(logps, logps.detach(), torch.linspace(-1, 1, len(row.mask), device=device), row.mask)
             loss.backward()

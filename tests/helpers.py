@@ -67,14 +67,15 @@ def tiny_model(family, seed=0):
         )
         config = transformers.Qwen2_5_VLConfig(text_config=text_config(), vision_config=vision, **TOKENS)
         cls = transformers.Qwen2_5_VLForConditionalGeneration
-    elif family == "internvl":  # tiles of 4 x 4 patches, 4 tokens each
+    elif family in ("internvl", "internvl3_5"):  # tiles of 4 x 4 patches, 4 tokens each
         vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=56)
         vision |= dict(initializer_range=0.3, use_qk_norm=True, norm_type="rms_norm")
         text = text_config(max_position_embeddings=4096)
         text["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}  # as InternVL3's
-        config = transformers.InternVLConfig(
-            text_config=transformers.Qwen2Config(**text), vision_config=vision, image_token_id=11, image_seq_length=4
-        )
+        decoder = transformers.Qwen2Config if family == "internvl" else transformers.Qwen3Config
+        text = decoder(**text, **{} if family == "internvl" else {"head_dim": 8})
+        more = {"vision_config": vision, "image_token_id": 11, "image_seq_length": 4}
+        config = transformers.InternVLConfig(text_config=text, **more)
         cls = transformers.InternVLForConditionalGeneration
     else:
         vision |= dict(hidden_size=16, intermediate_size=24, out_hidden_size=32, deepstack_visual_indexes=[0, 1])

@@ -18,7 +18,7 @@ from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError
 from plumbing.data import Data
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "internvl3_5"]
 TOY = ROOT / "toy" / "model"
 LORA = ["--lora_rank", 8]
 

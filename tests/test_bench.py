@@ -85,7 +85,7 @@ def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys, rank):
         (["--image_tokens", "-4"], "--image_tokens -4 is no square number of 4 or more"),
         (["--repeats", "0"], "--repeats must be 1 or more, and --response_tokens 2 or more"),
         (["--gpu", "tiny", "--response_tokens", "1"], "--response_tokens 2 or more"),
-        (["--lora_rank", "2"], "--lora_rank goes with --gpu"),
+        (["--lora_rank", "2"], "--lora_rank is for --gpu"),
     ],
 )
 def test_flags_that_cannot_be(monkeypatch, capsys, flags, sentence):

@@ -29,7 +29,7 @@ from common import Reward, load_config, load_model, load_processor, seeded
 from plumbing.arguments import SharedArgs
 from plumbing.commandline import UserError
 from plumbing.data import Data
-from plumbing.families import largest_picture, patch_places, patches_of, picture_inputs
+from plumbing.families import largest_picture, limit_pixels, patch_places, patches_of, picture_inputs
 from plumbing.memory import plan
 from prpo import blacken
 from run import Run
@@ -75,11 +75,19 @@ def test_patches_and_tiles_are_the_processors_own(rows, internvl, row, names):
     assert torch.equal(patches_of(model.config, made["pixel_values"], prompt.image_grid_thw), prompt.pixel_values)
     assert int(prompt.image_mask.sum()) == len(made["pixel_values"])
     assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids))[None])
+    once, again = prompt.pixel_values.view(-1, 3, 2, 196).unbind(2)
+    assert torch.equal(once, again)
+    changed = torch.stack([once, again + 1], 2).flatten(1)  # the tower takes the first
+    assert torch.equal(picture_inputs(model, [with_pixels(prompt, changed)])["pixel_values"], made["pixel_values"])
     if row == 1:  # 2 x 3 tiles and the thumbnail; nothing was resized: the very pixels
         assert prompt.image_grid_thw.tolist() == [[1, 4, 6], [1, 2, 2]]
         canvas, thumbnail = pictures_of(prompt, processor)
         pixels = torch.tensor(list(images[0].tobytes())).view(56, 84, 3).permute(2, 0, 1) / 255
         assert torch.equal(canvas, pixels) and thumbnail.shape == (3, 28, 28)
+
+
+def with_pixels(prompt, pixel_values):
+    return dataclasses.replace(prompt, pixel_values=pixel_values)
 
 
 def plain_tiles(prompt):
@@ -96,6 +104,20 @@ def plain_tiles(prompt):
                 tiles.append(tile)
         start += h * w
     return torch.stack(tiles)
+
+
+def test_a_picture_of_several_tiles_at_least(folder, rows):
+    """The limit holds for the length of a prompt, for its tiles, and after a checkpoint."""
+    processor = load_processor(str(folder), min_pixels=784 * 4 + 5, max_pixels=784 * 6)
+    internvl = load_model(str(folder)), processor
+    assert limit_pixels(internvl[0].config, processor) == (784 * 4, 784 * 6)
+    data = data_of(rows, internvl)
+    for row in range(len(data)):
+        prompt = data.prompt(row)
+        assert len(prompt.input_ids) == data.tokens[row]
+        if prompt.pixel_values is not None:
+            assert picture_inputs(internvl[0], [prompt])["pixel_values"].shape[0] == int(prompt.image_mask.sum())
+    assert data.prompt(0).image_grid_thw.tolist() == [[1, 4, 4], [1, 2, 2]]  # of 28 x 28 pixels: 2 x 2 tiles
 
 
 def test_the_length_of_a_prompt_is_known_before_its_pictures_are_decoded(rows, internvl):
@@ -297,6 +319,16 @@ def test_a_head_of_its_own_that_the_configuration_does_not_name(folder, tmp_path
     assert load_model(str(tmp_path / "tied"), meta=True).config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("top, text, tied", [(True, True, True), (True, False, False), (False, True, False)])
+def test_whose_configuration_ties_the_head(tmp_path, top, text, tied):
+    config = tiny_model("internvl").config
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": top}
+    saved["text_config"]["tie_word_embeddings"] = text
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert load_config(str(tmp_path)).tie_word_embeddings == tied
+
+
 @pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl"])
 def test_a_head_of_its_own_that_the_configuration_denies_is_refused(tmp_path, family):
     """transformers would keep it on one process, and a model built from the configuration has none."""
@@ -307,14 +339,23 @@ def test_a_head_of_its_own_that_the_configuration_denies_is_refused(tmp_path, fa
     saved = json.loads((tmp_path / "config.json").read_text())
     saved["tie_word_embeddings"] = saved["text_config"]["tie_word_embeddings"] = True
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="has a head of its own: its config.json must say tie_word_embeddings: false"):
+    with pytest.raises(UserError, match="its head is not its embeddings, tie_word_embeddings must say so: false"):
         load_model(str(tmp_path))
 
 
-def test_longer_rows_than_its_frequencies_are_for(folder, rows, internvl):
+def test_longer_rows_than_its_frequencies_are_for(rows, internvl, toy):
     model, processor = internvl
-    with pytest.raises(UserError, match="of up to 5[0-9]{3} tokens do not fit --model's 4096 positions: lower"):
-        Data(str(rows), "train", SharedArgs(max_response_tokens=5000), processor, model)
+    longest = data_of(rows, internvl).longest_tokens
+    Data(str(rows), "train", SharedArgs(max_response_tokens=4096 - longest), processor, model)
+    with pytest.raises(UserError, match="of up to 4097 tokens in .* do not fit --model's 4096 positions: lower"):
+        Data(str(rows), "train", SharedArgs(max_response_tokens=4097 - longest), processor, model)
+    Data(str(rows), "train", SharedArgs(max_response_tokens=4097), *reversed(toy))  # Qwen-VL's stay what they are
+
+
+def test_positions_of_a_prompt_without_a_picture(rows, toy):
+    prompt = data_of(rows, toy).prompt(3)
+    assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids)).expand(3, -1))
+    assert prompt.pixel_values is None and prompt.image_grid_thw is None
 
 
 def test_a_plan(folder, tmp_path):
@@ -332,6 +373,7 @@ def test_a_plan(folder, tmp_path):
     [
         ({"model_type": "internvl", "text_config": {"model_type": "gpt_oss"}}, "is internvl with gpt_oss; use one of"),
         ({"model_type": "internvl", "text_config": {"model_type": "qwen3_moe"}}, "is internvl with qwen3_moe; use"),
+        ({"model_type": "internvl", "text_config": {"model_type": "clip_text_model"}}, "with clip_text_model; use"),
         ({"model_type": "llava"}, "is llava; use"),
     ],
 )
@@ -344,9 +386,12 @@ def test_other_families_and_decoders_are_refused(tmp_path, change, sentence):
 
 
 def test_pixels_of_less_than_a_tile_are_refused(folder):
-    with pytest.raises(UserError, match="no picture has 784 pixels at least and 700 at most: set --min"):
-        load_processor(str(folder), max_pixels=700)
-    with pytest.raises(UserError, match="no picture has 7840 pixels at least and 1573 at most: set --min"):
+    for least in (None, 1):
+        with pytest.raises(
+            UserError, match="--max_pixels 783 is below 784, the least by --min_pixels or the model: ra"
+        ):
+            load_processor(str(folder), min_pixels=least, max_pixels=783)
+    with pytest.raises(UserError, match="--max_pixels 1573 is below 7840, the least by --min_pixels or the model: rai"):
         load_processor(str(folder), min_pixels=7840, max_pixels=1568 + 5)
 
 
@@ -375,8 +420,12 @@ def test_a_processor_of_another_tower_is_refused(folder, tmp_path, file, values)
         load_processor(str(tmp_path / "model"))
 
 
-def test_the_processor_of_the_other_family_is_refused(folder, tmp_path):
+def test_the_processor_of_another_family_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "internvl")
+    own = {"image_processor_type": "ViTImageProcessor", "size": {"height": 28, "width": 28}}  # and no tiles
+    (tmp_path / "internvl" / "preprocessor_config.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match="not made for its vision tower"):
+        load_processor(str(tmp_path / "internvl"))
     (tmp_path / "internvl" / "preprocessor_config.json").unlink()
     toy = json.loads((ROOT / "toy/model/processor_config.json").read_text())
     change(tmp_path / "internvl", "processor_config.json", image_processor=toy["image_processor"])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import forward, pack, response_and_image_states, split_group, token_logps, unpack
 from plumbing import kernels
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "internvl3_5"]
 
 
 def padded(model, group, temperature=1.0):

@@ -81,7 +81,7 @@ def test_a_tied_head_that_is_saved_is_not_unexpected(tmp_path):
 
 
 def test_limits_of_pixels_that_exclude_each_other(tmp_path):
-    with pytest.raises(UserError, match="no picture has 3136 pixels at least and 1000 at most: set"):
+    with pytest.raises(UserError, match="--max_pixels 1000 is below 3136, the least"):
         load_processor(ROOT / "toy" / "model", max_pixels=1000)
 
 

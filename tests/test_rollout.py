@@ -12,7 +12,7 @@ from plumbing import kernels
 from plumbing.arguments import SharedArgs
 from plumbing.data import Data
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "internvl3_5"]
 ENDS = [*END, *range(40, 56)]  # so many that responses, and then whole groups, end at different lengths
 
 
@@ -95,7 +95,7 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
         tiny_prompt(model, [(2, 2)], words=(50,), seed=2),
     ]
     choose = token_chooser(model, temperature, top_p, top_k)
-    uniforms = torch.rand(len(prompts) * G, max_tokens, generator=seeded(1, 2))
+    uniforms = torch.rand(len(prompts) * G, max_tokens, generator=seeded(1, 3))
     responses, mask = generate(model, prompts, G, choose, uniforms, ENDS, 0, room=5, graphs=graphs)
     responses = torch.nn.functional.pad(responses, (0, max_tokens - responses.shape[1]))
     mask = torch.nn.functional.pad(mask, (0, max_tokens - mask.shape[1]))

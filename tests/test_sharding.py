@@ -99,6 +99,7 @@ LORA = ["--lora_rank", 4, "--learning_rate", 1e-3]
     [
         ["--eval_rows", 7, "--eval_every", 1],
         [*EVERYTHING, "--eval_rows", 0],
+        [*EVERYTHING, "--eval_rows", 0, "--freeze_vision", "--steps", 1],
         [*EVERYTHING, *LORA, "--eval_rows", 7],
     ],
 )
@@ -128,6 +129,16 @@ def test_internvl_on_two_processes(tmp_path, alone, finished, internvl, method, 
     flags += ["--min_pixels", 784, "--max_pixels", 784 * 6, "--max_response_tokens", 12, "--updates_per_step", 1]
     one = alone(*(flag for flag in flags if flag != "--reshard_while_sampling"), script=method)
     assert_equal(one, finished(2, tmp_path / "two", *flags, script=method))
+
+
+def test_a_model_that_only_the_main_process_opens_and_refuses(tmp_path, start, internvl):
+    """One sentence, and both processes end."""
+    model = tmp_path / "model"
+    shutil.copytree(internvl, model)
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if "norm" not in name}, model / "model.safetensors")
+    codes, console = start(2, tmp_path / "two", "--model", model, "--data", model / "rows.jsonl")
+    assert codes == [2, 2] and "is damaged, or no model of its config.json" in console and "Traceback" not in console
 
 
 def test_an_internvl_whose_head_is_the_embeddings(tmp_path, alone, finished, internvl):
