@@ -73,6 +73,19 @@ def test_a_frozen_tower_has_no_backward_pass(args, picture_file, how, checkpoint
     assert all(p.grad is not None for p in model.model.language_model.layers.parameters() if p.requires_grad)
 
 
+def test_a_configuration_beside_adapters_that_is_not_their_bases(tmp_path):
+    """The base's own holds for its weights; that of the folder, of another model, would change every number."""
+    shutil.copytree(TOY, tmp_path / "base")
+    model = add_adapters(load_model(tmp_path / "base"), SharedArgs(model=str(tmp_path / "base"), lora_rank=2))
+    save_adapters(model, tmp_path / "run", merge=False)
+    changed = json.loads((TOY / "config.json").read_text())
+    changed["text_config"] |= {"rms_norm_eps": 0.5}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
+    row = tiny_group(tiny_prompt(tiny_model("qwen2_5_vl"), []), [5, 3])
+    want, _, _ = forward(model, row)
+    assert torch.equal(forward(load_model(tmp_path / "run"), row)[0], want)
+
+
 def test_a_is_drawn_by_seed_and_b_is_zero():
     one, two, other = (
         adapters_of(add_adapters(tiny_model("qwen2_5_vl"), SharedArgs(lora_rank=2, seed=s))) for s in (0, 0, 1)

@@ -25,7 +25,7 @@ from PIL import Image
 import eval as evaluation
 import prpo
 import show
-from common import Reward, load_config, load_model, load_processor, seeded
+from common import Reward, load_config, load_model, load_processor, seeded, token_chooser
 from plumbing.arguments import SharedArgs
 from plumbing.commandline import UserError
 from plumbing.data import Data
@@ -350,6 +350,17 @@ def test_longer_rows_than_its_frequencies_are_for(rows, internvl, toy):
     with pytest.raises(UserError, match="of up to 4097 tokens in .* do not fit --model's 4096 positions: lower"):
         Data(str(rows), "train", SharedArgs(max_response_tokens=4097 - longest), processor, model)
     Data(str(rows), "train", SharedArgs(max_response_tokens=4097), *reversed(toy))  # Qwen-VL's stay what they are
+
+
+@pytest.mark.parametrize("video", [{}, {"video_token_id": None}])
+def test_the_image_token_is_banned_and_there_may_be_none_of_videos(video):
+    model = tiny_model("internvl")
+    for name, value in video.items():
+        setattr(model.config, name, value)
+    logits = torch.zeros(4, 96)
+    logits[:, 11] = 100.0
+    picked = token_chooser(model, 1.0, 1.0, 0)(logits, torch.tensor([0.0, 0.1, 0.5, 0.99]))
+    assert 11 not in picked and len(set(picked.tolist())) == 4
 
 
 def test_positions_of_a_prompt_without_a_picture(rows, toy):

@@ -132,6 +132,14 @@ def test_adapters_of_a_model_that_fits_no_card_name_the_other_way(tmp_path):
         Run(SharedArgs(model=str(write_config("7B", tmp_path)), dtype="bfloat16", **flags))
 
 
+@pytest.mark.parametrize("change", [{"tie_word_embeddings": "false"}, {"tie_word_embeddings": None}])
+def test_a_configuration_with_a_wrong_value_gets_a_sentence(tmp_path, change):
+    path = write_config("3B", tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="--model .* cannot be opened"):
+        plan(SharedArgs(model=str(path.parent)), 1)
+
+
 def test_a_model_that_is_not_there():
     with pytest.raises(UserError, match="--model /nowhere cannot be opened"):
         dry_run(SharedArgs(model="/nowhere", dry_run=8))
