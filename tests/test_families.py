@@ -118,6 +118,7 @@ def test_a_picture_of_several_tiles_at_least(folder, rows):
         if prompt.pixel_values is not None:
             assert picture_inputs(internvl[0], [prompt])["pixel_values"].shape[0] == int(prompt.image_mask.sum())
     assert data.prompt(0).image_grid_thw.tolist() == [[1, 4, 4], [1, 2, 2]]  # of 28 x 28 pixels: 2 x 2 tiles
+    assert limit_pixels(internvl[0].config, processor, 784 * 2 + 5, 784 * 5 + 7) == (784 * 2, 784 * 5)
 
 
 def test_the_length_of_a_prompt_is_known_before_its_pictures_are_decoded(rows, internvl):
