@@ -124,6 +124,15 @@ def packed_update(model, groups):
     model.zero_grad()
 
 
+def frozen_tower(model, asked):
+    """The model with adapters and checkpoints, `asked` for its inputs' gradients as transformers does, or not."""
+    adapted = add_adapters(copy.deepcopy(model), SharedArgs(lora_rank=32))
+    adapted.activation_checkpointing_enable({"use_reentrant": False})
+    if not asked:
+        adapted.disable_input_require_grads()
+    return adapted
+
+
 def plain_sampling(model, prompts, tokens):
     """`generate` on G copies of each prompt, as a trainer without a shared cache calls it."""
     copies = [prompt for prompt in prompts for _ in range(G)]
@@ -331,6 +340,13 @@ def main():
             lambda: rollout(model, processor.tokenizer, prompts, args, 0),
             options.repeats,
             "bar 1.15",
+        )
+        asked, ours = frozen_tower(model, True), frozen_tower(model, False)
+        compare(
+            "update with adapters: inputs' gradients / none",
+            lambda: packed_update(asked, groups),
+            lambda: packed_update(ours, groups),
+            options.repeats,
         )
     if not options.no_methods:
         method_steps(model, processor, image_tokens, tokens, options.repeats)
