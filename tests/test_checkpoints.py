@@ -35,18 +35,28 @@ def child(output, flags, environment):
     torch.set_num_threads(1)
     os.environ |= environment
     sys.argv = ["grpo.py", "--output", str(output), *map(str, [*QUICK, "--group_size", 4, *SMALL, *flags])]
-    with open(output.with_suffix(".log"), "w") as sys.stderr:
-        grpo.main()
+    os.dup2(os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
+    threads = Path(f"/proc/{os.getppid()}/task")
+    assert not threads.exists() or len(list(threads.iterdir())) == 1, "a fork of several threads"
+    grpo.main()
 
 
 FORKS = multiprocessing.get_context("forkserver")  # starts a process without importing torch anew
 FORKS.set_forkserver_preload(["grpo"])
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # of numpy and of pyarrow
 
 
 def start(output, *flags, **environment):
-    """`python grpo.py` in a process that may be killed; its console goes to <output>.log."""
+    """`python grpo.py` in a process that may be killed; its console goes to <output>.log.
+
+    The first call starts the server that forks them, without the threads that libraries begin when they are imported:
+    of a process with several threads a fork is half a process.
+    """
     process = FORKS.Process(target=child, args=(output, flags, environment))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ONE_THREAD.items():
+            patch.setenv(name, value)
+        process.start()
     return process
 
 
@@ -106,12 +116,15 @@ def test_two_processes_killed_while_saving(tmp_path):
     output, flags = tmp_path / "two", ["--steps", 50, "--save_every", 1]
     pair = [start(output, *flags, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
     deadline = time.time() + 120
-    while not ((output / "last").exists() and list(output.glob("step-*.unfinished/model.safetensors"))):
-        assert all(process.is_alive() for process in pair) and time.time() < deadline
-        time.sleep(0.0005)
-    for process in pair:
-        process.kill()
-        process.join()
+    try:
+        while not ((output / "last").exists() and list(output.glob("step-*.unfinished/model.safetensors"))):
+            codes, said = [process.exitcode for process in pair], output.with_suffix(".log")
+            assert codes == [None, None] and time.time() < deadline, (codes, said.exists() and said.read_text()[-3000:])
+            time.sleep(0.0005)
+    finally:
+        for process in pair:
+            process.kill()
+            process.join()
     last = (output / "last").resolve()
     Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
     assert json.loads((last / "trainer_state.json").read_text())["step"] == int(last.name[5:])
