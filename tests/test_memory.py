@@ -159,7 +159,7 @@ touch = lambda cache: [x.zero_() for pair in cache.suffix for x in pair]  # page
 SharedPrefixCache.grow = lambda cache, *size: (grow(cache, *size), touch(cache))
 args = SharedArgs(model={model!r}, data={data!r}, dtype="float32", group_size=4, eval_rows=0, updates_per_step=1,
     prompts_per_step={prompts}, rollout_prompts={prompts}, max_response_tokens={tokens}, min_pixels={pixels},
-    gradient_checkpointing={checkpointing}, lora_rank={lora}, output={output!r})
+    tokens_per_row={row}, gradient_checkpointing={checkpointing}, lora_rank={lora}, output={output!r})
 run = Run(args)
 args.max_prompt_tokens, args.max_pixels = len(run.data.prompt(run.data.longest_row).input_ids), None
 peaks = plan(args, 1)
@@ -240,6 +240,7 @@ def test_the_plan_is_within_15_percent_of_what_is_measured(
         "peak": peak,
         # small pictures: the responses' cache is what counts; of one tile and more
         "pixels": 4 * 28**2 if peak == "sampling" else 112**2 if which == "internvl" else None,
+        "row": 600 if peak == "sampling" else 16_384,  # a small update, which takes its time and does not count here
         "checkpointing": checkpointing,
         "lora": lora,
     }
