@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
@@ -21,7 +22,7 @@ from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError
 from plumbing.families import prompt_tensors
 from plumbing.pictures import Unusable, open_picture, read_to_the_end, to_rgb
-from plumbing.rows import load_rows, local_splits
+from plumbing.rows import load_rows, local_splits, picture_folder
 
 COLUMNS = {
     "image": ("images", "image"),
@@ -60,8 +61,10 @@ def prompt_text(processor, problem, instruction):
 def plain_text(value, what):
     """A question or an answer as a string. Raises Unusable for None, NaN, blanks, and what is neither text nor number.
 
-    >>> plain_text(30, "answer")
-    '30'
+    A number is as short as its column's type allows: that of a float32 column comes as a float of more digits.
+
+    >>> plain_text(30.0, "answer"), plain_text(0.10000000149011612, "answer"), plain_text(0.1, "answer")
+    ('30', '0.1', '0.1')
     """
     if value is None or value != value or value == "":
         raise Unusable(f"has no {what}")
@@ -69,6 +72,10 @@ def plain_text(value, what):
         raise Unusable(f"has a {type(value).__name__} for its {what}, not a text")
     if not str(value).strip():
         raise Unusable(f"has no {what}")
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    if isinstance(value, float) and abs(value) < 1e38 and float(np.float32(value)) == value:
+        return str(np.float32(value))
     return str(value)
 
 
@@ -83,7 +90,7 @@ class Data:
         self.name, self.args, self.processor, self.model, self.option = name, args, processor, model, option
         self.title = f"{Path(name).name} ({split})" if name in EMBEDDED or not Path(name).is_file() else Path(name).name
         self.rows = load_rows(name, split, args.data_revision if name == args.data else "main", option)
-        self.folder = Path(name) if Path(name).is_dir() else Path(name).parent
+        self.folder = picture_folder(name, split)
         self.columns = {}
         for what, usual in COLUMNS.items():
             wanted = getattr(args, f"{what}_column")
@@ -177,9 +184,8 @@ class Data:
         None where a local file has fewer than 10 rows: none can be spared.
         """
         args, name = self.args, self.args.eval_data or self.name
-        splits = local_splits(name)  # of a single one all rows are trained on, whatever it is called
-        has_split = len(splits) > 1 and args.eval_split in splits
-        if args.eval_data or name in EMBEDDED or not Path(name).exists() or has_split:
+        several = len(local_splits(name)) > 1  # of a single split all rows are trained on, whatever it is called
+        if args.eval_data or name in EMBEDDED or not Path(name).exists() or several:
             split = "test" if name in EMBEDDED else args.eval_split
             return Data(name, split, args, self.processor, self.model, "--eval_data")
         return self.hold_out(min(len(self) // 10, 500), args.seed) if len(self) >= 10 else None

@@ -3,8 +3,10 @@
 Not here: which columns matter and what a row becomes (data.py).
 """
 
+import glob
 import json
 import re
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,20 +16,41 @@ from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError, cannot_open
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-SPLITS = {"test": "test", "eval": "test", "validation": "validation", "valid": "validation", "val": "validation"}
+SPLITS = {"test": "test", "eval": "test", "holdout": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
 
 def local_splits(name):
     """{split: files} of a local file or folder, {} where there is none: "test-00001.parquet" is of the split test.
 
-    A file is one split, train; so are files of a folder whose names say nothing.
+    A file is one split, train; so are files of a folder whose names say nothing. What is hidden is no data.
     """
     path, splits = Path(name), defaultdict(list)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in KINDS)
     for file in files:
-        words = re.split(r"[\W\d_]+", str(file.relative_to(path)).lower())
-        splits[next((SPLITS[word] for word in words if word in SPLITS), "train")].append(file)
+        below = str(file.relative_to(path))
+        if not re.search(r"(^|[\\/])\.[^\\/]", below) or file == path:
+            words = re.split(r"[\W\d_]+", below.lower())
+            splits[next((SPLITS[word] for word in words if word in SPLITS), "train")].append(file)
     return dict(splits)
+
+
+def local_files(name, split):
+    """The files of a split of a local file or folder: of its only one, or of the one asked for, also as "val"."""
+    splits = {split: [EMBEDDED[name] / f"{split}.parquet"]} if name in EMBEDDED else local_splits(name)
+    return splits.get(SPLITS.get(split, split)) or next(iter(splits.values()), [])
+
+
+def picture_folder(name, split):
+    """Where relative paths of pictures begin: the files' folder; the one that was given where they lie in several."""
+    folders = {file.parent for file in local_files(name, split)}
+    return folders.pop() if len(folders) == 1 else Path(name)
+
+
+def version(files):
+    """Eight digits that are others as soon as one of the files is written anew, whatever its time says."""
+    facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in (file.stat() for file in files)]
+    return f"{zlib.crc32(repr(facts).encode()):08x}"
 
 
 def load_rows(name, split, revision="main", option="--data"):
@@ -35,8 +58,7 @@ def load_rows(name, split, revision="main", option="--data"):
 
     `option` is the flag that a UserError names.
     """
-    splits = {split: [EMBEDDED[name] / f"{split}.parquet"]} if name in EMBEDDED else local_splits(name)
-    files = splits.get(split) or next(iter(splits.values()), [])
+    files = local_files(name, split)
     try:
         if name not in EMBEDDED and not Path(name).exists():
             if Path(name).suffix in KINDS or name.startswith(("/", "./", "../", "~")):
@@ -47,14 +69,17 @@ def load_rows(name, split, revision="main", option="--data"):
         kinds = {KINDS.get(file.suffix) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
-        if len(splits) > 1 and split not in splits:
-            raise UserError(f"{option} {name} has no split {split}; it has {', '.join(splits)}.")
+        splits = [] if name in EMBEDDED else local_splits(name)
+        if len(splits) > 1 and SPLITS.get(split, split) not in splits:
+            said = f"{option} {name} has no split {split}; it has {', '.join(splits)}"
+            raise UserError(f"{said}: name one with --data_split or --eval_split.")
         for file in files:
             with file.open("rb") as opened:
                 begin = opened.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
             if KINDS[file.suffix] == "json" and begin not in b"{[":  # pyarrow dies of a file that says null
                 raise UserError(f"{option} {file} must hold rows: one object a line, or a list of objects.")
-        return datasets.load_dataset(kinds.pop(), data_files=[str(file) for file in files], split="train")
+        paths = [glob.escape(str(file)) for file in files]  # names, not patterns; the version: what was read is cached
+        return datasets.load_dataset(kinds.pop(), version(files), data_files=paths, split="train")
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, StopIteration) or "no data" in str(error):
             raise UserError(f"{option} {name} has no rows: give a file with some.") from None

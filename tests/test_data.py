@@ -1,10 +1,11 @@
 """Rows of any usual schema -> prompts, and the order in which training sees them."""
 
 import json
+import os
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from helpers import ROOT
 from PIL import Image
 
@@ -291,8 +292,9 @@ def test_files_of_a_folder_are_of_the_split_that_their_names_say(toy, tmp_path):
     for name, count in (("train-00000", 3), ("train-00001", 2), ("test-00000", 4), ("validation-00000", 1)):
         rows_file(tmp_path / "data", [{"question": f"{i}?", "answer": "1"} for i in range(count)], f"{name}.jsonl")
     assert [len(data_of(toy, tmp_path, split)) for split in ("train", "test", "validation")] == [5, 4, 1]
-    with pytest.raises(UserError, match="has no split dev; it has test, train, validation"):
-        data_of(toy, tmp_path, "dev")
+    with pytest.raises(UserError, match="has no split final; it has test, train, validation: name one with --data_sp"):
+        data_of(toy, tmp_path, "final")
+    assert len(data_of(toy, tmp_path, "val")) == len(data_of(toy, tmp_path, "dev")) == 1
     data = data_of(toy, tmp_path)
     assert len(data.for_evaluation()) == 4 and len(data) == 5
 
@@ -302,6 +304,59 @@ def test_a_folder_of_test_files_alone_is_not_evaluated_on_what_it_trains_on(toy,
     data = data_of(toy, tmp_path)
     held = data.for_evaluation()
     assert len(held) == 3 and len(data) == 27 and not set(held.indices) & set(data.indices)
+
+
+def test_a_split_that_a_folder_does_not_have_is_not_replaced_by_rows_of_another(toy, tmp_path):
+    for name, count in (("train", 20), ("dev", 3)):
+        rows_file(tmp_path, [{"question": f"{i}?", "answer": "1"} for i in range(count)], f"{name}.jsonl")
+    data = data_of(toy, tmp_path)
+    with pytest.raises(UserError, match="has no split test; it has validation, train: name one with --data_split or"):
+        data.for_evaluation()
+    assert len(data_of(toy, tmp_path, eval_split="val").for_evaluation()) == 3 and len(data) == 20
+
+
+def test_what_is_hidden_in_a_folder_is_no_data(toy, tmp_path):
+    (tmp_path / ".cache").mkdir()
+    rows_file(tmp_path, [{"question": "1?", "answer": "1"}], "train.jsonl")
+    rows_file(tmp_path, [{"question": "2?", "answer": "2"}], ".train-old.jsonl")
+    rows_file(tmp_path / ".cache", [{"question": "3?", "answer": "3"}], "train-copy.jsonl")
+    assert len(data_of(toy, tmp_path)) == 1
+    assert len(data_of(toy, tmp_path / ".train-old.jsonl")) == 1  # named, it is
+
+
+def test_the_name_of_a_file_is_no_pattern(toy, tmp_path):
+    for name, answer in (("train[1]", "1"), ("train1", "2"), ("q?", "3"), ("qu", "4")):
+        rows_file(tmp_path, [{"question": "?", "answer": answer}], f"{name}.jsonl")
+    for name, answer in (("train[1]", "1"), ("q?", "3")):
+        data = data_of(toy, tmp_path / f"{name}.jsonl")
+        assert len(data) == 1 and data.prompt(0).answer == answer
+
+
+def test_a_file_that_is_written_anew_with_its_old_time_is_read_anew(toy, tmp_path):
+    path = rows_file(tmp_path, [{"question": "1?", "answer": "1"}])
+    before, stat = data_of(toy, path).contents, path.stat()
+    rows_file(tmp_path, [{"question": "2?", "answer": "2"}])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert data_of(toy, path).contents != before and data_of(toy, path).prompt(0).answer == "2"
+
+
+def test_pictures_are_relative_to_the_file_also_in_a_folder(toy, tmp_path):
+    for folder, size in (("data/train", 56), ("data", 84), ("data/more", 112)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, size)).save(tmp_path / folder / "a.png")
+    row = {"images": ["a.png"], "question": "?", "answer": "1"}
+    rows_file(tmp_path / "data/train", [row], "train.jsonl")
+    assert data_of(toy, tmp_path / "data").row(0)[1][0].size == (56, 56)
+    rows_file(tmp_path / "data/more", [row], "train-more.jsonl")  # files of several folders: of the one that is given
+    assert {data_of(toy, tmp_path / "data").row(i)[1][0].size for i in (0, 1)} == {(84, 84)}
+
+
+def test_numbers_of_a_column_of_32_bits_are_as_short_as_they_were(toy, tmp_path):
+    rows = {"question": ["?"] * 3, "answer": [0.1, 3.7, 30.0]}
+    for kind, want in (("float32", ["0.1", "3.7", "30"]), ("float64", ["0.1", "3.7", "30"])):
+        Dataset.from_dict(rows).cast_column("answer", Value(kind)).to_parquet(tmp_path / f"{kind}.parquet")
+        data = data_of(toy, tmp_path / f"{kind}.parquet")
+        assert [data.prompt(i).answer for i in range(3)] == want
 
 
 def test_a_local_file_is_split_by_the_seed(toy, tmp_path):
