@@ -33,7 +33,7 @@ def read_runs(folders):
     Folders without a log (eval.py's, say) are left out, and named. Raises UserError where none is left.
     """
     runs, others = defaultdict(list), []
-    for folder in map(Path, folders):
+    for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values():
         lines = read_metrics(folder / "metrics.jsonl")
         if lines:
             runs[re.sub(r"-\d+$", "", folder.resolve().name)].append(lines)

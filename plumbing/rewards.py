@@ -4,6 +4,7 @@ Not here: the reward that a run has without it (`Reward` in common.py).
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from plumbing.commandline import UserError
@@ -21,10 +22,11 @@ def load_reward(spec):
     if not file.endswith(".py") or not Path(file).is_file():
         raise UserError(f"--reward {spec}: there is no file {file or spec}; write it as my_file.py:function.")
     try:
-        module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(module_spec)
+        sys.path.append(str(Path(file).resolve().parent))  # what lies beside the file can be imported by it
+        module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+        module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's file raises while it is imported
         raise UserError(f"--reward {spec} cannot be imported ({type(error).__name__}: {error}): mend it.") from None
     function = getattr(module, name, None)
     if not callable(function):
@@ -32,8 +34,11 @@ def load_reward(spec):
 
     def rewards(problems, responses, answers):
         try:
-            values = [float(value) for value in function(problems, responses, answers)]
-        except Exception as error:  # whatever the user's function raises
+            values = function(list(problems), list(responses), list(answers))
+            if isinstance(values, dict | str | set):
+                raise TypeError(f"it returned a {type(values).__name__}, not a list of numbers")
+            values = [float(value) for value in values]
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise UserError(f"--reward {spec} failed ({type(error).__name__}: {error}).") from None
         if len(values) != len(responses):
             raise UserError(

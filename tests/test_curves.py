@@ -27,6 +27,7 @@ def test_seeds_are_pooled(tmp_path):
     folders.append(write_run(tmp_path / "grpo", [0.4, 0.6]))
     runs = read_runs(folders)
     assert {name: len(seeds) for name, seeds in runs.items()} == {"vepo": 3, "grpo": 1}
+    assert len(read_runs([folders[0], f"{folders[0]}/"])["vepo"]) == 1  # one folder, named twice
     assert series(runs["vepo"][1], "eval_accuracy") == {0: (0.0, 0.4), 1: (3.0, 0.6), 2: (6.0, 0.7)}
     steps, seconds, mean, half = pooled(runs["vepo"], "eval_accuracy")
     assert steps == [0, 1, 2] and seconds.tolist() == [0, 3, 6]

@@ -59,6 +59,19 @@ def test_a_reward_of_ones_own(tmp_path):
     assert made[0].accuracy.tolist() == [0, 0]  # still measured
 
 
+def test_a_reward_file_is_a_module_like_any_other(tmp_path):
+    """It imports what lies beside it, has dataclasses, and may use up what it is given."""
+    (tmp_path / "beside_the_reward.py").write_text("HALF = 0.5\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_reward import HALF\n"
+        "@dataclass\nclass Score:\n    value: float\n"
+        "def f(problems, responses, answers):\n    n = len(responses)\n    responses.clear()\n"
+        "    return [Score(HALF).value] * n\n"
+    )
+    made = groups(("1", ("a", "bcd")), ("1", ("", "ef")))
+    assert Reward(SharedArgs(reward=f"{tmp_path}/mine.py:f"))(made).tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
 @pytest.mark.parametrize(
     "code, spec, sentence",
     [
@@ -71,6 +84,10 @@ def test_a_reward_of_ones_own(tmp_path):
         ("def f(problems, responses, answers):\n    return [1.0, None, 0, 0]", "f", "failed .TypeError"),
         ("def f(*_):\n    return [0, float('nan'), 0, 0]", "f", "returned nan for the response 'b' to 'Q'"),
         ("def f(*_):\n    return [0, 0, 0, float('-inf')]", "f", "returned -inf for the response 'b' to 'Q'"),
+        ("def f(*_):\n    return dict(a=1, b=2, c=3, d=4)", "f", "failed .TypeError: it returned a dict, not a list"),
+        ("def f(*_):\n    return '1010'", "f", "failed .TypeError: it returned a str, not a list of numbers"),
+        ("import sys\ndef f(*_):\n    sys.exit(0)", "f", "failed .SystemExit: 0"),
+        ("raise SystemExit(0)", "f", "cannot be imported .SystemExit"),
         ("def f(*_):\n    return [0, 0, 1e38, 0]", "f", "returned 1e.38 for the response 'a' .* from -1e.06 to 1e.06"),
     ],
 )
