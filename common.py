@@ -518,8 +518,8 @@ def forward(model, row, temperature=1.0, watch=None):
     """Log-probs and entropies of a row's response tokens, from one packed forward pass.
 
     `watch`: called with the row's detached hidden states (L, D) before each layer, from the embeddings on, and after
-    the final norm. Returns logps (G, T), over the full vocabulary at the sampling temperature; entropy (G, T) in nats,
-    of the distribution that each token was drawn from; hidden (L, D), the whole row's states after the final norm.
+    the final norm. Returns logps (G, T) and entropy (G, T) in nats, over the full vocabulary at the sampling
+    temperature, as before top_k and top_p; hidden (L, D), the whole row's states after the final norm.
     """
     inputs, mask = pack(row, model.device), row.mask.to(model.device)
     targets = row.responses.to(model.device)[mask]

@@ -47,7 +47,7 @@ from plumbing.sharding import full_tensor, local, start_processes, sum_gradients
 from plumbing.stream import Stream
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
-ALWAYS_LOGGED += ["entropy", "loss", "clip_fraction", "approx_kl"]
+ALWAYS_LOGGED += ["entropy", "clip_fraction", "approx_kl"]
 RUINED = "the checkpoints are as they were; look at skipped_updates in metrics.jsonl, and lower --learning_rate"
 
 
@@ -311,13 +311,14 @@ class Run:
         """Writes the step's line of metrics.jsonl, moves the bar, and now and then shows a response."""
         seconds = time.perf_counter() - self.begin
         self.history["seconds"] += seconds
-        sums = self.metrics.sums(ALWAYS_LOGGED)
+        self.metrics.add("loss", 0, 0)  # also of a step that trains on nothing
+        sums, updates = self.metrics.sums(ALWAYS_LOGGED), len(self.norms) + self.skipped
         line = {"step": self.step, **means(sums)}
-        line["loss"] /= max(len(self.norms) + self.skipped, 1)
+        line["loss"] /= max(updates, 1)
         line |= {
-            "grad_norm": math.nan if self.skipped and not self.norms else sum(self.norms) / max(len(self.norms), 1),
+            "grad_norm": sum(self.norms) / len(self.norms) if self.norms else math.nan,
             "skipped_updates": self.skipped,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"] if updates else math.nan,
             "seconds": seconds,
             **{f"seconds_{name}": value for name, value in self.seconds.items()},
             "tokens_per_second": sums["response_tokens"][0] / seconds,

@@ -31,14 +31,14 @@ class Metrics:
             self.add(name, value * mask.sum(), mask.sum())
 
     def sums(self, names=()):
-        """{name: (sum, weight)} over all processes since the last call, and 0 for `names` that nobody measured."""
-        sums = dict.fromkeys(names, (0.0, 0.0))
+        """{name: (sum, weight)} over all processes since the last call, and NaN for `names` that nobody measured."""
+        sums = {}
         for part in gather_object([self.own]):  # one for each process
             for name, (value, weight) in part.items():
                 value_so_far, weight_so_far = sums.get(name, (0.0, 0.0))
                 sums[name] = (value_so_far + value, weight_so_far + weight)
         self.own = {}
-        return sums
+        return dict.fromkeys(names, (math.nan, 0.0)) | sums
 
     def write(self, line):
         """A line of metrics.jsonl, floats with six digits, null where one is not finite; the same to the trackers."""

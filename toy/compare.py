@@ -64,7 +64,7 @@ WINDOW = 30  # the last steps, that perception and reasoning are averaged over
 def compact(lines):
     """What is kept of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
     steps = [line | {"accuracy": line.get("accuracy_clean", line["accuracy"])} for line in lines if "reward" in line]
-    columns = {name: [float(f"{line[name]:.4g}") for line in steps] for name in COLUMNS}
+    columns = {name: [line[name] and float(f"{line[name]:.4g}") for line in steps] for name in COLUMNS}
     tests = [[line["step"], round(line["eval_accuracy"], 4)] for line in lines if "eval_accuracy" in line]
     return columns | {"evaluations": tests}
 
