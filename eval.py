@@ -17,6 +17,7 @@ import json
 import math
 import re
 import sys
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,15 +32,15 @@ from tqdm.auto import tqdm
 from common import load_model, load_processor, rollout
 from plumbing.adapters import places
 from plumbing.answers import Checker, extract_answer, letters, normalise
-from plumbing.arguments import EMBEDDED, INSTRUCTION, check_pixels, model_source
+from plumbing.arguments import EMBEDDED, INSTRUCTION, check_together, model_source, without_links
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, check_numbers, flag, parse_args
 from plumbing.data import Data, plain_text, some_of
 from plumbing.families import limit_pixels
-from plumbing.files import write_text
+from plumbing.files import locked, write_text
 from plumbing.kernels import use_cores
 from plumbing.pictures import Unusable
-from plumbing.rows import load_rows
+from plumbing.rows import load_rows, picture_folder
 from plumbing.sharding import PATIENCE
 
 LETTERS = "ABCDEFGHIJ"
@@ -65,7 +66,9 @@ class Args:
     top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", above=0, most=1)
     top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", least=0)
     instruction: str | None = flag(None, "sentence that follows every question (default: that of training)")
-    max_prompt_tokens: int = flag(8192, "longer prompts are not asked, and count as wrong", above=0)
+    max_prompt_tokens: int | None = flag(
+        None, "longer prompts are not asked, and count as wrong (default: 8192; training's, if more)", above=0
+    )
     max_response_tokens: int | None = flag(
         None, "a response is cut after so many tokens (default: as in training; toy: 64, else: 2048)", above=0
     )
@@ -84,6 +87,7 @@ class Args:
     data_revision = "main"
 
     def __post_init__(self):
+        self.model = without_links(self.model)
         self.trained = trained = trained_with(self.model)  # a checkpoint of ours knows how it was trained
         folder, base, _, _ = places(model_source(self))  # adapters may be of a toy, too
         toys = {str(path / "model"): name for name, path in EMBEDDED.items()}
@@ -98,11 +102,12 @@ class Args:
         self.benchmarks = self.benchmarks or "own"
         if not toy and not trained:  # a checkpoint's processor has the limits of its training
             self.min_pixels, self.max_pixels = self.min_pixels or 262_144, self.max_pixels or 1_000_000
+        self.max_prompt_tokens = self.max_prompt_tokens or max(8192, trained.get("max_prompt_tokens", 0))
         name = Path(folder).resolve().parent.name if trained else Path(self.model).name
         self.output = self.output or f"runs/eval/{name}"
         self.group_size = self.samples
         check_numbers(self)
-        check_pixels(self)
+        check_together(self)
         if self.rows == 0:
             raise UserError(f"--rows {self.rows} leaves nothing to ask: give a number above 0, or -1 for all.")
         for name in self.benchmarks.split(","):
@@ -135,7 +140,9 @@ class Question:
 
 
 def choose(problem, options):
-    """The problem with its options as "(A) ..." lines, and the wish for a letter."""
+    """The problem with its options as "(A) ..." lines, and the wish for a letter. Raises Unusable for too many."""
+    if len(options) > len(LETTERS):
+        raise Unusable(f"has {len(options)} options, more than there are letters from A to {LETTERS[-1]}")
     lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options)]
     if [str(option) for option in options] == list(LETTERS[: len(options)]):
         lines = []  # the picture shows them
@@ -170,8 +177,9 @@ def plain(row):  # the toys, geometry3k, clevr_count_70k
 def mathvista(row):
     if row["question_type"] == "multi_choice":
         options = list(row["choices"])
+        problem = choose(row["question"], options)
         gold = LETTERS[options.index(row["answer"])]  # the gold answer is the text of an option
-        return Question(choose(row["question"], options), [row["decoded_image"]], gold, "choice", options)
+        return Question(problem, [row["decoded_image"]], gold, "choice", options)
     problem = row["question"] + (f" (unit: {row['unit']})" if row["unit"] else "")
     kind, digits = ("float", int(row["precision"])) if row["answer_type"] == "float" else ("free", None)
     return Question(problem, [row["decoded_image"]], row["answer"], kind, digits=digits)
@@ -266,7 +274,7 @@ class Questions(Data):
         self.name, self.args, self.processor, self.model = source, args, processor, model
         self.read, self.split, self.title = benchmark.read, split, f"{name} ({split})"
         self.rows = load_rows(source, split, benchmark.revision, self.option)
-        self.folder = Path(source).parent
+        self.folder = picture_folder(source, split)
         self.measure()
 
     def question(self, index):
@@ -297,10 +305,12 @@ def judge(check, response, question):
     answer = extract_answer(response)
     if answer is None:
         return False
-    if question.kind == "free":
+    by_letter = question.kind in ("letters", "choice")
+    gold = letters(question.answer) if by_letter else None
+    if question.kind == "free" or (by_letter and gold is None):  # an answer that names no option
         return check.equal(answer, question.answer)
     if question.kind == "letters":
-        return letters(answer) == letters(question.answer)
+        return letters(answer) == gold
     if question.kind == "yes/no":
         said = re.match(r"\W*(yes|no)\b", normalise(answer).casefold())
         return bool(said) and said[1] == question.answer
@@ -310,7 +320,7 @@ def judge(check, response, question):
     if letter is None and question.options:  # the text of an option counts where only one has it
         named = [i for i, option in enumerate(question.options) if check.equal(answer, str(option))]
         letter = LETTERS[named[0]] if len(named) == 1 else None
-    return letter == letters(question.answer)
+    return letter == gold
 
 
 def same_number(check, answer, gold, digits):
@@ -327,6 +337,14 @@ def same_number(check, answer, gold, digits):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def checksum(model):
+    """Of the first thousand numbers of each weight: an evaluation that goes on asks the same model."""
+    found = 0
+    for weight in model.state_dict().values():
+        found = zlib.crc32(weight.flatten()[:1000].float().cpu().numpy().tobytes(), found)
+    return f"{found:08x}"
+
+
 class Evaluation:
     """Model, processes and files of one evaluation."""
 
@@ -334,7 +352,8 @@ class Evaluation:
         self.args, self.output = args, Path(args.output)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE])
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.protocol, cores = self.find_protocol(), use_cores()
+        self.protocol, cores = self.flags(), use_cores()
+        self.refuse_others()
         if self.rank == 0:
             print(cores, file=sys.stderr)
         source = model_source(args)
@@ -349,10 +368,15 @@ class Evaluation:
             for data in self.parts[name]:
                 if self.rank == 0 and (data.dropped or data.unusable):
                     print(f"{data}; what is not asked counts as wrong", file=sys.stderr)
+        least, most = limit_pixels(self.model.config, self.processor)
+        self.protocol |= {"min_pixels": least, "max_pixels": most, "weights_checksum": checksum(self.model)}
+        self.protocol["rows_checksums"] = [data.contents for parts in self.parts.values() for data in parts]
+        self.refuse_others()
         self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
         if self.rank == 0:
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
+                self.lock = locked(self.output)
             except OSError as error:
                 raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
             write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
@@ -366,34 +390,43 @@ class Evaluation:
             return [Questions(name, split, args, *model) for split in splits]
         if args.data:
             return [Data(args.data, "test", args, *model)]
-        trained = SimpleNamespace(**{**args.trained, "instruction": args.instruction})
-        trained.max_response_tokens = args.max_response_tokens
-        found = Data(trained.data, trained.data_split, trained, *model).for_evaluation()
-        if found is None:
+        own = ("instruction", "max_response_tokens", "image_column", "problem_column", "answer_column")
+        trained = SimpleNamespace(**{**args.trained, **{name: getattr(args, name) for name in own}})
+        data = Data(trained.data, trained.data_split, trained, *model)
+        found = data.for_evaluation()
+        held_out = found is not None and found.rows is data.rows
+        if found is None or (held_out and trained.eval_rows == 0):
             raise UserError(f"{args.model} was trained on all of {trained.data}: name other rows with --data.")
+        if held_out and data.contents != trained.contents:
+            raise UserError(
+                f"{trained.data}, read from here and with these flags, is not what {args.model} was trained on: which "
+                f"rows were held out cannot be known; name rows with --data."
+            )
         return [found]
 
-    def find_protocol(self):
-        """What two evaluations must share to be compared, and the model; refuses to mix two in one folder."""
+    def flags(self):
+        """Of what two evaluations must share to be compared, and of the model, that which is known at once."""
         protocol = dataclasses.asdict(self.args)
-        for name in ("output", "resume", "compare", "rollout_prompts"):
+        for name in ("output", "resume", "compare", "rollout_prompts", "min_pixels", "max_pixels"):
             del protocol[name]
         revisions = {name: benchmark.revision for name, benchmark in BENCHMARKS.items()}
         protocol["revisions"] = {name: revisions.get(name, "none") for name in self.args.benchmarks.split(",")}
         if self.args.benchmarks == "own" and not self.args.data:
             protocol["data"] = {name: self.args.trained[name] for name in ("data", "eval_data", "seed")}
-        if (self.output / "protocol.json").exists():
-            try:
-                found = json.loads((self.output / "protocol.json").read_text())
-            except ValueError as error:
-                raise UserError(f"{self.output}/protocol.json is broken ({error}): name another --output.") from None
-            if not self.args.resume:
-                raise UserError(
-                    f"{self.output} holds an evaluation: --resume goes on with it, --output starts another."
-                )
-            if changed := [name for name in protocol if found.get(name) != protocol[name]]:
-                raise UserError(f"--resume: {self.output} was begun with another {', '.join(changed)}: give the same.")
         return protocol
+
+    def refuse_others(self):
+        """Raises UserError where --output holds an evaluation, unless it is this one and it is to go on."""
+        if not (self.output / "protocol.json").exists():
+            return
+        try:
+            found = json.loads((self.output / "protocol.json").read_text())
+        except ValueError as error:
+            raise UserError(f"{self.output}/protocol.json is broken ({error}): name another --output.") from None
+        if not self.args.resume:
+            raise UserError(f"{self.output} holds an evaluation: --resume goes on with it, --output starts another.")
+        if changed := [name for name in self.protocol if found.get(name) != self.protocol[name]]:
+            raise UserError(f"--resume: {self.output} was begun with another {', '.join(changed)}: give the same.")
 
     def ask(self, prompts):
         """Groups of responses; a batch that runs out of memory is cut in two, and counted."""
@@ -426,7 +459,7 @@ class Evaluation:
         done = {(row["part"], row["index"]) for row in self.read_parts(name)}
         self.accelerator.wait_for_everyone()  # everybody has read before anybody writes
         left = [asked for asked in order if asked not in done][self.rank :: self.world_size]
-        askable = [set(data.indices) for data in parts]
+        askable = [{i for i in data.indices if data.tokens[i] <= args.max_prompt_tokens} for data in parts]
         size = max(1, args.rollout_prompts // args.samples)
         with (
             open(self.output / f"{name}.{self.rank}.part", "a") as file,
@@ -445,8 +478,10 @@ class Evaluation:
                 file.flush()
                 bar.update(len(batch))
         self.accelerator.wait_for_everyone()
-        rows = sorted(self.read_parts(name), key=lambda row: (row["part"], row["index"]))
-        return [row for row in rows if (row["part"], row["index"]) in set(order)]
+        rows = {(row["part"], row["index"]): row for row in self.read_parts(name)}
+        if missing := set(order) - set(rows):
+            raise UserError(f"{len(missing)} rows in {self.output} cannot be read again: name another --output.")
+        return [rows[asked] for asked in sorted(order)]
 
     def row(self, data, index, group):
         """What is written of a row; `group` is None where it could not be asked."""
@@ -469,7 +504,7 @@ class Evaluation:
         """Rows that were written so far, by any process of this evaluation or of the one that it resumes."""
         rows = []
         for path in [*self.output.glob(f"{name}.*.part"), *self.output.glob(f"{name}.jsonl")]:
-            for line in path.read_text().splitlines():
+            for line in path.read_text().split("\n"):  # other line ends stand inside of texts
                 with contextlib.suppress(ValueError):  # the last line of a process that was killed
                     rows.append(json.loads(line))
         return rows
@@ -552,13 +587,13 @@ def compare(first, second, resamples=10_000):
         except (OSError, ValueError) as error:
             raise UserError(f"--compare: {folder} has no results.json ({error}): evaluate it first.") from None
     a, b = (result["protocol"] for result in found)
-    changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)} - {"model", "model_revision"}
-    if changed:
+    changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
+    if changed := changed - {"model", "model_revision", "weights_checksum", "rows_checksums"}:  # of rows see below
         raise UserError(f"--compare: {first} and {second} differ in {', '.join(sorted(changed))}: evaluate them alike.")
     lines = [f"{'benchmark':16s}{'rows':>6s}{'first':>9s}{'second':>9s}{'difference, 95 % interval':>32s}  sign test"]
     for name in found[0]["scores"]:
         rows = [read_lines(Path(folder) / f"{name}.jsonl") for folder in (first, second)]
-        if [(r.get("part"), r.get("index")) for r in rows[0]] != [(r.get("part"), r.get("index")) for r in rows[1]]:
+        if len(rows[0]) != len(rows[1]) or any(map(differ, *rows)):
             raise UserError(f"--compare: {first} and {second} hold other rows of {name}: evaluate them alike.")
         one, two = (torch.tensor([sum(r["correct"]) / len(r["correct"]) for r in x], dtype=torch.float64) for x in rows)
         difference, generator = two - one, torch.Generator().manual_seed(0)
@@ -572,9 +607,15 @@ def compare(first, second, resamples=10_000):
     return lines
 
 
+def differ(row, other):
+    """Whether two rows are of different questions; one that could not be read has none."""
+    asked = ("problem", "answer") if "problem" in row and "problem" in other else ()
+    return any(row.get(name) != other.get(name) for name in ("part", "index", *asked))
+
+
 def read_lines(path):
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text().split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(f"--compare: {path} cannot be read ({error}): evaluate its model again.") from None
 

@@ -43,7 +43,7 @@ from plumbing.commandline import flag
 
 @dataclass
 class Args(SharedArgs):
-    keep_ratio: float = flag(0.2, "k: share of a response's tokens in the policy loss; 1: GRPO", above=0, most=1)
+    keep_ratio: float = flag(0.2, "k: share of a response's tokens in the policy loss; 1: all", above=0, most=1)
     alpha: float = flag(0.7, "weight of the divergence against the change in entropy", least=0, most=1)
     select: Literal["vepo", "entropy", "jsd", "random"] = flag("vepo", "choose tokens by VEPO's score, or by these")
     noise: Literal["normalised", "diffusion"] = flag("normalised", "Gaussian on normalised pixels, or a diffusion step")

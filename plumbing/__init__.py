@@ -1,8 +1,8 @@
 """What a run needs and a lecture does not open: one room a file, each says in its first lines what lives there.
 
 arguments   the flags that all scripts share
-files       written beside and renamed
 commandline how a flag is declared, checked and listed; the sentence that a user's mistake gets
+files       written beside and renamed; one writer at a time
 families    what differs between Qwen-VL and InternVL
 rows        hub data sets and local files -> rows
 pictures    a picture of any mode, opened, looked through, brought to RGB

@@ -4,6 +4,7 @@ Not here: how flags are parsed and checked (commandline.py), a method's own flag
 (where it is used).
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,29 @@ def model_source(args):
     return str(EMBEDDED[args.model] / "model") if args.model in EMBEDDED else args.model
 
 
-def check_pixels(args):
-    """Raises UserError where --min_pixels, as given or by default, is more than --max_pixels."""
+def without_links(model):
+    """--model with its links followed, if it is a folder with some: `last` is another one when its run goes on."""
+    real = os.path.realpath(model)
+    linked = model not in EMBEDDED and os.path.exists(model) and real != os.path.abspath(model)
+    return real if linked else model
+
+
+def check_together(args):
+    """Raises UserError for what training and evaluation both refuse.
+
+    That is --min_pixels, as given or by default, above --max_pixels; a temperature that no logits survive; and --output
+    in a folder of data, whose files are all read as rows.
+    """
     if args.min_pixels and args.max_pixels and args.min_pixels > args.max_pixels:
         raise UserError(f"--min_pixels {args.min_pixels} is more than --max_pixels {args.max_pixels}: set both.")
+    for name in ("temperature", "eval_temperature"):
+        if 0 < (value := getattr(args, name, 0)) < 1e-6:
+            raise UserError(f"--{name} {value} is too small to divide by: 0 is greedy.")
+    for name in ("data", "eval_data"):
+        given = getattr(args, name, None)
+        folder = Path(given) if given and given not in EMBEDDED else None
+        if folder and folder.is_dir() and Path(args.output).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--output {args.output} lies in --{name} {given}, all of which is data: name another one.")
 
 
 @dataclass
@@ -188,7 +208,7 @@ class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateA
     """What every training script takes. A method's `Args` inherits these and adds its own."""
 
     def __post_init__(self):
-        toy = self.model in EMBEDDED
+        toy, self.model = self.model in EMBEDDED, without_links(self.model)
         if self.lora_alpha and not self.lora_rank:
             raise UserError(f"--lora_alpha {self.lora_alpha} is for adapters: give --lora_rank too, or leave it out.")
         defaults = {  # flag: (for the toy, for any other model)
@@ -209,7 +229,7 @@ class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateA
             if getattr(self, name) is None:
                 setattr(self, name, for_toy if toy else for_others)
         check_numbers(self)
-        check_pixels(self)
+        check_together(self)
         if self.group_size < 2:
             raise UserError(
                 f"--group_size {self.group_size} leaves no group to compare a response with: set it to 2 or more."

@@ -8,7 +8,6 @@ random number comes from seed, step, row of the data and its number in the strea
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import re
 import sys
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 from plumbing.adapters import adapters_of, places, save_adapters
 from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError, cannot_write
-from plumbing.files import remove, set_aside, write_text
+from plumbing.files import locked, remove, set_aside, write_text
 from plumbing.metrics import restore_log
 from plumbing.sharding import from_main, full_tensor
 
@@ -62,11 +61,12 @@ def read_state(folder):
 
 
 def trained_with(model):
-    """{flag: value} of the run that wrote a checkpoint; {} for a model that is none of ours. Raises UserError."""
+    """{flag: value} of a checkpoint's run, and its data's `contents`; {} for another's model. Raises UserError."""
     path = Path(places(model)[0]) / "trainer_state.json"  # of adapters: beside their folder
     if model in EMBEDDED or not path.exists() or '"global_step"' in path.read_text():  # of transformers' own Trainer
         return {}
-    return read_state(path.parent).arguments
+    state = read_state(path.parent)
+    return state.arguments | {"contents": state.contents}
 
 
 def newest(output):
@@ -113,8 +113,13 @@ def find_checkpoint(args):
 
 
 def changes(args, state, contents=None):
-    """{what: (then, now)} of all that would make a resumed run train something else than it was begun with."""
+    """{what: (then, now)} of all that would make a resumed run train something else than it was begun with.
+
+    The number of steps is a part of that where a flag called schedule, or ..._schedule, goes over the whole run.
+    """
     compared = [f.name for f in dataclasses.fields(args) if not f.metadata["may_change"]]
+    scheduled = [name for name, value in vars(args).items() if name.endswith("schedule") and value != "constant"]
+    compared += ["steps"] if scheduled else []
     found = {"script": (state.script, Path(sys.argv[0]).stem), "prompts": (state.contents, contents or state.contents)}
     found |= {name: (state.arguments[name], getattr(args, name)) for name in compared if name in state.arguments}
     return {what: values for what, values in found.items() if values[0] != values[1]}
@@ -138,11 +143,7 @@ def open_output(args, folder, state):
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "w")  # noqa: SIM115
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run writes to {output}: wait for its end, or name another --output.") from None
+        lock = locked(output)
         if newest(output) != folder:
             raise UserError(f"another run has written to {output} meanwhile: --resume goes on with it.")
         if state:

@@ -1,11 +1,24 @@
-"""Files that are whole at any moment: written beside and renamed, and nothing overwritten; what was half written goes.
+"""Files that are whole at any moment: written beside and renamed, nothing overwritten, one writer to a folder.
 
 Not here: what is written (checkpoints.py, metrics.py, and whoever writes a result).
 """
 
 import contextlib
+import fcntl
 import itertools
 import shutil
+
+from plumbing.commandline import UserError
+
+
+def locked(folder):
+    """A file that keeps others out of a folder until it is closed. Raises UserError where another run is in."""
+    lock = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run writes to {folder}: wait for its end, or name another --output.") from None
+    return lock
 
 
 def write_text(path, text):

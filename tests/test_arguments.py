@@ -45,6 +45,9 @@ from plumbing.commandline import UserError, flag, parse_args
         (["--eval_rows", "-2"], "--eval_rows -2 must be at least -1"),
         (["--kl_coef", "inf"], "--kl_coef inf must be between 0"),
         (["--eval_temperature", "-1"], "--eval_temperature -1.0 must be between 0 and 100"),
+        (["--eval_temperature", "1e-40"], "--eval_temperature 1e-40 is too small to divide by: 0 is greedy"),
+        (["--data", f"{ROOT}/toy", "--output", f"{ROOT}/toy/x/run"], "lies in --data .*/toy, all of which is data"),
+        (["--eval_data", f"{ROOT}", "--output", f"{ROOT}/x"], "lies in --eval_data .*, all of which is data"),
         (["--rollout_prompts", "0"], "--rollout_prompts 0 must be above 0"),
         (["--updates_per_step", "0"], "--updates_per_step 0 must be above 0"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -55,6 +58,16 @@ def test_mistakes_in_the_arguments(monkeypatch, capsys, flags, sentence):
     with pytest.raises(SystemExit) as error:
         parse_args(grpo.Args)
     assert error.value.code == 2 and re.search(sentence, capsys.readouterr().err)
+
+
+def test_a_link_to_a_model_is_followed(tmp_path):
+    """`last` of a run that goes on is another model: the one that was meant stays."""
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "last").symlink_to("step-1")
+    real = (tmp_path / "step-1").resolve()
+    assert SharedArgs(model=str(tmp_path / "last")).model == str(real)
+    assert SharedArgs(model=str(real)).model == str(real) and SharedArgs(model="toy").model == "toy"
+    assert SharedArgs(model="Qwen/Qwen2.5-VL-7B-Instruct").model == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
 def test_the_console_shows_one_sentence_and_exit_code_2(tmp_path):

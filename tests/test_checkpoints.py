@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, read_metrics, same, timeless, train, weights
+from helpers import QUICK, ROOT, read_metrics, same, timeless, train, weights
 from pair import free_port
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -251,7 +251,7 @@ def test_a_resumed_run_trains_what_it_was_begun_with(tmp_path, capsys):
     grpo_run(output, "--steps", 1)
     before, arguments = weights(output / "last"), (output / "args.json").read_text()
     for flags in CHANGES:
-        with pytest.raises(UserError, match=rf"was begun otherwise .{flags[0][2:]} was .*, is {flags[1]}\)"):
+        with pytest.raises(UserError, match=rf"was begun otherwise .{flags[0][2:]} was .*, is {flags[1]}[;)]"):
             grpo_run(output, "--steps", 2, *flags, "--resume")
     with pytest.raises(
         UserError, match=r"was begun otherwise .script was grpo, is vepo; entropy_coef was 0.0, is 0.001"
@@ -260,6 +260,32 @@ def test_a_resumed_run_trains_what_it_was_begun_with(tmp_path, capsys):
     assert arguments == (output / "args.json").read_text() and same(before, weights(output / "last"))
     lines = grpo_run(output, "--steps", 2, *SAME, "--resume")
     assert [line["step"] for line in lines] == [1, 2] and not any("changed" in line for line in lines)
+
+
+@pytest.mark.parametrize("script, flags", [("grpo", ["--schedule", "linear"]), ("pepo", [])])
+def test_the_number_of_steps_is_a_part_of_a_schedule(tmp_path, script, flags):
+    """The learning rate falls over the whole run, PEPO's lambda rises over it."""
+    train(script, tmp_path / "run", *SMALL, "--steps", 1, *flags)
+    with pytest.raises(UserError, match=r"was begun otherwise .steps was 1, is 2\)"):
+        train(script, tmp_path / "run", *SMALL, "--steps", 2, *flags, "--resume")
+    if script == "pepo":
+        train(script, tmp_path / "constant", *SMALL, "--steps", 1, "--weight_schedule", "constant")
+        train(script, tmp_path / "constant", *SMALL, "--steps", 2, "--weight_schedule", "constant", "--resume")
+
+
+def test_a_model_behind_a_link_that_has_moved(tmp_path):
+    """The reference of the KL term is what the run was begun with."""
+    for name in ("step-1", "step-2"):
+        shutil.copytree(ROOT / "toy/model", tmp_path / "k" / name)
+    (tmp_path / "k/last").symlink_to("step-1")
+    flags = ["--model", tmp_path / "k/last", "--data", "toy", "--kl_coef", 0.1, "--updates_per_step", 1]
+    grpo_run(tmp_path / "run", *flags, "--steps", 1)
+    (tmp_path / "k/last").unlink()
+    (tmp_path / "k/last").symlink_to("step-2")
+    with pytest.raises(UserError, match="was begun otherwise .model was .*step-1, is .*step-2"):
+        grpo_run(tmp_path / "run", *flags, "--steps", 2, "--resume")
+    flags[1] = tmp_path / "k/step-1"
+    assert len(grpo_run(tmp_path / "run", *flags, "--steps", 2, "--resume")) == 2
 
 
 def test_changed_on_purpose_is_written_down(tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 import torch
 from helpers import train
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 from common import load_model
@@ -21,6 +24,7 @@ from plumbing.arguments import EMBEDDED, INSTRUCTION, TOY, SharedArgs
 from plumbing.checkpoints import State
 from plumbing.commandline import UserError
 from plumbing.data import Data
+from plumbing.pictures import Unusable
 from plumbing.rows import load_rows
 
 PICTURE = Image.new("RGB", (56, 56), "red")
@@ -300,6 +304,10 @@ def test_published_cases(check, answer, gold, options, verdict):
         ("Yes.", "yes", "yes/no", None, True),
         ("No, it is not", "no", "yes/no", None, True),
         ("Nothing", "no", "yes/no", None, False),
+        ("banana", "12", "letters", None, False),  # neither names an option
+        ("12", "12", "letters", None, True),
+        ("no idea", "Yes", "choice", None, False),
+        ("12.0", "12", "choice", None, True),
     ],
 )
 def test_verdicts_of_the_other_kinds(check, answer, gold, kind, digits, verdict):
@@ -459,6 +467,112 @@ def test_the_rows_that_a_run_held_out_are_the_default(tmp_path, monkeypatch, cap
     assert "rows held out of mine.parquet" in capsys.readouterr().out
 
 
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """eval.py with these flags, of four tokens a response, in the folder `out` unless another is named; its results."""
+
+    def run(*flags, output="out"):
+        argv = ["eval.py", "--output", str(tmp_path / output), "--max_response_tokens", "4", *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", argv)
+        evaluation.main()
+        return json.loads((tmp_path / output / "results.json").read_text())
+
+    return run
+
+
+def text_rows(path, answers, problem="What is it?"):
+    path.write_text("".join(json.dumps({"problem": problem, "answer": x}, ensure_ascii=False) + "\n" for x in answers))
+    return path
+
+
+def test_rows_with_unusual_line_ends_are_read_again(tmp_path, evaluate):
+    path = text_rows(tmp_path / "mine.jsonl", "1234", "one\u2028two\u2029three\u0085four")
+    score = evaluate("--data", path)["scores"]["own"]
+    assert (score["rows"], score["not_asked"]) == (4, 0)
+    assert evaluate("--data", path, "--resume")["scores"]["own"]["rows"] == 4
+
+
+def test_rows_that_are_lost_are_no_result(tmp_path, evaluate, monkeypatch):
+    path = text_rows(tmp_path / "mine.jsonl", "1234")
+    read = evaluation.Evaluation.read_parts
+    monkeypatch.setattr(evaluation.Evaluation, "read_parts", lambda self, name: read(self, name)[1:])
+    with pytest.raises(UserError, match="1 rows in .* cannot be read again: name another --output"):
+        evaluate("--data", path)
+
+
+def test_an_evaluation_that_goes_on_asks_the_same_model_the_same_rows(tmp_path, evaluate):
+    path = text_rows(tmp_path / "mine.jsonl", "1234")
+    for name in ("step-1", "step-2"):
+        shutil.copytree(TOY / "model", tmp_path / "run" / name)
+    (tmp_path / "run/last").symlink_to("step-1")
+    flags = ["--model", tmp_path / "run/last", "--data", path]
+    found = evaluate(*flags)
+    assert found["protocol"]["model"] == str((tmp_path / "run/step-1").resolve())
+    assert found["protocol"]["min_pixels"] > 0 and found["protocol"]["max_pixels"] > 0  # what holds
+    assert evaluate(*flags, "--resume") == found
+    (tmp_path / "run/last").unlink()
+    (tmp_path / "run/last").symlink_to("step-2")
+    with pytest.raises(UserError, match="was begun with another model: give the same"):
+        evaluate(*flags, "--resume")
+    flags[1] = tmp_path / "run/step-1"
+    tensors = load_file(tmp_path / "run/step-1/model.safetensors")
+    save_file({name: 1.01 * value for name, value in tensors.items()}, tmp_path / "run/step-1/model.safetensors")
+    with pytest.raises(UserError, match="was begun with another weights_checksum: give the same"):
+        evaluate(*flags, "--resume")
+    save_file(tensors, tmp_path / "run/step-1/model.safetensors")
+    assert evaluate(*flags, "--resume") == found
+    text_rows(path, "4321")
+    with pytest.raises(UserError, match="was begun with another rows_checksums: give the same"):
+        evaluate(*flags, "--resume")
+    evaluate(*flags, output="other")
+    with pytest.raises(UserError, match="hold other rows of own: evaluate them alike"):
+        compare(tmp_path / "out", tmp_path / "other")
+    changed = ["--model", tmp_path / "run/step-2", "--data", path]
+    evaluate(*changed, output="second")
+    assert len(compare(tmp_path / "other", tmp_path / "second")) == 2  # two models, one file
+
+
+def test_one_evaluation_writes_to_a_folder(tmp_path, evaluate):
+    path = text_rows(tmp_path / "mine.jsonl", "1234")
+    (tmp_path / "out").mkdir()
+    lock = f"import fcntl, sys; f = open({str(tmp_path / 'out/.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-uc", f"{lock}; print(1); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="another run writes to .*: wait for its end, or name another --output"):
+            evaluate("--data", path)
+        holder.communicate()
+    assert evaluate("--data", path)["scores"]["own"]["rows"] == 4
+
+
+def test_rows_that_were_trained_on_are_not_called_held_out(tmp_path, evaluate, monkeypatch):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    text_rows(tmp_path / "one/mine.jsonl", range(30))
+    text_rows(tmp_path / "two/mine.jsonl", range(1, 31))
+    monkeypatch.chdir(tmp_path / "one")
+    flags = ["--data", "mine.jsonl", "--prompts_per_step", 2, "--steps", 1]
+    train("grpo", tmp_path / "all", *flags)  # --eval_rows 0
+    with pytest.raises(UserError, match="was trained on all of mine.jsonl: name other rows with --data"):
+        evaluate("--model", tmp_path / "all/last")
+    train("grpo", tmp_path / "most", *flags, "--eval_rows", 3)
+    model = ["--model", tmp_path / "most/last"]
+    assert evaluate(*model)["scores"]["own"]["not_asked"] == 0
+    few = evaluate(*model, "--max_prompt_tokens", 5, output="few")["scores"]["own"]
+    assert few["rows"] == few["not_asked"] == 3
+    with pytest.raises(UserError, match="with these flags, is not what .* was trained on"):
+        evaluate(*model, "--problem_column", "answer", output="columns")
+    monkeypatch.chdir(tmp_path / "two")
+    with pytest.raises(UserError, match="mine.jsonl, read from here .*, is not what .* was trained on: which rows"):
+        evaluate(*model, output="elsewhere")
+
+
+def test_more_options_than_letters():
+    row = FIXTURES["mathvista"][0][0] | {"choices": [f"{i} m" for i in range(11)], "answer": "10 m"}
+    with pytest.raises(Unusable, match="has 11 options, more than there are letters from A to J"):
+        BENCHMARKS["mathvista"].read(row)
+
+
 def test_own_data_is_called_own(tmp_path, monkeypatch, capsys):
     data = load_rows("toy", "test").select(range(6)).add_column("n", [3, None, 5, 6, 7, 8])
     data.remove_columns("answer").rename_column("n", "answer").to_parquet(tmp_path / "mine.parquet")
@@ -500,6 +614,7 @@ def test_a_broken_row_in_a_hundred_counts_as_wrong(tmp_path, monkeypatch, capsys
         (["--min_pixels", 5000, "--max_pixels", 4000], "--min_pixels 5000 is more than --max_pixels 4000"),
         (["--benchmarks", "own"], "--benchmarks own needs --data"),
         (["--temperature", -1], "--temperature -1.0 must be between 0 and 100"),
+        (["--temperature", 1e-40], "--temperature 1e-40 is too small to divide by: 0 is greedy"),
         (["--top_p", 0], "--top_p 0.0 must be above 0"),
         (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),
         (["--compare", "runs/a"], "--compare takes two result folders, not 1"),
