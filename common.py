@@ -519,7 +519,7 @@ def forward(model, row, temperature=1.0, watch=None):
 
     `watch`: called with the row's detached hidden states (L, D) before each layer, from the embeddings on, and after
     the final norm. Returns logps (G, T) and entropy (G, T) in nats, over the full vocabulary at the sampling
-    temperature, as before top_k and top_p; hidden (L, D), the whole row's states after the final norm.
+    temperature, that is, before top_k and top_p cut it; hidden (L, D), the whole row's states after the final norm.
     """
     inputs, mask = pack(row, model.device), row.mask.to(model.device)
     targets = row.responses.to(model.device)[mask]

@@ -40,7 +40,7 @@ from plumbing.families import limit_pixels
 from plumbing.files import locked, write_text
 from plumbing.kernels import use_cores
 from plumbing.pictures import Unusable
-from plumbing.rows import load_rows, picture_folder
+from plumbing.rows import load_rows, picture_folders, refuse_output_among
 from plumbing.sharding import PATIENCE
 
 LETTERS = "ABCDEFGHIJ"
@@ -67,7 +67,7 @@ class Args:
     top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", least=0)
     instruction: str | None = flag(None, "sentence that follows every question (default: that of training)")
     max_prompt_tokens: int | None = flag(
-        None, "longer prompts are not asked, and count as wrong (default: 8192; training's, if more)", above=0
+        None, "longer prompts are not asked, and count as wrong (default: 8192)", above=0
     )
     max_response_tokens: int | None = flag(
         None, "a response is cut after so many tokens (default: as in training; toy: 64, else: 2048)", above=0
@@ -87,7 +87,7 @@ class Args:
     data_revision = "main"
 
     def __post_init__(self):
-        self.model = without_links(self.model)
+        given, self.model = self.model, without_links(self.model)
         self.trained = trained = trained_with(self.model)  # a checkpoint of ours knows how it was trained
         folder, base, _, _ = places(model_source(self))  # adapters may be of a toy, too
         toys = {str(path / "model"): name for name, path in EMBEDDED.items()}
@@ -102,8 +102,10 @@ class Args:
         self.benchmarks = self.benchmarks or "own"
         if not toy and not trained:  # a checkpoint's processor has the limits of its training
             self.min_pixels, self.max_pixels = self.min_pixels or 262_144, self.max_pixels or 1_000_000
-        self.max_prompt_tokens = self.max_prompt_tokens or max(8192, trained.get("max_prompt_tokens", 0))
-        name = Path(folder).resolve().parent.name if trained else Path(self.model).name
+        held_out = self.benchmarks == "own" and not self.data
+        longest = max(8192, trained.get("max_prompt_tokens", 0) if held_out else 0)
+        self.max_prompt_tokens = self.max_prompt_tokens or longest
+        name = Path(folder).resolve().parent.name if trained else Path(given).name
         self.output = self.output or f"runs/eval/{name}"
         self.group_size = self.samples
         check_numbers(self)
@@ -274,7 +276,7 @@ class Questions(Data):
         self.name, self.args, self.processor, self.model = source, args, processor, model
         self.read, self.split, self.title = benchmark.read, split, f"{name} ({split})"
         self.rows = load_rows(source, split, benchmark.revision, self.option)
-        self.folder = picture_folder(source, split)
+        self.folders = picture_folders(source, split)
         self.measure()
 
     def question(self, index):
@@ -307,7 +309,7 @@ def judge(check, response, question):
         return False
     by_letter = question.kind in ("letters", "choice")
     gold = letters(question.answer) if by_letter else None
-    if question.kind == "free" or (by_letter and gold is None):  # an answer that names no option
+    if question.kind == "free" or (by_letter and gold is None):  # the right answer names no option
         return check.equal(answer, question.answer)
     if question.kind == "letters":
         return letters(answer) == gold
@@ -352,6 +354,7 @@ class Evaluation:
         self.args, self.output = args, Path(args.output)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE])
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        refuse_output_among(args.output, args.data or args.trained.get("data"))
         self.protocol, cores = self.flags(), use_cores()
         self.refuse_others()
         if self.rank == 0:
@@ -369,7 +372,8 @@ class Evaluation:
                 if self.rank == 0 and (data.dropped or data.unusable):
                     print(f"{data}; what is not asked counts as wrong", file=sys.stderr)
         least, most = limit_pixels(self.model.config, self.processor)
-        self.protocol |= {"min_pixels": least, "max_pixels": most, "weights_checksum": checksum(self.model)}
+        self.protocol |= {"min_pixels": least, "max_pixels": most, "dtype": str(dtype).removeprefix("torch.")}
+        self.protocol["weights_checksum"] = checksum(self.model)
         self.protocol["rows_checksums"] = [data.contents for parts in self.parts.values() for data in parts]
         self.refuse_others()
         self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
@@ -377,6 +381,7 @@ class Evaluation:
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
                 self.lock = locked(self.output)
+                self.refuse_others()  # one that was quicker
             except OSError as error:
                 raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
             write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
@@ -407,7 +412,7 @@ class Evaluation:
     def flags(self):
         """Of what two evaluations must share to be compared, and of the model, that which is known at once."""
         protocol = dataclasses.asdict(self.args)
-        for name in ("output", "resume", "compare", "rollout_prompts", "min_pixels", "max_pixels"):
+        for name in ("output", "resume", "compare", "rollout_prompts", "min_pixels", "max_pixels", "dtype"):
             del protocol[name]
         revisions = {name: benchmark.revision for name, benchmark in BENCHMARKS.items()}
         protocol["revisions"] = {name: revisions.get(name, "none") for name in self.args.benchmarks.split(",")}
@@ -450,7 +455,7 @@ class Evaluation:
         return self.ask(prompts[:half]) + self.ask(prompts[half:])
 
     def run(self, name):
-        """Asks what has not been asked yet, and returns all rows of a benchmark, for any number of processes."""
+        """Asks what has not been asked yet; returns all rows of a benchmark on the main process, [] on the others."""
         args, parts = self.args, self.parts[name]
         all_rows = args.data or name != "own"  # training evaluates on what it can use
         rows = [range(len(data.rows)) if all_rows else data.indices for data in parts]
@@ -478,6 +483,8 @@ class Evaluation:
                 file.flush()
                 bar.update(len(batch))
         self.accelerator.wait_for_everyone()
+        if self.rank > 0:
+            return []
         rows = {(row["part"], row["index"]): row for row in self.read_parts(name)}
         if missing := set(order) - set(rows):
             raise UserError(f"{len(missing)} rows in {self.output} cannot be read again: name another --output.")
@@ -504,7 +511,7 @@ class Evaluation:
         """Rows that were written so far, by any process of this evaluation or of the one that it resumes."""
         rows = []
         for path in [*self.output.glob(f"{name}.*.part"), *self.output.glob(f"{name}.jsonl")]:
-            for line in path.read_text().split("\n"):  # other line ends stand inside of texts
+            for line in path.read_text(errors="replace").split("\n"):  # other line ends stand inside of texts
                 with contextlib.suppress(ValueError):  # the last line of a process that was killed
                     rows.append(json.loads(line))
         return rows
@@ -588,7 +595,8 @@ def compare(first, second, resamples=10_000):
             raise UserError(f"--compare: {folder} has no results.json ({error}): evaluate it first.") from None
     a, b = (result["protocol"] for result in found)
     changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
-    if changed := changed - {"model", "model_revision", "weights_checksum", "rows_checksums"}:  # of rows see below
+    # which rows can be asked, and so their checksum, depends on the model: each row's texts are compared below
+    if changed := changed - {"model", "model_revision", "weights_checksum", "rows_checksums"}:
         raise UserError(f"--compare: {first} and {second} differ in {', '.join(sorted(changed))}: evaluate them alike.")
     lines = [f"{'benchmark':16s}{'rows':>6s}{'first':>9s}{'second':>9s}{'difference, 95 % interval':>32s}  sign test"]
     for name in found[0]["scores"]:
@@ -640,7 +648,8 @@ def main():
     evaluation, results = Evaluation(args), {}
     for name in args.benchmarks.split(","):
         rows = evaluation.run(name)
-        results[name] = scores(name, rows)
+        if evaluation.rank == 0:
+            results[name] = scores(name, rows)
         evaluation.finish(name, rows)
     evaluation.check.close()
     retries = sum(gather_object([evaluation.retries]))

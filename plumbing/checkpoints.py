@@ -26,6 +26,7 @@ from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError, cannot_write
 from plumbing.files import locked, remove, set_aside, write_text
 from plumbing.metrics import restore_log
+from plumbing.rows import refuse_output_among
 from plumbing.sharding import from_main, full_tensor
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is right on one process
@@ -88,8 +89,9 @@ def steps_in(output):
 
 
 def find_checkpoint(args):
-    """(folder, State) to go on from, or (None, None); refuses to mix two runs in one folder."""
+    """(folder, State) to go on from, or (None, None); refuses to mix two runs, or a run and its data, in one folder."""
     output = Path(args.output)
+    refuse_output_among(output, args.data, args.eval_data)
     if not args.resume:
         if (output / "last").exists() or newest(output):
             raise UserError(f"{output} holds a run: --resume goes on with it, --output starts another.")

@@ -22,7 +22,7 @@ from plumbing.arguments import EMBEDDED
 from plumbing.commandline import UserError
 from plumbing.families import prompt_tensors
 from plumbing.pictures import Unusable, open_picture, read_to_the_end, to_rgb
-from plumbing.rows import load_rows, local_splits, picture_folder
+from plumbing.rows import load_rows, local_splits, picture_folders
 
 COLUMNS = {
     "image": ("images", "image"),
@@ -61,22 +61,17 @@ def prompt_text(processor, problem, instruction):
 def plain_text(value, what):
     """A question or an answer as a string. Raises Unusable for None, NaN, blanks, and what is neither text nor number.
 
-    A number is as short as its column's type allows: that of a float32 column comes as a float of more digits.
-
-    >>> plain_text(30.0, "answer"), plain_text(0.10000000149011612, "answer"), plain_text(0.1, "answer")
+    >>> plain_text(30.0, "answer"), plain_text(0.1, "answer"), plain_text(np.float32(0.1), "answer")
     ('30', '0.1', '0.1')
     """
     if value is None or value != value or value == "":
         raise Unusable(f"has no {what}")
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float | np.float32):
         raise Unusable(f"has a {type(value).__name__} for its {what}, not a text")
     if not str(value).strip():
         raise Unusable(f"has no {what}")
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return str(int(value))
-    if isinstance(value, float) and abs(value) < 1e38 and float(np.float32(value)) == value:
-        return str(np.float32(value))
-    return str(value)
+    whole = isinstance(value, float | np.float32) and value.is_integer() and abs(value) < 2**53
+    return str(int(value) if whole else value)
 
 
 class Data:
@@ -90,7 +85,7 @@ class Data:
         self.name, self.args, self.processor, self.model, self.option = name, args, processor, model, option
         self.title = f"{Path(name).name} ({split})" if name in EMBEDDED or not Path(name).is_file() else Path(name).name
         self.rows = load_rows(name, split, args.data_revision if name == args.data else "main", option)
-        self.folder = picture_folder(name, split)
+        self.folders = picture_folders(name, split)
         self.columns = {}
         for what, usual in COLUMNS.items():
             wanted = getattr(args, f"{what}_column")
@@ -187,7 +182,8 @@ class Data:
         several = len(local_splits(name)) > 1  # of a single split all rows are trained on, whatever it is called
         if args.eval_data or name in EMBEDDED or not Path(name).exists() or several:
             split = "test" if name in EMBEDDED else args.eval_split
-            return Data(name, split, args, self.processor, self.model, "--eval_data")
+            option = "--eval_data" if args.eval_data else "--data"
+            return Data(name, split, args, self.processor, self.model, option)
         return self.hold_out(min(len(self) // 10, 500), args.seed) if len(self) >= 10 else None
 
     def hold_out(self, rows, seed):
@@ -206,13 +202,16 @@ class Data:
             raise Unusable("is not in UTF-8") from None
         images = row[self.columns["image"]] if self.columns["image"] else None
         images = images if isinstance(images, list) else [] if images is None else [images]
-        return row[self.columns["problem"]], images, row[self.columns["answer"]]
+        answer = row[self.columns["answer"]]
+        if isinstance(answer, float) and self.rows.features[self.columns["answer"]].dtype in ("float16", "float32"):
+            answer = np.float32(answer)  # which writes 0.1 for what comes as 0.10000000149011612
+        return row[self.columns["problem"]], images, answer
 
     def row(self, index):
         """(problem, images, answer), with a place for each picture, not decoded yet. Raises Unusable."""
         problem, images, answer = self.fields(index)
         problem, answer = plain_text(problem, "question"), plain_text(answer, "answer")
-        opened = [open_picture(image, self.folder) for image in images]
+        opened = [open_picture(image, self.folders) for image in images]
         marked = problem.count("<image>")
         if marked == 0:
             problem = "<image>" * len(opened) + problem

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment: written beside and renamed, nothing overwritten, one writer to a folder.
+"""Files that are whole at any moment: written beside and renamed; what a run wrote is set aside; one writer a folder.
 
 Not here: what is written (checkpoints.py, metrics.py, and whoever writes a result).
 """

@@ -12,21 +12,23 @@ class Unusable(Exception):
     """What is wrong with a row of the data, to go on after "row 7"; such rows are left out, and counted."""
 
 
-def open_picture(source, folder):
+def open_picture(source, folders):
     """A PIL image, turned as its EXIF data says (not looked for in a PNG); not decoded yet, unless it had to be turned.
 
-    `source`: an image, the bytes of a file, a path relative to `folder`, or a dict of bytes and path, as the datasets
-    library has them. Raises Unusable.
+    `source`: an image, the bytes of a file, a path relative to the first of the `folders` that has it, or a dict of
+    bytes and path, as the datasets library has them. Raises Unusable.
     """
     if isinstance(source, dict):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
     if not isinstance(source, Image.Image | bytes | str):
         raise Unusable(f"has an image that is no file and no path ({str(source)[:40]})")
     try:
-        if isinstance(source, Image.Image):
-            image = source
-        else:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else folder / source)
+        image = source
+        if isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif isinstance(source, str):
+            places = [folder / source for folder in folders]
+            image = Image.open(next((place for place in places if place.exists()), places[0]))
         if image.format != "PNG":  # looking for EXIF data would decode a PNG here already
             ImageOps.exif_transpose(image, in_place=True)
         return image

@@ -3,6 +3,7 @@
 Not here: the reward that a run has without it (`Reward` in common.py).
 """
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,6 +11,17 @@ from pathlib import Path
 from plumbing.commandline import UserError
 
 LARGEST = 1e6  # a group's standard deviation is computed in fp32: the squares of 1e38 are infinite
+
+
+@contextlib.contextmanager
+def told(sentence):
+    """Whatever the user's file raises as a UserError; but not Ctrl-C, which run.py makes an exit with 130."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if getattr(error, "code", None) == 130:
+            raise
+        raise UserError(sentence.format(f"{type(error).__name__}: {error}")) from None
 
 
 def load_reward(spec):
@@ -21,25 +33,21 @@ def load_reward(spec):
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
         raise UserError(f"--reward {spec}: there is no file {file or spec}; write it as my_file.py:function.")
-    try:
+    with told(f"--reward {spec} cannot be imported ({{}}): mend it."):
         sys.path.append(str(Path(file).resolve().parent))  # what lies beside the file can be imported by it
         module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
         module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises while it is imported
-        raise UserError(f"--reward {spec} cannot be imported ({type(error).__name__}: {error}): mend it.") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--reward {spec}: {file} has no function {name}.")
 
     def rewards(problems, responses, answers):
-        try:
+        with told(f"--reward {spec} failed ({{}})."):
             values = function(list(problems), list(responses), list(answers))
-            if isinstance(values, dict | str | set):
+            if isinstance(values, dict | str | bytes | set | frozenset):
                 raise TypeError(f"it returned a {type(values).__name__}, not a list of numbers")
             values = [float(value) for value in values]
-        except (Exception, SystemExit) as error:  # whatever the user's function raises
-            raise UserError(f"--reward {spec} failed ({type(error).__name__}: {error}).") from None
         if len(values) != len(responses):
             raise UserError(
                 f"--reward {spec} returned {len(values)} values for {len(responses)} responses: return one for each."

@@ -28,27 +28,54 @@ def local_splits(name):
     path, splits = Path(name), defaultdict(list)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in KINDS)
     for file in files:
-        below = str(file.relative_to(path))
-        if not re.search(r"(^|[\\/])\.[^\\/]", below) or file == path:
-            words = re.split(r"[\W\d_]+", below.lower())
+        below = file.relative_to(path)
+        if not hidden(below):
+            words = re.split(r"[\W\d_]+", str(below).lower())
             splits[next((SPLITS[word] for word in words if word in SPLITS), "train")].append(file)
     return dict(splits)
 
 
-def local_files(name, split):
-    """The files of a split of a local file or folder: of its only one, or of the one asked for, also as "val"."""
-    splits = {split: [EMBEDDED[name] / f"{split}.parquet"]} if name in EMBEDDED else local_splits(name)
-    return splits.get(SPLITS.get(split, split)) or next(iter(splits.values()), [])
+def local_files(name, split, option="--data"):
+    """The files of a split of a local file or folder: of its only one, or of the one asked for, also as "val".
+
+    [] where there is no such file or folder. `option` is the flag that a UserError, for another split, names.
+    """
+    if name in EMBEDDED:
+        return [EMBEDDED[name] / f"{split}.parquet"]
+    splits, wanted = local_splits(name), SPLITS.get(split, split)
+    if len(splits) > 1 and wanted not in splits:
+        raise UserError(
+            f"{option} {name} has no split {split}; it has {', '.join(splits)}: name one with --data_split or "
+            f"--eval_split of training, or give the file itself."
+        )
+    return splits.get(wanted) or next(iter(splits.values()), [])
 
 
-def picture_folder(name, split):
-    """Where relative paths of pictures begin: the files' folder; the one that was given where they lie in several."""
+def picture_folders(name, split):
+    """Where relative paths of pictures begin: the files' own folder, if it is one, and then the one that was given."""
     folders = {file.parent for file in local_files(name, split)}
-    return folders.pop() if len(folders) == 1 else Path(name)
+    given = Path(name) if Path(name).is_dir() else Path(name).parent
+    return [*folders, given] if len(folders) == 1 else [given]
+
+
+def refuse_output_among(output, *names):
+    """Raises UserError where --output lies in a local folder of these data sets, whose files are all read as rows."""
+    for name in names:
+        if name and name not in EMBEDDED and Path(name).is_dir():
+            inside, folder = Path(output).resolve(), Path(name).resolve()
+            if inside.is_relative_to(folder) and not hidden(inside.relative_to(folder)):
+                raise UserError(f"--output {output} lies in {name}, all of which is data: name another one.")
+
+
+def hidden(path):
+    return any(part.startswith(".") for part in path.parts)
 
 
 def version(files):
-    """Eight digits that are others as soon as one of the files is written anew, whatever its time says."""
+    """Eight digits that are others as soon as one of the files is written anew, whatever its time says.
+
+    They name the folder of the cache that rows are read into: by itself `datasets` goes by path and time alone.
+    """
     facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in (file.stat() for file in files)]
     return f"{zlib.crc32(repr(facts).encode()):08x}"
 
@@ -58,7 +85,7 @@ def load_rows(name, split, revision="main", option="--data"):
 
     `option` is the flag that a UserError names.
     """
-    files = local_files(name, split)
+    files = local_files(name, split, option)
     try:
         if name not in EMBEDDED and not Path(name).exists():
             if Path(name).suffix in KINDS or name.startswith(("/", "./", "../", "~")):
@@ -69,17 +96,13 @@ def load_rows(name, split, revision="main", option="--data"):
         kinds = {KINDS.get(file.suffix) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
-        splits = [] if name in EMBEDDED else local_splits(name)
-        if len(splits) > 1 and SPLITS.get(split, split) not in splits:
-            said = f"{option} {name} has no split {split}; it has {', '.join(splits)}"
-            raise UserError(f"{said}: name one with --data_split or --eval_split.")
         for file in files:
             with file.open("rb") as opened:
                 begin = opened.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
             if KINDS[file.suffix] == "json" and begin not in b"{[":  # pyarrow dies of a file that says null
                 raise UserError(f"{option} {file} must hold rows: one object a line, or a list of objects.")
-        paths = [glob.escape(str(file)) for file in files]  # names, not patterns; the version: what was read is cached
-        return datasets.load_dataset(kinds.pop(), version(files), data_files=paths, split="train")
+        paths = [glob.escape(str(file)) for file in files]  # names, not patterns
+        return datasets.load_dataset(kinds.pop(), name=version(files), data_files=paths, split="train")
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, StopIteration) or "no data" in str(error):
             raise UserError(f"{option} {name} has no rows: give a file with some.") from None

@@ -35,7 +35,7 @@ def child(output, flags, environment):
     torch.set_num_threads(1)
     os.environ |= environment
     sys.argv = ["grpo.py", "--output", str(output), *map(str, [*QUICK, "--group_size", 4, *SMALL, *flags])]
-    os.dup2(os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
+    os.dup2(os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), sys.stderr.fileno())
     threads = Path(f"/proc/{os.getppid()}/task")
     assert not threads.exists() or len(list(threads.iterdir())) == 1, "a fork of several threads"
     grpo.main()
@@ -260,6 +260,16 @@ def test_a_resumed_run_trains_what_it_was_begun_with(tmp_path, capsys):
     assert arguments == (output / "args.json").read_text() and same(before, weights(output / "last"))
     lines = grpo_run(output, "--steps", 2, *SAME, "--resume")
     assert [line["step"] for line in lines] == [1, 2] and not any("changed" in line for line in lines)
+
+
+def test_a_run_does_not_write_among_its_rows(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rows.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n' * 4)
+    for flag in ("--data", "--eval_data"):
+        with pytest.raises(UserError, match="data/runs/x lies in .*data, all of which is data: name another one"):
+            grpo_run(tmp_path / "data/runs/x", flag, tmp_path / "data", "--steps", 1)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["rows.jsonl"]
+    assert len(grpo_run(tmp_path / "x", "--data", tmp_path / "data", "--steps", 1)) == 1
 
 
 @pytest.mark.parametrize("script, flags", [("grpo", ["--schedule", "linear"]), ("pepo", [])])

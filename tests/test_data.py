@@ -94,7 +94,7 @@ def test_values_of_16_bits_and_floats_keep_their_range(tmp_path):
     Image.new("I;16", (4, 4), 32768).save(tmp_path / "a.png")
     Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tiff")
     for name in ("a.png", "a.tiff"):
-        image = open_picture(name, tmp_path)
+        image = open_picture(name, [tmp_path])
         assert to_rgb(image).getpixel((0, 0)) == (128, 128, 128)
 
 
@@ -347,16 +347,19 @@ def test_pictures_are_relative_to_the_file_also_in_a_folder(toy, tmp_path):
     row = {"images": ["a.png"], "question": "?", "answer": "1"}
     rows_file(tmp_path / "data/train", [row], "train.jsonl")
     assert data_of(toy, tmp_path / "data").row(0)[1][0].size == (56, 56)
-    rows_file(tmp_path / "data/more", [row], "train-more.jsonl")  # files of several folders: of the one that is given
+    (tmp_path / "data/train/a.png").unlink()  # then relative to the folder that was given
+    assert data_of(toy, tmp_path / "data").row(0)[1][0].size == (84, 84)
+    rows_file(tmp_path / "data/more", [row], "train-more.jsonl")  # of files of several folders too
     assert {data_of(toy, tmp_path / "data").row(i)[1][0].size for i in (0, 1)} == {(84, 84)}
 
 
 def test_numbers_of_a_column_of_32_bits_are_as_short_as_they_were(toy, tmp_path):
-    rows = {"question": ["?"] * 3, "answer": [0.1, 3.7, 30.0]}
-    for kind, want in (("float32", ["0.1", "3.7", "30"]), ("float64", ["0.1", "3.7", "30"])):
+    rows = {"question": ["?"] * 4, "answer": [0.1, 3.7, 30.0, 1 / 4096]}
+    digits = {"float32": "0.00024414062", "float64": "0.000244140625"}
+    for kind, last in digits.items():
         Dataset.from_dict(rows).cast_column("answer", Value(kind)).to_parquet(tmp_path / f"{kind}.parquet")
         data = data_of(toy, tmp_path / f"{kind}.parquet")
-        assert [data.prompt(i).answer for i in range(3)] == want
+        assert [data.prompt(i).answer for i in range(4)] == ["0.1", "3.7", "30", last]
 
 
 def test_a_local_file_is_split_by_the_seed(toy, tmp_path):

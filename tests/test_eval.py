@@ -489,7 +489,19 @@ def test_rows_with_unusual_line_ends_are_read_again(tmp_path, evaluate):
     path = text_rows(tmp_path / "mine.jsonl", "1234", "one\u2028two\u2029three\u0085four")
     score = evaluate("--data", path)["scores"]["own"]
     assert (score["rows"], score["not_asked"]) == (4, 0)
+    shutil.copy(tmp_path / "out/own.jsonl", tmp_path / "out/own.0.part")  # killed between writing the one
+    assert evaluate("--data", path, "--resume")["scores"]["own"]["rows"] == 4  # and removing the other
+    with (tmp_path / "out/own.0.part").open("ab") as half:
+        half.write('{"problem": "é'.encode()[:-1])
     assert evaluate("--data", path, "--resume")["scores"]["own"]["rows"] == 4
+    assert len(compare(tmp_path / "out", tmp_path / "out")) == 2
+
+
+def test_the_output_does_not_lie_among_the_rows(tmp_path, evaluate):
+    text_rows(tmp_path / "mine.jsonl", "1234")
+    with pytest.raises(UserError, match="--output .*/out lies in .*, all of which is data: name another one"):
+        evaluate("--data", tmp_path)
+    assert evaluate("--data", tmp_path, output=".runs/out")["scores"]["own"]["rows"] == 4  # hidden, it is no data
 
 
 def test_rows_that_are_lost_are_no_result(tmp_path, evaluate, monkeypatch):
@@ -614,7 +626,7 @@ def test_a_broken_row_in_a_hundred_counts_as_wrong(tmp_path, monkeypatch, capsys
         (["--min_pixels", 5000, "--max_pixels", 4000], "--min_pixels 5000 is more than --max_pixels 4000"),
         (["--benchmarks", "own"], "--benchmarks own needs --data"),
         (["--temperature", -1], "--temperature -1.0 must be between 0 and 100"),
-        (["--temperature", 1e-40], "--temperature 1e-40 is too small to divide by: 0 is greedy"),
+        (["--temperature", 1e-40], "--temperature 1e-40 is too small to divide by: raise it"),
         (["--top_p", 0], "--top_p 0.0 must be above 0"),
         (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),
         (["--compare", "runs/a"], "--compare takes two result folders, not 1"),
