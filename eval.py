@@ -41,7 +41,7 @@ from plumbing.files import locked, write_text
 from plumbing.kernels import use_cores
 from plumbing.pictures import Unusable
 from plumbing.rows import load_rows, picture_folders, refuse_output_among
-from plumbing.sharding import PATIENCE
+from plumbing.sharding import PATIENCE, on_main
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -377,15 +377,18 @@ class Evaluation:
         self.protocol["rows_checksums"] = [data.contents for parts in self.parts.values() for data in parts]
         self.refuse_others()
         self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
-        if self.rank == 0:
-            try:
-                self.output.mkdir(parents=True, exist_ok=True)
-                self.lock = locked(self.output)
-                self.refuse_others()  # one that was quicker
-            except OSError as error:
-                raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
+        self.lock = on_main(self.open_output)
+
+    def open_output(self):
+        """Makes --output ready; returns a lock, a file: other evaluations are kept out until this process ends."""
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            lock = locked(self.output)
+            self.refuse_others()  # one that was quicker
             write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
-        self.accelerator.wait_for_everyone()
+            return lock
+        except OSError as error:
+            raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
 
     def find_questions(self, name):
         """The splits of a benchmark; of data of one's own: that of --data, or what training evaluated the model on."""
@@ -455,7 +458,7 @@ class Evaluation:
         return self.ask(prompts[:half]) + self.ask(prompts[half:])
 
     def run(self, name):
-        """Asks what has not been asked yet; returns all rows of a benchmark on the main process, [] on the others."""
+        """Asks what has not been asked yet; returns all rows of a benchmark on the main process, None on the others."""
         args, parts = self.args, self.parts[name]
         all_rows = args.data or name != "own"  # training evaluates on what it can use
         rows = [range(len(data.rows)) if all_rows else data.indices for data in parts]
@@ -483,8 +486,10 @@ class Evaluation:
                 file.flush()
                 bar.update(len(batch))
         self.accelerator.wait_for_everyone()
-        if self.rank > 0:
-            return []
+        return on_main(lambda: self.collect(name, order))
+
+    def collect(self, name, order):
+        """All rows of a benchmark in their order. Raises UserError where what was written cannot be read again."""
         rows = {(row["part"], row["index"]): row for row in self.read_parts(name)}
         if missing := set(order) - set(rows):
             raise UserError(f"{len(missing)} rows in {self.output} cannot be read again: name another --output.")

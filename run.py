@@ -43,7 +43,7 @@ from plumbing.data import Data, some_of
 from plumbing.kernels import use_cores
 from plumbing.memory import dry_run, out_of_memory
 from plumbing.metrics import Metrics, means
-from plumbing.sharding import full_tensor, local, start_processes, sum_gradients, total, unsharded
+from plumbing.sharding import full_tensor, local, on_main, start_processes, sum_gradients, total, unsharded
 from plumbing.stream import Stream
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
@@ -142,7 +142,7 @@ class Run:
 
     def open_output(self, folder, state):
         """The folder, its lock and log; a resumed run that differs from what it was says so there."""
-        self.lock = checkpoints.open_output(self.args, folder, state) if self.is_main else None
+        self.lock = on_main(lambda: checkpoints.open_output(self.args, folder, state))
         if state and (changed := checkpoints.changes(self.args, state, self.data.contents)):
             self.metrics.write({"step": self.step, "changed": changed})
         if self.args.report_to:

@@ -181,7 +181,8 @@ def on_main(function):
     """function() on the main process, None on the others; where it ends in a UserError, all processes end."""
     result = refused = None
     try:
-        result = function() if torch.distributed.get_rank() == 0 else None
+        alone = not torch.distributed.is_initialized()
+        result = function() if alone or torch.distributed.get_rank() == 0 else None
     except UserError as error:
         refused = error
     if from_main(refused is not None):

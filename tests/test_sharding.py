@@ -141,6 +141,20 @@ def test_a_model_that_only_the_main_process_opens_and_refuses(tmp_path, start, i
     assert codes == [2, 2] and "is damaged, or no model of its config.json" in console and "Traceback" not in console
 
 
+@pytest.mark.parametrize("script", ["grpo", "eval"])
+def test_a_folder_that_another_run_writes_to(tmp_path, pair, script):
+    """Only the main process looks; one sentence, and both processes end."""
+    lock = f"import fcntl, sys; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-uc", f"{lock}; print(1); sys.stdin.read()"]
+    flags = [*FLAGS, "--eval_rows", "0"] if script == "grpo" else ["--rows", "2", "--max_response_tokens", "2"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        done = pair.run({"script": script, "output": str(tmp_path), "flags": flags})
+        holder.communicate()
+    assert [code for code, _ in done] == [2, 2] and "another run writes to" in done[0][1]
+    assert not any("Traceback" in console for _, console in done)
+
+
 def test_an_internvl_whose_head_is_the_embeddings(tmp_path, alone, finished, internvl):
     """A file without a head, and a decoder that says so."""
     model = tmp_path / "model"
