@@ -123,7 +123,8 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     name, bandwidth, product, said = card(device, repeats)
     prompts = [dataclasses.replace(prompt, serial=i) for i in range(args.rollout_prompts)]
 
-    choose = token_chooser(model, args.temperature, args.top_p, args.top_k)
+    banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool, device=model.device)
+    choose = token_chooser(banned, args.temperature, args.top_p, args.top_k)
 
     def sample(tokens, graphs):
         uniforms = torch.rand(len(prompts) * G, tokens)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -98,8 +99,12 @@ TEMPLATE = (  # InternVL3's
 def save_internvl(folder):
     """A random InternVL with tiles of 28 x 28 pixels, one token each, and its processor, on the toy's tokenizer.
 
-    Beside it eight rows with one picture, two and none, of different sizes.
+    Beside it eight rows with one picture, two and none, of different sizes; and a reward that varies, in reward.py: a
+    random model's answers are all wrong, and without a gradient AdamW makes steps out of rounding.
     """
+    (folder / "reward.py").write_text(
+        "def varies(problems, responses, answers):\n    return [len(response) % 3 for response in responses]\n"
+    )
     for i, (width, height) in enumerate([(28, 28), (84, 56), (40, 150), (30, 29), (300, 100), (9, 9)]):
         noise = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
@@ -175,6 +180,12 @@ def tiny_group(prompt, lengths, seed=0):
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]  # CLIP's, as Qwen-VL's
 SCALE = {"image_mean": MEAN, "image_std": STD}
 MEAN_ROW, STD_ROW = (torch.tensor(x).repeat_interleave(392) for x in (MEAN, STD))
+
+
+def chooser(model, temperature=1.0, top_p=1.0, top_k=0):
+    """`token_chooser` for a model whose tokens all have a text, but for placeholders of images and videos."""
+    words = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(model.config.text_config.vocab_size)})
+    return common.token_chooser(common.banned_tokens(model, words), temperature, top_p, top_k)
 
 
 def normalised_pixels(count=2000, seed=0):
@@ -312,3 +323,23 @@ def weights(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same_training(one, other):
+    """What two runs trained, by `weights` of each, is the same but for rounding.
+
+    Gradients are compared, as AdamW's moments have averaged them: their difference in norm, over all parameters. One
+    weight in a thousand may differ: AdamW makes whole steps out of gradients that are nothing but rounding.
+    """
+    assert one.keys() == other.keys()
+
+    def norm(name, tensors):
+        return torch.stack([x.double().norm() for key, x in tensors.items() if key.endswith(name)]).norm()
+
+    difference = {name: one[name] - other[name] for name in one}
+    assert norm(".exp_avg", one) > 1e-4  # there is a gradient, and not rounding alone
+    for moment in (".exp_avg", ".exp_avg_sq"):
+        assert norm(moment, difference) < 1e-3 * norm(moment, one), moment
+    trained = [x for name, x in difference.items() if not name.startswith("optimizer.")]
+    far = sum((x.abs() > 1e-5).sum().item() for x in trained)
+    assert far <= 1e-3 * sum(x.numel() for x in trained)

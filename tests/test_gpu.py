@@ -14,10 +14,10 @@ import datasets
 import gpu
 import pytest
 import torch
-from helpers import ROOT, read_metrics, save_internvl, tiny_group
+from helpers import ROOT, chooser, read_metrics, save_internvl, tiny_group
 from torch._dynamo.utils import counters
 
-from common import forward, generate, load_model, load_processor, seeded, token_chooser
+from common import forward, generate, load_model, load_processor, seeded
 from plumbing import kernels
 from plumbing.arguments import TOY, SharedArgs
 from plumbing.data import Data
@@ -112,7 +112,7 @@ def test_windows_of_any_length_in_one_call_equal_windows_one_by_one(model, monke
 def test_recorded_sampling_gives_the_tokens_of_plain_sampling(model, prompts, bf16, monkeypatch):
     """Through many steps of the cache, and a batch that gets smaller."""
     sampled, sizes, record, G = [], [], kernels.recorded, 4
-    choose, eos = token_chooser(model, 1.0, 1.0, 0), model.generation_config.eos_token_id
+    choose, eos = chooser(model), model.generation_config.eos_token_id
 
     def watched(function, feed, *rest):
         sizes.append(len(feed))
@@ -175,7 +175,7 @@ def test_three_steps_of_internvl_are_those_of_a_cpu(tmp_path, script):
     (tmp_path / "model").mkdir()
     folder = save_internvl(tmp_path / "model")
     flags = ["--model", folder, "--data", folder / "rows.jsonl", "--min_pixels", 784, "--max_pixels", 4704]
-    flags += ["--max_response_tokens", 12, "--updates_per_step", 1]
+    flags += ["--max_response_tokens", 12, "--updates_per_step", 1, "--reward", f"{folder / 'reward.py'}:varies"]
     on_card = steps(script, tmp_path / "card", *flags, card=True)
     assert_close(on_card, steps(script, tmp_path / "cpu", *flags, card=False))
 

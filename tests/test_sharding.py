@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, read_metrics, same, save_internvl, timeless, weights
+from helpers import ROOT, assert_same_training, read_metrics, same, save_internvl, timeless, weights
 from pair import Pair, run_job
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -80,9 +80,7 @@ def alone(tmp_path_factory):
 
 def assert_equal(one, two):
     (tensors, lines), (others, other_lines) = one, two
-    assert tensors.keys() == others.keys()
-    for name, value in tensors.items():
-        assert torch.allclose(value, others[name], atol=1e-5), name
+    assert_same_training(tensors, others)
     for a, b in zip(lines, other_lines, strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
@@ -127,6 +125,7 @@ def test_internvl_on_two_processes(tmp_path, alone, finished, internvl, method, 
     """Rows without a picture, with one and with two, of one tile and of several."""
     flags = ["--model", internvl, "--data", internvl / "rows.jsonl", "--eval_rows", 0, "--kl_coef", 0.05, *flags]
     flags += ["--min_pixels", 784, "--max_pixels", 784 * 6, "--max_response_tokens", 12, "--updates_per_step", 1]
+    flags += ["--reward", f"{internvl / 'reward.py'}:varies"]
     one = alone(*(flag for flag in flags if flag != "--reshard_while_sampling"), script=method)
     assert_equal(one, finished(2, tmp_path / "two", *flags, script=method))
 
@@ -144,7 +143,7 @@ def test_a_model_that_only_the_main_process_opens_and_refuses(tmp_path, start, i
 @pytest.mark.parametrize("script", ["grpo", "eval"])
 def test_a_folder_that_another_run_writes_to(tmp_path, pair, script):
     """Only the main process looks; one sentence, and both processes end."""
-    lock = f"import fcntl, sys; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    lock = f"import filelock, sys; lock = filelock.FileLock({str(tmp_path / '.lock')!r}); lock.acquire()"
     command = [sys.executable, "-uc", f"{lock}; print(1); sys.stdin.read()"]
     flags = [*FLAGS, "--eval_rows", "0"] if script == "grpo" else ["--rows", "2", "--max_response_tokens", "2"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
@@ -166,6 +165,7 @@ def test_an_internvl_whose_head_is_the_embeddings(tmp_path, alone, finished, int
     (model / "config.json").write_text(json.dumps(config))
     flags = ["--model", model, "--data", model / "rows.jsonl", "--eval_rows", 0, "--kl_coef", 0.05, "--steps", 1]
     flags += ["--min_pixels", 784, "--max_pixels", 784 * 6, "--max_response_tokens", 12, "--updates_per_step", 1]
+    flags += ["--reward", f"{model / 'reward.py'}:varies", "--freeze_vision"]  # whose gradient would hide the others
     one, two = alone(*flags), finished(2, tmp_path / "two", *flags)
     assert_equal(one, two)
     assert not any("lm_head" in name for name in one[0])
@@ -177,17 +177,25 @@ def test_sampling_from_sharded_weights(tmp_path, alone, finished):
     assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags, "--reshard_while_sampling"))
 
 
-def test_the_comparison_can_fail(tmp_path, alone, finished):
-    """The negative twin: each process divides its loss by its own tokens only, as many trainers do."""
-    local = """
+OWN_TOKENS = """
 def denominator(self, rows):
     return 2 * sum(common.loss_denominator(row.loss_mask) for row in rows)
 patch(run.Run, "denominator", denominator)
 """
+ONE_PERCENT = """
+backward = run.Run.backward
+patch(run.Run, "backward", lambda self, loss, *rest: backward(self, loss * (1 + self.rank / 100), *rest))
+"""
+
+
+@pytest.mark.parametrize("local", [OWN_TOKENS, ONE_PERCENT])
+def test_the_comparison_can_fail(tmp_path, alone, finished, local):
+    """Its negative twins: each process divides its loss by its own tokens only, as many trainers do; gradients of the
+    second one are 1 % larger."""
     flags = ["--eval_rows", 0, "--max_response_tokens", 33, "--temperature", 1.5]
     one, two = alone(*flags), finished(2, tmp_path / "two", *flags, patch=local)
     with pytest.raises(AssertionError):
-        assert_equal(one, two)
+        assert_same_training(one[0], two[0])
 
 
 def test_a_process_whose_groups_are_all_filtered_out(tmp_path, finished):
