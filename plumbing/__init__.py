@@ -8,8 +8,8 @@ rows        hub data sets and local files -> rows
 pictures    a picture of any mode, opened, looked through, brought to RGB
 data        rows of any usual schema -> prompts
 stream      the order of the prompts
+rewards     the answer in a response; a reward of the user's own
 answers     is an answer right
-rewards     a reward of the user's own
 kinds       what the tokens of a response in an embedded world say
 adapters    LoRA: added, loaded, saved, merged
 sharding    several processes: FSDP2, and what they do together

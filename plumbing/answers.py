@@ -1,43 +1,26 @@
-"""Is an answer right: read from a response, brought to a plain form, compared as letters, words, numbers or LaTeX.
+"""Is an answer right: brought to a plain form, compared as letters, words, numbers or LaTeX.
 
-The one checker of training and evaluation. Not here: what a right answer is worth (`Reward` in common.py), a reward of
-one's own (rewards.py), and the verdicts of the benchmarks (eval.py).
+Not here: where a response has its answer (rewards.py), what a right one is worth (common.py), benchmarks (eval.py).
 """
 
 import inspect
 import json
 import re
 import select
-import subprocess
+import signal
 import sys
+import time
 import unicodedata
+from subprocess import DEVNULL, PIPE, Popen
 
 from plumbing.commandline import UserError
-
-
-def extract_answer(response):
-    """The content of the last balanced \\boxed{}, else of the last <answer></answer>, else None.
-
-    >>> extract_answer(r"so \\boxed{\\frac{1}{2}}")
-    '\\\\frac{1}{2}'
-    """
-    opened, start, end = [], -1, -1
-    for brace in re.finditer(r"\\boxed\s*\{|[{}]", response):  # in one pass, whatever a model repeats
-        if brace[0] != "}":
-            opened.append(-1 if brace[0] == "{" else brace.end())
-        elif opened and (box := opened.pop()) > start:
-            start, end = box, brace.start()
-    if start >= 0:
-        return response[start:end].strip() or None
-    _, tag, answer = response.rpartition("</answer>")[0].rpartition("<answer>")
-    return (answer.partition("</answer>")[0].strip() or None) if tag else None
-
+from plumbing.rewards import extract_answer, extract_gold
 
 LONGEST = 1000  # characters: no right answer needs more, and sympy's time grows much faster than what it reads
-SIGNS = {"−": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "~": " "}
-SIGNS |= {"±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "≈": "=", "º": "°"}
-SIGNS |= {"²": "^2", "³": "^3", "½": r"\frac{1}{2}", "∠": r"\angle ", "△": r"\triangle ", "。": ".", "{,}": ","}
-SIGNS |= {r"\approx": "=", r"\%": "%", r"\$": "¤", r"\dfrac": r"\frac", r"\tfrac": r"\frac", "bmatrix": "pmatrix"}
+SIGNS = {"−": "-", "–": "-", "·": r"\cdot ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "~": " ", r"\approx": "≈"}
+SIGNS |= {"²": "^2", "³": "^3", "½": r"\frac{1}{2}", ">=": r"\ge ", "<=": r"\le ", "∠": r"\angle ", "△": r"\triangle "}
+SIGNS |= {"º": "°", r"\%": "%", r"\$": "¤", r"\dfrac": r"\frac", r"\tfrac": r"\frac", "{,}": ","}
+SIGNS |= {"bmatrix": "pmatrix", r"\end{array}": r"\end{pmatrix}"}
 UNITS = """mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inches;
     ft foot feet; yd yard; mi mile; g gram; kg kilogram; lb pound; oz ounce; ml milliliter millilitre; L l liter litre;
     s sec second; min minute; h hr hour; day; week; month; year; km/h kmh kph; mi/h mph; N newton; J joule; W watt;
@@ -51,6 +34,15 @@ UNIT = rf"(?:(?i:square|sq\.?|cubic) )?(?:{UNIT})(?: ?\^ ?\{{? ?[23] ?\}}?| (?:s
 UNIT = rf"{UNIT}(?:(?: ?(?:/|\*|\\cdot) ?| (?:per )?){UNIT}){{0,3}}$"
 LETTER = r"[A-Za-z]\b(?! ?/)"  # a unit of one letter may be a variable: `2g` and `2x g` have none, `2 g` has one
 UNIT = rf"(?:(?<=[\d)}}])(?!{LETTER})|(?<=\S) ){UNIT}"
+NAME = r"(?:\\angle\d+|[A-Za-z\\'|]|_\w*|\([A-Za-z,]*\))+"  # x, x_1, AB, f(x), m\angle1
+VALUE = r"(?:[^A-Za-z\\]|\\frac|\\sqrt|\\pi|\\times|\\cdot)*"
+NUMBER = r"[+-]?\d{1,15}(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?"
+# what sympy multiplies, divides, drops or confuses: words, ABC, R (with r), `30 15`, 12:30, 5-7, the base of 101_2
+CONFUSED = (
+    r"^[\d.]+ ?- ?[\d.]+$|(?<![\\A-Za-z])[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Z]+|(?<![_^])\d \d+|\d+ ?: ?\d\d|(?<=\d)_\w+"
+)
+THING = r"(?!and|or\b|not|less|more|over|under|plus|minus|times|dozen|half|squared|cubed|thousand|hundred|\w*illion)"
+COUNTED = rf"(?<=\d)(?: {THING}[a-z]{{3,}}){{1,2}}$"  # 5 apples, 5 red apples
 
 
 def plain(answer):
@@ -61,51 +53,58 @@ def plain(answer):
         answer = answer.replace(sign, command)
     answer = unicodedata.normalize("NFKC", answer)  # a full-width A is an A
     answer = re.sub(r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox) ?\{([^{}]*)\}", r" \1", answer)
-    answer = re.sub(r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![A-Za-z])|[,;:! ])", " ", answer)
-    answer = re.sub(r"(?<!\\)\\[()\[\]]|\$([^$]*)\$", r"\1", answer).replace("$", "¤")  # a $ of its own is money
+    answer = re.sub(r"(?<!\\)\\(?:(?:left|right|displaystyle|q?quad)(?![A-Za-z])|[,;: ])", " ", answer)
+    answer = re.sub(r"(?<!\\)\\[()\[\]]|\$([^$]*)\$|^\*\*([^*]*)\*\*$", r"\1\2", answer)
     answer = re.sub(r"(?:(?:\^|(?<=\d)) ?\{? ?\\circ ?\}?|\\degree|°|\b[Dd]egrees?\b) ?", "°", answer)
+    answer = re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc)) ?[({]? ?([\d.]+)°[)}]?", r"\1(\\frac{\2\\pi}{180})", answer)
     answer = re.sub(r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 ", answer)
     answer = re.sub(r"\\sqrt ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))", r"\\sqrt{\1\2}", answer)  # not a root of the 1 of 12
+    answer = re.sub(r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", answer)
+    answer = re.sub(r"\\begin\{array\} ?\{[^{}]*\}", r"\\begin{pmatrix}", answer)
+    answer = re.sub(r"_ ?\{(\w)\}", r"_\1", answer)
     answer = re.sub(r"(?i)^ ?(?:the )?(?:final |correct )?(?:answer|option)(?: is)? ?:? (?=\S)", "", answer)
-    return " ".join(answer.split()).rstrip(" .,;\\")
+    return " ".join(answer.replace("$", "¤").split()).rstrip(" .,;\\")  # a $ of its own is money
 
 
-def letters(answer, in_order=False):
-    """The options that an answer names, sorted, or None: A for "A. 30", AC for "C, A"; CA where `in_order` is set."""
-    answer = plain(answer)
-    label = re.match(r"\(?([A-J])(?:[.:]|\)[.:]?)(?: [A-J](?= |$))?", answer)  # "A. C": option A, whose text is C
-    if label and not re.search(r"(?<![^\s,;&(/])[A-J](?![^\s,;&).:/])", answer[label.end() :]):
-        return label[1]
-    named = re.sub(r"[\s,;()&.]|\band\b", "", answer)
-    if not re.fullmatch(r"[A-J]{1,10}", named):
-        return None
-    return named if in_order else "".join(sorted(set(named)))
+def letters(answer, last="J"):
+    """The options that an answer names, sorted, or None: A for "A. 30", "(A)" and "a", AC for "C, A" and "(A) (C)"."""
+    answer, label = plain(answer), rf"(?:\([A-{last}]\)|\[[A-{last}]\]|[A-{last}][.:)])"
+    first = re.match(label, answer)
+    if first and not re.search(rf"(?:^|[\s,;&/]){label}|^[,;&/]?[A-{last}]$", answer[first.end() :]):
+        return first[0].strip("()[].:")  # whatever its text is, if it is not another label
+    named = re.sub(r"[\s,;()\[\].&]|\band\b", "", answer)
+    named = named.upper() if len(named) == 1 else named
+    return "".join(sorted(set(named))) if re.fullmatch(rf"[A-{last}]{{1,10}}", named) else None
 
 
 def without_name(text):
-    """(name, value) of `x = 5`; of `x = 1, y = 2` the names and a pair, of `x = 1 or x = 2` the name and a list."""
+    """(name, value) of `x = 5` and `5 = x`; of `x = 1, y = 2` the names and a pair; of several solutions a list."""
     pieces = [piece.split("=") for piece in re.split(r"[,;]| (?:and|or) ", text)]
     if any(len(piece) == 1 for piece in pieces):  # `x = 3, 5`, or no = at all
-        pieces = [text.split("=", 1)]
-    names, values = zip(*sorted((re.sub(r"[\s{}]", "", piece[0]), piece[-1].strip()) for piece in pieces))
-    name, number = r"([A-Za-z\\'|]|_\d*|\([A-Za-z,]*\))*", r"([^A-Za-z\\]|\\frac|\\sqrt|\\pi|\\times|\\cdot)*"
-    if "=" not in text or not all(re.fullmatch(f"{name}|{number}", part) for part in names):
+        pieces = [text.split("=", 1)] if "=" in text else [("", "", text)]
+    solutions = [{}]
+    for first, *_, value in pieces:
+        name, last = (re.sub(r"[\s{}]", "", side) for side in (first, value))
+        if re.fullmatch(NAME, last) and re.fullmatch(VALUE, name) and name:
+            name, value = last, first
+        if re.fullmatch(VALUE, name) and (re.fullmatch(VALUE, value) or not name):
+            name = ""
+        elif not re.fullmatch(NAME, name):
+            return "", text
+        solutions += [{}] if name in solutions[-1] else []
+        solutions[-1][name] = value.strip()
+    names = sorted(solutions[0])
+    if any(sorted(solution) != names for solution in solutions):
         return "", text
-    if len(set(names)) > 1:
-        return f"({','.join(names)})", f"({', '.join(values)})"
-    return "" if re.fullmatch(number, names[0]) else names[0], ", ".join(values)
+    values = [", ".join(solution[name] for name in names) for solution in solutions]
+    return ",".join(names), ", ".join(values if len(names) == 1 else [f"({pair})" for pair in values])
 
 
 def parts(answer):
-    """(name, value, unit) of an answer, in the same words however it is spelt.
-
-    >>> parts("x = 1,500 square metres"), parts("y = 2 and x = 1"), parts("2g"), parts("2x = 5")
-    (('x', '1500', 'm2'), ('(x,y)', '(1, 2)', ''), ('', '2g', ''), ('', '2x = 5', ''))
-    """
+    """(name, value, unit) of an answer, however it is spelt: ("x", "1500", "m2") of `x = 1,500 square metres`."""
     text = re.sub(r"(?<![\d.,(\[])\d{1,3}([, ]\d{3})+(?!\d|,\d)", lambda at: re.sub("[, ]", "", at[0]), plain(answer))
     name, text = without_name(text)
-    unit = "".join(re.findall("[¤€£¥]", text)[:1])
-    text = re.sub("[¤€£¥]", "", text).strip()
+    text, unit = re.sub(r"^([+-]?) ?([¤€£¥]) ?(.*)", r"\1\3 \2", text), ""  # $5 is 5 dollars
     if match := re.search(UNIT, text):
         value, symbols = text[: match.start()], re.sub(r"\\cdot|[*^{}]", " ", match[0]).replace("/", " / ").split()
         variables = re.sub(r"\\[A-Za-z]+| (and|or) ", " ", value)
@@ -114,40 +113,40 @@ def parts(answer):
             powers = ["".join(sorted(part.split(), reverse=True)) for part in " ".join(symbols).split("/")]
             text, unit = value, "" if "unit" in symbols else "/".join(powers)
     text = " ".join(re.sub("[°%]", " ", text).split())
-    text = re.sub(r"^(-?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)
-    times = r"(?<=\d) ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?\{? ?([+-]?\d{1,2}) ?\}?$"
-    return name, re.sub(rf"^([+-]?[\d.]+){times}", r"\1e\2", text), unit
-
-
-def normalise(answer):
-    """The value of an answer: its markup, its unit and a leading `x =` taken off."""
-    return parts(answer)[1]
-
-
-def words(text):
-    """What sympy multiplies, adds, drops or confuses: words, ABC, R (with r), `30 15`, the base of 101_2."""
-    text = text.replace("_{", "_")
-    return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Z]+|(?<![_^])\d \d+|(?<=\d)_\w+", text))
+    text = re.sub(r"\b0(?=\d ?:)", "", text)  # 09:05
+    return name, re.sub(r"^(-?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text), unit
 
 
 def maths_worker():
     """Reads [gold, answer] lines, prints 1 or 0: sympy at work, in a process of its own that may be killed."""
-    import json
-    import signal
-    import sys
-
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Eq, I, simplify
+    from sympy.logic.boolalg import Boolean
 
     rules = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")  # units are taken off by now
     latex = LatexExtractionConfig(normalization_config=rules, boxed_match_priority=-1)
     modes = dict(fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
+
+    def value(text):
+        found = parse(f"${text}$", (latex,), **modes)[0]
+        return found.subs({symbol: I for symbol in found.free_symbols if symbol.name == "i"})
+
+    def same(gold, answer):
+        if not all(isinstance(x, Boolean) for x in (gold, answer)):  # of which one is no relation
+            return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
+        if gold.free_symbols != answer.free_symbols or not gold.free_symbols:  # 2 > 1 says nothing
+            return False
+        if isinstance(gold, Eq) and isinstance(answer, Eq):
+            ratio = simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
+            return ratio.is_number and ratio.is_nonzero
+        return gold.as_set() == answer.as_set() and not gold.as_set().is_empty  # 1 < x < 2
+
     print("ready", flush=True)
     for line in sys.stdin:
         signal.alarm(int(float(sys.argv[1])) + 2)  # and that dies by itself where the run that asked was killed
         try:
-            gold, answer = (parse(f"${text}$", (latex,), **modes) for text in json.loads(line))
-            print(int(bool(gold and answer) and verify(gold, answer, timeout_seconds=None)), flush=True)
+            print(int(bool(same(*map(value, json.loads(line))))), flush=True)
         except Exception:  # whatever sympy makes of a model's answer: not a right one
             print(0, flush=True)
         signal.alarm(0)
@@ -163,51 +162,71 @@ class Checker:
     def __call__(self, response, gold):
         """True if the answer in `response` equals `gold`. A name (`x =`) or a unit counts where both have one."""
         answer = extract_answer(response)
-        return answer is not None and self.equal(answer, gold)
+        return answer is not None and bool(self.equal(answer, gold))
 
-    def equal(self, answer, gold):
-        boxed = extract_answer(gold)  # some data sets keep the whole solution as the answer
-        gold = boxed if boxed is not None else gold
-        if (right := letters(gold)) is not None:
-            a_name = re.fullmatch("[A-J]{2,}", plain(gold))  # of a triangle, say: no list, and in order
-            return letters(answer, in_order=True) == plain(gold) if a_name else letters(answer) == right
-        (name, answer, unit), (gold_name, gold, gold_unit) = parts(answer), parts(gold)
-        if not answer or not gold or (name and gold_name and name != gold_name):
-            return False
-        if gold_unit and unit != gold_unit and (unit or gold_unit in ("am", "pm")):  # 12:30 alone is half an answer
-            return False
+    def equal(self, answer, *golds):
+        """The indices of the golds that an answer equals; sympy's `seconds` are for all of them together."""
+        self.left = self.seconds
+        return [i for i, gold in enumerate(golds) if self.same(answer, extract_gold(gold))]
+
+    def same(self, answer, gold):
+        name = plain(gold)
+        if re.fullmatch("[A-Z]{2,}", name):  # of a triangle, say: no list, and in order
+            drawn = r"\\(?:overline|over(?:left)?rightarrow|triangle|angle)|[\s{},;()&.]|\band\b"
+            return re.sub(drawn, "", plain(answer)).casefold() == name.casefold()
+        if name != name.lower() and (right := letters(gold)) is not None:
+            return letters(answer) == right
+        sides, value = plain(answer).split("≈"), name.split("≈")[-1]
+        alike = [side for side in sides if ("." in side) == ("." in value) and not re.fullmatch(NAME, side.strip())]
+        return self.same_value(
+            parts([sides[-1], *alike][-1]), parts(value)
+        )  # of `\sqrt{12} ≈ 3.46` the one like the gold
+
+    def same_value(self, said, right):
+        """Whether two (name, value, unit) are the same; a name and a unit count where both have one."""
+        (name, answer, unit), (gold_name, gold, gold_unit) = said, right
+        if not answer or not gold or (gold_unit and unit != gold_unit and (unit or gold_unit in ("am", "pm"))):
+            return False  # 12:30 alone is half an answer
+        if (name and gold_name and name != gold_name) or (name + gold_name and ("=" in answer) != ("=" in gold)):
+            lines = [f"{n}={x}" if n else x for n, x, _ in (said, right) if not (n and re.fullmatch(VALUE, x))]
+            return sum("=" in line for line in lines) == 2 and self.maths(*lines)  # y = 2x + 1, but not AB = 5
+        pairs = [re.split(r"(?<=[)\]]) ?(?:,|;|and|or) ?(?=[(\[])", value) for value in (answer, gold)]
+        if len(pairs[1]) > 1:  # sympy would sort their parts
+            matched = [any(self.same_value(("", x, ""), ("", pair, "")) for x in pairs[0]) for pair in pairs[1]]
+            return len(pairs[0]) == len(pairs[1]) and all(matched)
         fold = str if re.search(r"[\\\d^]", gold) else str.casefold  # r is not R in a formula
-        if fold(answer) == fold(gold) or answer + unit == gold + gold_unit:  # `2g` for `2 g`
+        one, two = (re.sub(r"(?<![A-Za-z\d]) | (?![A-Za-z\d])", "", fold(value)) for value in (answer, gold))
+        if one == two or answer + unit == gold + gold_unit:  # `2g` for `2 g`
             return True
         if re.fullmatch(r"[A-Za-z ]+", gold):
             return False  # words are equal or they are not
-        number = r"[+-]?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?"
-        if re.fullmatch(number, answer) and re.fullmatch(number, gold):
+        answer = re.sub(COUNTED, "", answer) if re.fullmatch(NUMBER, gold) and not gold_unit else answer
+        if re.fullmatch(NUMBER, gold) and re.fullmatch(NUMBER, answer):
             return float(answer) == float(gold)
-        clock = r"\d{1,2}( ?: ?\d\d){1,2}"
-        if re.fullmatch(clock, answer) or re.fullmatch(clock, gold):  # sympy would divide
-            return re.sub(r"\b0(?=\d)| ", "", answer) == re.sub(r"\b0(?=\d)| ", "", gold)
-        if ("=" in answer) != ("=" in gold) or words(answer) != words(gold):
-            return False
-        for sign, meant in ((r"(?<=\d)[eE]([+-]?\d+)$", r"\\times 10^{\1}"), (r"(?<!_\d)(?<=[\d)]) ?\(", r"\\cdot (")):
-            answer, gold = re.sub(sign, meant, answer), re.sub(sign, meant, gold)  # sympy adds 2(3)
-        return self.verdicts[answer, gold] if (answer, gold) in self.verdicts else self.maths(answer, gold)
+        one, two = (set(re.findall(CONFUSED, value)) for value in (answer, gold))
+        return one == two and ("=" in answer) == ("=" in gold) and self.maths(answer, gold)
 
     def maths(self, answer, gold):
         """Sympy's verdict; wrong, and asked again the next time, where it takes too long."""
+        power, factor = r"(?<=\d)[eE]([+-]?\d+)$", r"(\\[a-z]+ ?(?:[_^] ?(?:\d|\{-?\d+\}) ?)?\()|(?<!_\d)(?<=[\d)]) ?\("
+        pair = (re.sub(power, r"\\times 10^{\1}", text) for text in (gold, answer))
+        pair = tuple(re.sub(factor, lambda at: at[1] or r"\cdot (", text) for text in pair)  # sympy adds 2(3)
+        if pair in self.verdicts or self.left <= 0:
+            return self.verdicts.get(pair, False)
         if self.worker is None or self.worker.poll() is not None:
-            code = inspect.getsource(maths_worker) + "\nmaths_worker()"
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            command = [sys.executable, "-c", code, str(self.seconds)]
-            self.worker = subprocess.Popen(command, start_new_session=True, **pipes)  # Ctrl-C is for the run
+            code = f"import json, signal, sys\n{inspect.getsource(maths_worker)}\nmaths_worker()"
+            pipes = dict(stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, start_new_session=True)  # without Ctrl-C
+            self.worker = Popen([sys.executable, "-c", code, str(self.seconds)], **pipes)
             if self.worker.stdout.readline() != "ready\n":
                 raise UserError("the maths checker does not start: pip install -r requirements.txt brings math-verify.")
-        self.worker.stdin.write(json.dumps([gold, answer]) + "\n")
+        begin = time.monotonic()
+        self.worker.stdin.write(json.dumps(pair) + "\n")
         self.worker.stdin.flush()
-        if select.select([self.worker.stdout], [], [], self.seconds)[0]:
-            self.verdicts[answer, gold] = self.worker.stdout.readline() == "1\n"
-            return self.verdicts[answer, gold]
-        self.timeouts += 1
+        if select.select([self.worker.stdout], [], [], self.left)[0]:
+            self.left -= time.monotonic() - begin
+            self.verdicts[pair] = self.worker.stdout.readline() == "1\n"
+            return self.verdicts[pair]
+        self.left, self.timeouts = 0, self.timeouts + 1
         self.close()
         return False
 

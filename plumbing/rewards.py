@@ -1,16 +1,47 @@
-"""A reward of the user's own: a function of a file of theirs, and what it may return.
+"""What rewards read: the answer in a response; and a reward of the user's own, a function of a file of theirs.
 
-Not here: the reward that a run has without it (`Reward` in common.py).
+Not here: the reward that a run has without it (`Reward` in common.py), and whether an answer is right (answers.py).
 """
 
 import contextlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 from plumbing.commandline import UserError
 
 LARGEST = 1e6  # a group's standard deviation is computed in fp32: the squares of 1e38 are infinite
+
+
+def boxes(text):
+    """(start, end) of what each balanced \\boxed{} holds, in their order; of nested ones the inner."""
+    opened, found = [], [(-1, -1)]
+    for brace in re.finditer(r"\\boxed\s*\{|[{}]", text):  # in one pass, whatever a model repeats
+        if brace[0] != "}":
+            opened.append(-1 if brace[0] == "{" else brace.end())
+        elif opened and (start := opened.pop()) > found[-1][0]:
+            found.append((start, brace.start()))
+    return found[1:]
+
+
+def extract_answer(response):
+    """The content of the last balanced \\boxed{}, else of the last <answer></answer>, else None.
+
+    >>> extract_answer(r"so \\boxed{\\frac{1}{2}}")
+    '\\\\frac{1}{2}'
+    """
+    if found := boxes(response):
+        start, end = found[-1]
+        return response[start:end].strip() or None
+    _, tag, answer = response.rpartition("</answer>")[0].rpartition("<answer>")
+    return (answer.partition("</answer>")[0].strip() or None) if tag else None
+
+
+def extract_gold(answer):
+    """A right answer as data sets have it: the value, or a whole solution with a box; several boxes are a list."""
+    found = dict.fromkeys(answer[start:end].strip() for start, end in boxes(answer))
+    return ", ".join(found) if found else answer
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """plumbing/answers.py: the checker on the cases that decide real scores, and in the face of answers that hang."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 
 from common import format_reward
-from plumbing.answers import LONGEST, Checker, extract_answer, letters, normalise
+from plumbing import answers
+from plumbing.answers import LONGEST, Checker, letters, parts
+from plumbing.rewards import extract_answer, extract_gold
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +111,31 @@ def test_letters_are_a_set_where_a_benchmark_asks_for_all_right_options():
     assert letters("30") is letters("A or C") is letters("") is None
 
 
-def test_normalise_leaves_the_value():
-    assert normalise(r"x = 1,500\text{ cm}^2") == normalise("$1500.") == normalise("1 500 %") == "1500"
-    assert normalise("No, it is not.") == "No, it is not"
+def test_a_gold_answer_of_several_boxes_is_a_list(checker):
+    assert extract_gold(r"so $\boxed{1}$ and $\boxed{-2}$.") == "1, -2" and extract_gold("3") == "3"
+    assert extract_gold(r"\boxed{5}, that is \boxed{5}") == "5"
+    gold = r"x is \boxed{1} or \boxed{-2}"
+    assert checker(r"\boxed{-2, 1}", gold) and checker(r"\boxed{x = 1 or x = -2}", gold)
+    assert not checker(r"\boxed{1}", gold) and not checker(r"\boxed{-2}", gold)
+
+
+def test_ten_options_take_no_longer_than_one():
+    """Each of them would take sympy for ever."""
+    checker = Checker(seconds=1.0)
+    checker.equal("1/2", "2/4")  # start-up is not counted
+    start = time.perf_counter()
+    assert not checker.equal("9^{9^{9}}", *(rf"\sqrt{{{i}}}" for i in range(2, 12)))
+    assert time.perf_counter() - start < 2.0 and checker.timeouts == 1
+    assert checker.equal(r"\sqrt{8}", "3", r"2\sqrt{2}", r"\sqrt[4]{64}") == [1, 2]
+    checker.close()
+
+
+def test_name_value_and_unit():
+    assert parts(r"x = 1,500\text{ cm}^2") == ("x", "1500", "cm2") and parts("1,500 = x") == ("x", "1500", "")
+    assert parts("$1500.") == ("", "1500", "¤") and parts("1 500 %") == ("", "1500", "%")
+    assert parts("No, it is not.") == ("", "No, it is not", "")
+    assert parts("y = 2 and x = 1") == ("x,y", "(1, 2)", "") and parts("2x = 5") == ("", "2x = 5", "")
+    assert parts("p=7,q=2;p=5,q=3") == ("p,q", "(7, 2), (5, 3)", "")
 
 
 def test_extraction():
@@ -222,7 +247,7 @@ def test_no_response_takes_long_outside_of_sympy(piece, monkeypatch):
         for start, end in FRAMES:
             response = start + (piece * length)[:length] + end
             answer = extract_answer(response) or response
-            calls = [(extract_answer, response), (format_reward, response), (letters, answer), (normalise, answer)]
+            calls = [(extract_answer, response), (format_reward, response), (letters, answer), (parts, answer)]
             calls += [(checker, response, gold) for gold in ("5 cm", "A, C", "(1, 2)")]
             for function, *values in calls:
                 assert any(seconds(function, *values) < 0.1 for _ in range(2)), (function, start, end, length)
@@ -245,12 +270,11 @@ def test_a_worker_that_dies_is_replaced():
 
 
 def test_sympy_is_asked_once_for_the_same_answer_and_again_where_it_took_too_long(monkeypatch):
-    asked, checker = [], Checker()
-    maths = checker.maths
-    monkeypatch.setattr(checker, "maths", lambda *pair: (asked.append(pair), maths(*pair))[1])
-    assert [checker.equal(answer, "2/4") for answer in ("1/2", "3/4", "1/2", "3/4")] == [True, False, True, False]
-    assert asked == [("1/2", "2/4"), ("3/4", "2/4")]
-    checker.seconds = 0.0
+    asked, checker, dumps = [], Checker(), json.dumps
+    monkeypatch.setattr(answers.json, "dumps", lambda pair: (asked.append(pair), dumps(pair))[1])
+    assert [bool(checker.equal(answer, "2/4")) for answer in ("1/2", "3/4", "1/2", "3/4")] == [True, False] * 2
+    assert asked == [("2/4", "1/2"), ("2/4", "3/4")]
+    checker.seconds = 1e-6
     assert not checker.equal("4/8", "2/4") and checker.timeouts == 1
     checker.seconds = 3.0
     assert checker.equal("4/8", "2/4") and checker.timeouts == 1  # a slow moment is no verdict

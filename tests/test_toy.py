@@ -19,9 +19,10 @@ import worlds  # noqa: E402
 from worlds import WORLDS, conclude  # noqa: E402
 
 from common import format_reward, load_model, load_processor
-from plumbing.answers import Checker, extract_answer
+from plumbing.answers import Checker
 from plumbing.arguments import EMBEDDED
 from plumbing.kinds import kinds_of, reads
+from plumbing.rewards import extract_answer
 
 EACH = pytest.mark.parametrize("name", [*WORLDS])
 

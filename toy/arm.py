@@ -19,10 +19,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from worlds import conclude  # noqa: E402
 
 import run  # noqa: E402
-from plumbing.answers import extract_answer  # noqa: E402
 from plumbing.arguments import EMBEDDED  # noqa: E402
 from plumbing.commandline import UserError  # noqa: E402
 from plumbing.kinds import KINDS, kinds_of, reads  # noqa: E402
+from plumbing.rewards import extract_answer  # noqa: E402
 
 
 def kind_masks(group, decode):
