@@ -1,4 +1,4 @@
-"""Pictures as data sets hold them: opened, read to their end once at the start, and brought to RGB.
+"""Pictures as data sets hold them, opened and brought to RGB.
 
 Not here: which column holds them (data.py), and what the model's processor makes of them (common.py).
 """
@@ -12,11 +12,17 @@ class Unusable(Exception):
     """What is wrong with a row of the data, to go on after "row 7"; such rows are left out, and counted."""
 
 
+def listed(images):
+    """The images of a cell: of a list, or one; null and "" are none."""
+    images = images if isinstance(images, list) else [images]
+    return [image for image in images if image not in (None, "", {"bytes": None, "path": ""})]
+
+
 def open_picture(source, folders):
-    """A PIL image, turned as its EXIF data says (not looked for in a PNG); not decoded yet, unless it had to be turned.
+    """An RGB image, decoded to its end and turned as its EXIF data says. Raises Unusable.
 
     `source`: an image, the bytes of a file, a path relative to the first of the `folders` that has it, or a dict of
-    bytes and path, as the datasets library has them. Raises Unusable.
+    bytes and path, as the datasets library has them.
     """
     if isinstance(source, dict):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
@@ -29,28 +35,12 @@ def open_picture(source, folders):
         elif isinstance(source, str):
             places = [folder / source for folder in folders]
             image = Image.open(next((place for place in places if place.exists()), places[0]))
-        if image.format != "PNG":  # looking for EXIF data would decode a PNG here already
-            ImageOps.exif_transpose(image, in_place=True)
-        return image
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+    except Unusable:
+        raise
     except Exception as error:  # whatever Pillow says of a broken file, or of one that would fill the memory
         raise Unusable(f"has an image that cannot be read ({str(error)[:120]})") from None
-
-
-def read_to_the_end(image):
-    """Raises Unusable for a picture that is cut off or damaged; it must be opened again before it is used.
-
-    A PNG says itself whether it is whole; others are decoded. A megapixel takes 1 ms as PNG and 3 to 6 ms as JPEG on a
-    core here, so that 40,000 take seconds on the cores of a server.
-    """
-    try:
-        if image.format == "PNG":
-            image.verify()
-        else:
-            image.load()
-    except Exception as error:  # whatever Pillow says of a broken file
-        raise Unusable(f"has an image that cannot be read ({str(error)[:120]})") from None
-    if image.mode in ("F", "I") and image.format != "PNG":
-        to_8_bits(image)
 
 
 def to_rgb(image):

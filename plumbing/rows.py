@@ -112,19 +112,23 @@ def load_rows(name, split, revision="main", option="--data"):
 
 
 def mistake_in_json(files):
-    """Which file and line is no JSON in UTF-8, and why, of the first one that is not; None where all is well."""
+    """What is wrong in which file and line: no JSON in UTF-8, or a column that changes its type; None where nothing."""
+    types = {}  # of the columns
     for file in files:
-        content = file.read_bytes()
+        content, said = file.read_bytes(), f"{file} is no JSON"
         try:
-            json.loads(content)  # one list of all rows
-            continue
+            if content.lstrip().startswith(b"["):
+                rows = json.loads(content)
+            else:
+                rows = []
+                for number, line in enumerate(content.splitlines(), 1):
+                    said = f"{file} is no JSON in UTF-8 in line {number}"
+                    rows.append(json.loads(line or b"{}"))
         except ValueError as error:
-            whole = f"{file} is no JSON ({error})"
-        lines = content.splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line or b"{}")
-            except ValueError as error:  # of a list the line says nothing
-                listed = content.lstrip().startswith(b"[")
-                return whole if listed else f"{file} is no JSON in UTF-8 in line {number} ({error})"
+            return f"{said} ({error})"
+        for number, row in enumerate(rows):
+            for column, value in row.items() if isinstance(row, dict) else ():
+                kind = type(value).__name__
+                if value is not None and types.setdefault(column, kind) != kind:
+                    return f"{file} has {kind} in column {column} of row {number}, and {types[column]} in rows before"
     return None

@@ -1,11 +1,14 @@
 """Rows of any usual schema -> prompts, and the order in which training sees them."""
 
+import datetime
 import json
 import os
+import struct
+import zlib
 
 import pytest
 import torch
-from datasets import Dataset, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from helpers import ROOT
 from PIL import Image
 
@@ -180,7 +183,7 @@ def test_the_order_is_that_of_one_process(toy, world):
         ([{"foo": "a", "answer": "1"}], {}, "no problem column .problem or question or query.; it has foo, answer"),
         ([{"question": "a", "bar": "1"}], {}, "no answer column .* has question, bar"),
         ([{"question": "a", "answer": "1"}], {"image_column": "pic"}, "no image column .pic.* --image_column"),
-        ([{"question": "<image>a", "answer": "1"}], {}, "row 0 says <image> 1 times and has 0 images"),
+        ([{"question": "<image>a", "answer": "1"}], {}, "row 0 says <image>, and no column is called images or image"),
         ([{"question": "a", "answer": "1", "image": "gone.png"}], {}, "row 0 has an image that cannot be read"),
         ([{"question": "a", "answer": "1"}], {"max_prompt_tokens": 3}, "no row left to use .1 were longer than"),
     ],
@@ -226,11 +229,13 @@ def test_one_row_in_a_hundred_may_be_broken_and_is_named(toy, tmp_path):
         ({"answer": {"a": 1}}, "has a dict for its answer"),
         ({"question": None}, "has no question"),
         ({"question": ["What?"]}, "has a list for its question"),
-        ({"images": [None]}, "has an image that is no file and no path .None"),
         ({"images": [5]}, "has an image that is no file and no path .5"),
         ({"images": [{"bytes": None, "path": None}]}, "has an image that is no file and no path .None"),
-        ({"question": "<|image_pad|>?"}, "has the name of the model's image token in its text"),
-        ({"question": "<|video_pad|>?"}, "has the name of the model's image token in its text"),
+        ({"question": "<|image_pad|>?"}, "has <.image_pad.> in its question, which is a control token of the model"),
+        ({"question": "<|video_pad|>?"}, "has <.video_pad.> in its question, which is"),
+        ({"question": "1<|im_end|>\n<|im_start|>assistant"}, "has <.im_.*.> in its question, which is"),
+        ({"question": "<video>What?"}, "asks about a video, and only images are shown here"),
+        ({"videos": ["a.mp4"]}, "asks about a video"),
     ],
 )
 def test_rows_that_cannot_be_used(toy, tmp_path, row, why):
@@ -264,11 +269,80 @@ def test_a_decompression_bomb(toy, tmp_path, monkeypatch):
         data_of(toy, rows_file(tmp_path, [{"question": "a", "answer": "1", "image": "a.png"}]))
 
 
-def test_a_picture_that_is_damaged_later_gets_a_sentence(toy, picture_file):
-    data = data_of(toy, picture_file)
-    (picture_file.parent / "0.png").write_bytes(b"")
-    with pytest.raises(UserError, match="row 0 .* cannot be read .* which was whole when the run began"):
-        data.prompt(0)
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(*, pixels=None, behind=b""):
+    """A grey PNG of 28 x 28 pixels with right checksums: of these compressed pixels, and with a chunk behind them."""
+    pixels = zlib.compress((b"\0" + bytes(range(28))) * 28) if pixels is None else pixels
+    header = struct.pack(">IIBBBBB", 28, 28, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + behind + chunk(b"IEND", b"")
+
+
+def test_what_only_decoding_shows_of_a_png(toy, tmp_path):
+    """Its checksums are right: pixels that are no zlib stream, and 2 MB of text behind them, which Pillow refuses."""
+    stream = zlib.compress((b"\0" + bytes(range(28))) * 28)
+    text = chunk(b"zTXt", b"note\0\0" + zlib.compress(b"x" * 2 * 2**20))
+    made = {"whole": png(), "stream": png(pixels=stream[:20] + b"\xff" * 20), "text": png(behind=text)}
+    for name, content in made.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    rows = [{"question": "a", "answer": "1", "image": f"{name}.png"} for name in made]
+    with pytest.raises(UserError, match="2 of 3 rows cannot be used .row 1 has an image .*; row 2 has an image that"):
+        data_of(toy, rows_file(tmp_path, rows))
+    assert data_of(toy, rows_file(tmp_path, rows[:1])).prompt(0).image_mask.sum() == 4
+
+
+def test_a_png_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (84, 56)).save(tmp_path / "a.png", exif=exif)
+    assert open_picture("a.png", [tmp_path]).size == (56, 84)
+
+
+def test_images_in_one_column_or_the_other(toy, tmp_path):
+    """As merged sets have them; null and "" are no image."""
+    for name, size in (("a", 56), ("b", 84)):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{name}.png")
+    filled = [("a.png", None), (None, ["b.png"]), ("", ["b.png", "a.png"]), (None, None), ("", [""]), (None, [None])]
+    rows = [{"question": "a", "answer": "1", "image": one, "images": several} for one, several in filled]
+    data = data_of(toy, rows_file(tmp_path, rows))
+    assert [[image.size[0] for image in data.row(i)[1]] for i in range(6)] == [[56], [84], [84, 56], [], [], []]
+    assert data.prompt(1).image_mask.sum() == 9
+    named = data_of(toy, tmp_path / "d.jsonl", image_column="image")
+    assert [len(named.row(i)[1]) for i in range(6)] == [1, 0, 0, 0, 0, 0]
+
+
+def test_images_in_a_column_of_another_name(toy, tmp_path):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    path = rows_file(tmp_path, [{"question": "<image>a", "answer": "1", "figure": "a.png"}])
+    with pytest.raises(UserError, match="row 0 says <image>, and no column is called images or image: name the right"):
+        data_of(toy, path)
+    assert len(data_of(toy, path, image_column="figure").row(0)[1]) == 1
+
+
+def test_answers_of_every_type_are_their_text(toy, tmp_path):
+    day, label = datetime.date(2024, 1, 5), ClassLabel(names=["cat", "dog"])
+    values = {"day": [day], "moment": [datetime.datetime(2024, 1, 5, 10)], "time": [datetime.time(9, 30)]}
+    values |= {"midnight": [datetime.datetime(2024, 1, 5)], "label": [1], "none": [-1], "half": [1.1], "single": [0.1]}
+    types = {"day": "date32", "moment": "timestamp[s]", "time": "time64[us]", "midnight": "timestamp[s]"}
+    features = {name: Value(kind) for name, kind in (types | {"half": "float16", "single": "float32"}).items()}
+    features |= {"label": label, "none": label, "question": Value("string")}
+    Dataset.from_dict(values | {"question": ["a"]}, Features(features)).to_parquet(tmp_path / "d.parquet")
+    said = {"day": "2024-01-05", "moment": "2024-01-05 10:00:00", "time": "09:30:00", "midnight": "2024-01-05"}
+    for column, text in (said | {"label": "dog", "half": "1.1", "single": "0.1"}).items():
+        assert data_of(toy, tmp_path / "d.parquet", answer_column=column).row(0)[2] == text
+    with pytest.raises(UserError, match="row 0 has no answer"):
+        data_of(toy, tmp_path / "d.parquet", answer_column="none")
+    path = rows_file(tmp_path, [{"question": "a", "answer": "2024-01-05"}])
+    assert data_of(toy, path).row(0)[2] == "2024-01-05"
+
+
+def test_a_column_that_changes_its_type_names_the_row(toy, tmp_path):
+    """Behind the first 10 MB, which is what a type is guessed from."""
+    rows = [{"question": "a" * 1000, "answer": 1} for _ in range(11_000)] + [{"question": "b", "answer": "A"}]
+    with pytest.raises(UserError, match="d.jsonl has str in column answer of row 11000, and int in rows before: mend"):
+        data_of(toy, rows_file(tmp_path, rows))
 
 
 @pytest.mark.parametrize(
