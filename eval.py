@@ -7,7 +7,8 @@
 
 Writes <output>/results.json, with the whole protocol, and <output>/<benchmark>.jsonl, every row with its responses.
 Rows that cannot be asked (too long, or damaged), responses without an answer and truncated ones count as wrong, and
-are counted. Numbers of papers that ask a judge model do not compare with these.
+are counted; rows that do not say what is right are left out, and counted. Numbers of papers that ask a judge model do
+not compare with these.
 """
 
 import ast
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 
 from common import load_model, load_processor, rollout
 from plumbing.adapters import places
-from plumbing.answers import Checker, extract_answer, letters, normalise
+from plumbing.answers import Checker, letters, parts, plain
 from plumbing.arguments import EMBEDDED, INSTRUCTION, check_together, model_source, without_links
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, check_numbers, flag, parse_args
@@ -39,11 +40,12 @@ from plumbing.data import Data, plain_text, some_of
 from plumbing.families import limit_pixels
 from plumbing.files import locked, write_text
 from plumbing.kernels import use_cores
-from plumbing.pictures import Unusable
+from plumbing.pictures import Unusable, listed
+from plumbing.rewards import extract_answer
 from plumbing.rows import load_rows, picture_folders, refuse_output_among
 from plumbing.sharding import PATIENCE, on_main
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Args:
 
 @dataclass
 class Question:
-    """`kind` says how an answer is compared: free, choice (one letter), letters, yes/no or float."""
+    """`kind` says how an answer is compared: free, choice (one letter), letters, yes/no (or unsure), integer, float."""
 
     problem: str
     images: list
@@ -144,7 +146,7 @@ class Question:
 def choose(problem, options):
     """The problem with its options as "(A) ..." lines, and the wish for a letter. Raises Unusable for too many."""
     if len(options) > len(LETTERS):
-        raise Unusable(f"has {len(options)} options, more than there are letters from A to {LETTERS[-1]}")
+        raise Unusable(f"has {len(options)} options, more than there are letters")
     lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options)]
     if [str(option) for option in options] == list(LETTERS[: len(options)]):
         lines = []  # the picture shows them
@@ -167,11 +169,18 @@ def place_images(text, pattern, images):
     return "<image>" * len(rest) + text, [images[number] for number in rest + order]
 
 
-def listed(image):
-    return image if isinstance(image, list) else [] if image is None else [image]
+def list_of(options):
+    """The options of a row: a list, the text of one, or a list in a list."""
+    options = ast.literal_eval(options) if isinstance(options, str) else list(options)
+    return options[0] if len(options) == 1 and isinstance(options[0], list) else options
 
 
-def plain(row):  # the toys, geometry3k, clevr_count_70k
+def letter_of(options, answer):
+    """The letter of the option whose text is the answer. Raises ValueError where there is none."""
+    return LETTERS[[str(option).strip() for option in options].index(str(answer).strip())]
+
+
+def as_it_is(row):  # the toys, geometry3k, clevr_count_70k
     answer = re.sub(r"</?answer>", "", plain_text(row["answer"], "answer")).strip()
     return Question(row["problem"], listed(row["images"]), answer)
 
@@ -179,17 +188,18 @@ def plain(row):  # the toys, geometry3k, clevr_count_70k
 def mathvista(row):
     if row["question_type"] == "multi_choice":
         options = list(row["choices"])
-        problem = choose(row["question"], options)
-        gold = LETTERS[options.index(row["answer"])]  # the gold answer is the text of an option
-        return Question(problem, [row["decoded_image"]], gold, "choice", options)
+        gold = letter_of(options, row["answer"])
+        return Question(choose(row["question"], options), [row["decoded_image"]], gold, "choice", options)
     problem = row["question"] + (f" (unit: {row['unit']})" if row["unit"] else "")
-    kind, digits = ("float", int(row["precision"])) if row["answer_type"] == "float" else ("free", None)
+    kind = row["answer_type"] if row["answer_type"] in ("float", "integer") else "free"
+    digits = int(row["precision"]) if kind == "float" else None
     return Question(problem, [row["decoded_image"]], row["answer"], kind, digits=digits)
 
 
 def mathverse(row):
     kind = "choice" if row["question_type"] == "multi-choice" else "free"
-    problem = choose(row["question"], []) if kind == "choice" else row["question"]
+    question = row["question"] or "<image>"  # the version "Vision Only" asks by its image alone
+    problem = choose(question, []) if kind == "choice" else question
     return Question(problem, [row["image"]], row["answer"], kind, group={"version": row["problem_version"]})
 
 
@@ -207,13 +217,13 @@ def logicvista(row):
 
 
 def mmmu_pro(row):
-    options = ast.literal_eval(row["options"])  # a list of strings, as a string
+    options = list_of(row["options"])
     text, images = choose(row["question"], options), {n: row[f"image_{n}"] for n in range(1, 8)}
     return Question(*place_images(text, r"<image (\d+)>", images), row["answer"], "choice", options)
 
 
 def mmmu_pro_vision(row):
-    options = ast.literal_eval(row["options"])
+    options = list_of(row["options"])
     return Question(choose("<image>", LETTERS[: len(options)]), [row["image"]], row["answer"], "choice", options)
 
 
@@ -221,11 +231,20 @@ def hallusionbench(row):
     answer = {"1": "yes", "0": "no"}.get(str(row["gt_answer"]))
     part = [str(row[name]) for name in ("category", "subcategory", "set_id")]
     group = {"figure": "/".join([*part, str(row["figure_id"])]), "question": "/".join([*part, str(row["question_id"])])}
-    return Question(f"{row['question']} Answer yes or no.", listed(row.get("image")), answer, "yes/no", group=group)
+    kind = "yes/no"
+    if row["category"] == "VS" and str(row["figure_id"]) == "0":  # asked without its visual supplement: no figure
+        kind, group["figure"] = "yes/no or unsure", None
+    return Question(f"{row['question']} Answer yes or no.", listed(row.get("image")), answer, kind, group=group)
 
 
 def wemath(row):
-    options = re.findall(r"(?:^|;)\s*[A-J][.:]\s*(.*?)\s*(?=;\s*[A-J][.:]|;?\s*$)", row["option"])
+    options, rest = [], " " + row["option"].rstrip("; ")
+    for letter in LETTERS:  # a label has a text behind it: "to point ;B.;" ends an option and begins none
+        *before, rest = re.split(rf"[;\s]{letter}\s?[.:．：](?!\s*(?:;|$))", rest, maxsplit=1)
+        options += [text.strip("; ") for text in before]
+        if not before:
+            break
+    options = [*options[1:], rest.strip()]
     return Question(choose(row["question"], options), [row["image_path"]], row["answer"], "choice", options)
 
 
@@ -234,6 +253,13 @@ def dynamath(row):
     problem = choose(row["question"], []) if kind == "choice" else row["question"]
     group = {"seed": str(row["id"])} if "id" in row else {}
     return Question(problem, [row["decoded_image"]], row["ground_truth"], kind, group=group)
+
+
+def puzzlevqa(row):
+    options = list_of(row["options"])
+    return Question(
+        choose(row["question"], options), [row["image"]], letter_of(options, row["answer"]), "choice", options
+    )
 
 
 def mmk12(row):
@@ -249,8 +275,8 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    **{name: Benchmark(name, ("test",), plain) for name in EMBEDDED},
-    "geometry3k": Benchmark("hiyouga/geometry3k", ("test",), plain),
+    **{name: Benchmark(name, ("test",), as_it_is) for name in EMBEDDED},
+    "geometry3k": Benchmark("hiyouga/geometry3k", ("test",), as_it_is),
     "mathvista": Benchmark("AI4Math/MathVista", ("testmini",), mathvista),
     "mathverse": Benchmark("AI4Math/MathVerse:testmini", ("testmini",), mathverse),
     "mathvision": Benchmark("MathLLMs/MathVision", ("test",), mathvision),
@@ -260,8 +286,10 @@ BENCHMARKS = {
     "hallusionbench": Benchmark("lmms-lab/HallusionBench", ("image", "non_image"), hallusionbench),
     "wemath": Benchmark("We-Math/We-Math", ("testmini",), wemath),
     "dynamath": Benchmark("DynaMath/DynaMath_Sample", tuple(f"sample_variant{i}" for i in range(1, 11)), dynamath),
-    "clevr_count": Benchmark("BUAADreamer/clevr_count_70k", ("test",), plain),
+    "clevr_count": Benchmark("BUAADreamer/clevr_count_70k", ("test",), as_it_is),
     "mmk12": Benchmark("FanqingM/MMK12", ("test",), mmk12),
+    "puzzlevqa": Benchmark("declare-lab/PuzzleVQA", ("all",), puzzlevqa),
+    "algopuzzlevqa": Benchmark("declare-lab/AlgoPuzzleVQA", ("all",), puzzlevqa),
 }
 
 
@@ -283,8 +311,8 @@ class Questions(Data):
         """A row as the benchmark means it. Raises Unusable where it is not in its schema."""
         row = self.rows[index]
         try:
-            for column in {"question", "problem"} & set(row):
-                plain_text(row[column], "question")
+            if None in (row.get("question", ""), row.get("problem", "")):
+                raise Unusable("has no question")
             question = self.read(row)
             return dataclasses.replace(question, answer=plain_text(question.answer, "answer"))
         except KeyError as error:
@@ -302,35 +330,60 @@ class Questions(Data):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+UNSURE = (
+    r"unsure|uncertain|unknown|unclear|\bnot (?:sure|certain|clear|known|given|possible|enough)|cannot|can't|don't know"
+)
+
+
 def judge(check, response, question):
     """Whether a response is right, by rule; `check` is training's `Checker`."""
-    answer = extract_answer(response)
+    answer, kind = extract_answer(response), question.kind
     if answer is None:
         return False
-    by_letter = question.kind in ("letters", "choice")
-    gold = letters(question.answer) if by_letter else None
-    if question.kind == "free" or (by_letter and gold is None):  # the right answer names no option
-        return check.equal(answer, question.answer)
-    if question.kind == "letters":
+    gold = letters(question.answer, LETTERS[-1]) if kind in ("letters", "choice") else None
+    if kind == "free" or (kind in ("letters", "choice") and gold is None):  # the right answer names no option
+        return bool(check.equal(answer, question.answer))
+    if kind == "letters":
         return letters(answer) == gold
-    if question.kind == "yes/no":
-        said = re.match(r"\W*(yes|no)\b", normalise(answer).casefold())
-        return bool(said) and said[1] == question.answer
-    if question.kind == "float":
-        return same_number(check, answer, question.answer, question.digits)
-    letter = letters(answer)
-    if letter is None and question.options:  # the text of an option counts where only one has it
-        named = [i for i, option in enumerate(question.options) if check.equal(answer, str(option))]
-        letter = LETTERS[named[0]] if len(named) == 1 else None
-    return letter == gold
+    if kind in ("float", "integer"):
+        return same_number(check, answer, question)
+    if kind == "choice":
+        texts, letter = dict(zip(LETTERS, map(str, question.options))), chosen(check, answer, question.options)
+        return letter is not None and texts.get(letter, letter) == texts.get(gold, gold)  # a text may stand twice
+    said = re.match(r"\W*(yes|no)\b", parts(answer)[1].casefold())
+    if said is None:
+        return kind == "yes/no or unsure" and bool(re.search(UNSURE, answer.casefold()))
+    return said[1] == question.answer
 
 
-def same_number(check, answer, gold, digits):
-    """Equal after rounding to `digits`; where there are none, within 0.001. What is no plain number goes to `check`."""
+def chosen(check, answer, options):
+    """The letter of the option that an answer means, or None: "C", "C. its text", or the text of a single one."""
+    options, last = [plain(str(option)) for option in options], LETTERS[max(len(options), 10) - 1]
+
+    def named(text):
+        return [i for i, option in enumerate(options) if option == plain(text)] or check.equal(text, *options)
+
+    label = re.fullmatch(rf"[(\[]?([A-{last}])[)\].:]+ *(.+)", plain(answer))
+    if label and (found := named(label[2])):
+        return label[1] if LETTERS.index(label[1]) in found else None  # "A." and the text of another
+    if letter := letters(answer, last):
+        return letter
+    found = named(answer)
+    return LETTERS[found[0]] if len({options[i] for i in found}) == 1 else None
+
+
+def same_number(check, answer, question):
+    """Equal after rounding to the question's `digits`, within 0.001 where there are none; as integers truncated.
+
+    What is no plain number goes to `check`.
+    """
     try:
-        said, right = float(normalise(answer)), float(gold)
-    except ValueError:
-        return check.equal(answer, gold)
+        said, right = float(parts(answer)[1]), float(question.answer)
+        if question.kind == "integer":  # as MathVista's own code compares them
+            return int(said) == int(right)
+    except (ValueError, OverflowError):
+        return bool(check.equal(answer, question.answer))
+    digits = question.digits
     return round(said, digits) == round(right, digits) if digits is not None else abs(said - right) <= 0.001 + 1e-9
 
 
@@ -345,6 +398,11 @@ def checksum(model):
     for weight in model.state_dict().values():
         found = zlib.crc32(weight.flatten()[:1000].float().cpu().numpy().tobytes(), found)
     return f"{found:08x}"
+
+
+def with_answers(data):
+    """All rows, those that cannot be asked too, that say what is right."""
+    return [i for i in range(len(data.rows)) if data.unusable.get(i) != "has no answer"]
 
 
 class Evaluation:
@@ -370,7 +428,8 @@ class Evaluation:
             self.parts[name] = self.find_questions(name)
             for data in self.parts[name]:
                 if self.rank == 0 and (data.dropped or data.unusable):
-                    print(f"{data}; what is not asked counts as wrong", file=sys.stderr)
+                    said = "what is not asked counts as wrong, but for rows without an answer, which are not counted"
+                    print(f"{data}; {said}", file=sys.stderr)
         least, most = limit_pixels(self.model.config, self.processor)
         self.protocol |= {"min_pixels": least, "max_pixels": most, "dtype": str(dtype).removeprefix("torch.")}
         self.protocol["weights_checksum"] = checksum(self.model)
@@ -380,7 +439,7 @@ class Evaluation:
         self.lock = on_main(self.open_output)
 
     def open_output(self):
-        """Makes --output ready; returns a lock, a file: other evaluations are kept out until this process ends."""
+        """Makes --output ready; returns a lock: other evaluations are kept out until this process ends."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             lock = locked(self.output)
@@ -461,7 +520,7 @@ class Evaluation:
         """Asks what has not been asked yet; returns all rows of a benchmark on the main process, None on the others."""
         args, parts = self.args, self.parts[name]
         all_rows = args.data or name != "own"  # training evaluates on what it can use
-        rows = [range(len(data.rows)) if all_rows else data.indices for data in parts]
+        rows = [with_answers(data) if all_rows else data.indices for data in parts]
         order = [(part, index) for part, indices in enumerate(rows) for index in indices]
         order = some_of(order, args.rows, args.seed)
         done = {(row["part"], row["index"]) for row in self.read_parts(name)}
@@ -573,7 +632,7 @@ def scores(name, rows):
 def all_right(rows, key):
     """Share of groups whose rows are all right, in the mean over samples."""
     groups = defaultdict(list)
-    for row in rows:
+    for row in (row for row in rows if row["group"].get(key, "") is not None):
         groups[row["group"].get(key, row.get("index"))].append(row["correct"])  # what could not be read is alone
     samples = max(len(row["correct"]) for row in rows)
     right = [sum(all(c[min(s, len(c) - 1)] for c in g) for s in range(samples)) / samples for g in groups.values()]
@@ -659,7 +718,12 @@ def main():
     evaluation.check.close()
     retries = sum(gather_object([evaluation.retries]))
     if evaluation.rank == 0:
+        missing = {
+            name: sum(len(data.rows) - len(with_answers(data)) for data in parts)
+            for name, parts in evaluation.parts.items()
+        }
         whole = {"protocol": evaluation.protocol, "scores": results, "memory_retries": retries}
+        whole["rows_without_answer"] = missing
         write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
         print(table(results))

@@ -83,6 +83,17 @@ FIXTURES = {  # benchmark: rows with the hub's column names and types, the right
             },
             "x=5",
         ),
+        (
+            {
+                "image": PICTURE,
+                "question": "",  # as every row of this version
+                "answer": "C",
+                "question_type": "multi-choice",
+                "problem_version": "Vision Only",
+                "query_cot": "",
+            },
+            "C",
+        ),
     ],
     "mathvision": [
         (
@@ -165,6 +176,13 @@ FIXTURES = {  # benchmark: rows with the hub's column names and types, the right
             "A",
         ),
     ],
+    "puzzlevqa": [
+        ({"image": PICTURE, "question": "Which number?", "options": [6, 3, 4], "answer": "4"}, "C"),
+        ({"image": PICTURE, "question": "Which number?", "options": [6, 3, 4], "answer": "3"}, "3"),
+    ],
+    "algopuzzlevqa": [
+        ({"image": PICTURE, "question": "Is it? Answer Yes or No.", "options": ["Yes", "No"], "answer": "No"}, "no")
+    ],
     "clevr_count": [({"images": [PICTURE], "problem": "<image>How many?", "answer": "3"}, "3")],
     "mmk12": [
         ({"image": PICTURE, "question": "<image>Which? A. 1 B. 2", "answer": "B", "subject": "math"}, "\\text{(B)}")
@@ -210,7 +228,9 @@ def test_rows_of_the_hubs_schema(name, toy, tmp_path, check):
     for i, right in enumerate(answers):
         question, prompt = data.question(i), data.prompt(i)
         images = [value for value in rows[i].values() if isinstance(value, Image.Image)]
-        images += [x for value in rows[i].values() if isinstance(value, list) for x in value if not isinstance(x, str)]
+        images += [
+            x for value in rows[i].values() if isinstance(value, list) for x in value if isinstance(x, Image.Image)
+        ]
         assert (0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)) == len(images)
         assert judge(check, f"<think>so</think> \\boxed{{{right}}}", question), (question, right)
         for wrong in ("", "\\boxed{}", "\\boxed{Z}", "\\boxed{None}", right):
@@ -263,7 +283,18 @@ PUBLISHED = [  # answer, gold, options, verdict
     ("\\text{(A)}", "A", ["x", "y"], True),
     ("A. 30", "A", ["30", "40"], True),
     ("30", "A", ["30", "40"], True),
-    ("30", "A", ["30", "30"], False),
+    ("30", "A", ["30", "30"], True),  # as the row has it
+    ("B", "A", ["30", "30"], True),
+    ("A. Point B", "A", ["Point B", "Point A"], True),
+    ("A. B: 5; C: 7", "A", ["B: 5; C: 7", "B: 7; C: 5"], True),  # a text with labels of its own
+    ("A. Point A", "A", ["Point B", "Point A"], False),  # the text of another
+    ("B. Point A", "A", ["Point B", "Point A"], False),
+    ("C. Point B", "A", ["Point B", "Point A"], False),
+    ("A. for it is red", "A", ["Point B", "Point A"], True),
+    ("1, 2", "B", ["2, 1", "1, 2"], True),  # the very text before what is equal to it
+    ("L", "L", [f"{i} m" for i in range(12)], True),
+    ("L. 11 m", "L", [f"{i} m" for i in range(12)], True),
+    ("K", "L", [f"{i} m" for i in range(12)], False),
     ("50", "A", ["30", "40"], False),
     ("B", "A", ["30", "40"], False),
     ("30^\\circ", "30", None, True),
@@ -304,6 +335,15 @@ def test_published_cases(check, answer, gold, options, verdict):
         ("Yes.", "yes", "yes/no", None, True),
         ("No, it is not", "no", "yes/no", None, True),
         ("Nothing", "no", "yes/no", None, False),
+        ("It cannot be told", "no", "yes/no", None, False),
+        ("It cannot be told", "no", "yes/no or unsure", None, True),
+        ("Uncertain.", "yes", "yes/no or unsure", None, True),
+        ("Nothing", "no", "yes/no or unsure", None, False),
+        ("Yes, I am not sure why", "no", "yes/no or unsure", None, False),
+        ("3.9", "3", "integer", None, True),
+        ("3 apples", "3", "integer", None, True),
+        ("4", "3", "integer", None, False),
+        ("10^{400}", "3", "integer", None, False),
         ("banana", "12", "letters", None, False),  # neither names an option
         ("12", "12", "letters", None, True),
         ("no idea", "Yes", "choice", None, False),
@@ -547,7 +587,7 @@ def test_an_evaluation_that_goes_on_asks_the_same_model_the_same_rows(tmp_path, 
 def test_one_evaluation_writes_to_a_folder(tmp_path, evaluate):
     path = text_rows(tmp_path / "mine.jsonl", "1234")
     (tmp_path / "out").mkdir()
-    lock = f"import fcntl, sys; f = open({str(tmp_path / 'out/.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    lock = f"import filelock, sys; lock = filelock.FileLock({str(tmp_path / 'out/.lock')!r}); lock.acquire()"
     command = [sys.executable, "-uc", f"{lock}; print(1); sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
@@ -580,9 +620,51 @@ def test_rows_that_were_trained_on_are_not_called_held_out(tmp_path, evaluate, m
 
 
 def test_more_options_than_letters():
-    row = FIXTURES["mathvista"][0][0] | {"choices": [f"{i} m" for i in range(11)], "answer": "10 m"}
-    with pytest.raises(Unusable, match="has 11 options, more than there are letters from A to J"):
+    row = FIXTURES["mathvista"][0][0] | {"choices": [f"{i} m" for i in range(27)], "answer": "10 m"}
+    with pytest.raises(Unusable, match="has 27 options, more than there are letters"):
         BENCHMARKS["mathvista"].read(row)
+    assert BENCHMARKS["mathvista"].read(row | {"choices": row["choices"][:12]}).answer == "K"
+
+
+WEMATH = {  # as some of the hub's rows have their options: strays, full-width points, separators that are missing
+    "A. 3 dm; B. 30; C. No": ["3 dm", "30", "No"],
+    "A. to point ;O.;B. to ;C.  ;C. No.; D. None": ["to point ;O.", "to ;C.", "No.", "None"],
+    "A. 1;B．2;C. 3": ["1", "2", "3"],
+    "A. 45° B. 60° ;C. 120°": ["45°", "60°", "120°"],
+    "A:x;C. y; B. z; C. w": ["x;C. y", "z", "w"],
+}
+
+
+@pytest.mark.parametrize("text", WEMATH)
+def test_options_in_one_text(text):
+    row = FIXTURES["wemath"][0][0] | {"option": text}
+    assert BENCHMARKS["wemath"].read(row).options == WEMATH[text]
+
+
+def test_options_as_a_list_in_a_list():
+    for options in ("[['a', 'b']]", "['a', 'b']", ["a", "b"], [["a", "b"]]):
+        assert evaluation.list_of(options) == ["a", "b"]
+    assert evaluation.list_of(["[1]"]) == ["[1]"]
+
+
+def test_figures_of_hallusionbench():
+    """A question without its visual supplement belongs to no figure, and may be answered by doubt."""
+    row = FIXTURES["hallusionbench"][0][0] | {"category": "VS"}
+    made = [BENCHMARKS["hallusionbench"].read(row | {"figure_id": figure}) for figure in ("0", "1", "1", "2")]
+    assert [question.kind for question in made] == ["yes/no or unsure", *["yes/no"] * 3]
+    asked = {"asked": True, "parsed": [True], "truncated": [False]}
+    rows = [asked | {"correct": [right], "group": question.group} for right, question in zip((0, 1, 1, 0), made)]
+    found = scores("hallusionbench", rows)
+    assert found["fAcc"] == 1 / 2 and found["qAcc"] == 0 and found["aAcc"] == 1 / 2
+    assert scores("hallusionbench", [*rows, asked | {"correct": [False], "group": {}}])["fAcc"] == 1 / 3
+
+
+def test_a_row_without_an_answer_is_left_out_and_counted(tmp_path, evaluate):
+    row = FIXTURES["logicvista"][0][0]
+    path = write(tmp_path / "rows.parquet", [row] * 120 + [row | {"answer": None}])
+    results = evaluate("--benchmarks", "logicvista", "--data", path)
+    assert results["scores"]["logicvista"]["rows"] == 120 and results["scores"]["logicvista"]["not_asked"] == 0
+    assert results["rows_without_answer"] == {"logicvista": 1}
 
 
 def test_own_data_is_called_own(tmp_path, monkeypatch, capsys):
@@ -602,16 +684,16 @@ def test_own_data_is_called_own(tmp_path, monkeypatch, capsys):
 
 def test_a_broken_row_in_a_hundred_counts_as_wrong(tmp_path, monkeypatch, capsys):
     data, path = load_rows("toy", "test").select(range(101)), tmp_path / "mine.parquet"
-    answers = [None if i == 4 else answer for i, answer in enumerate(data["answer"])]
-    data.remove_columns("answer").add_column("answer", answers).to_parquet(path)
+    problems = [None if i == 4 else problem for i, problem in enumerate(data["problem"])]
+    data.remove_columns("problem").add_column("problem", problems).to_parquet(path)
     argv = ["eval.py", "--data", str(path), "--benchmarks", "toy", "--output", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", argv)
     evaluation.main()
     score = json.loads((tmp_path / "out/results.json").read_text())["scores"]["toy"]
     assert score["rows"] == 101 and score["not_asked"] == 1
     row = [json.loads(line) for line in (tmp_path / "out/toy.jsonl").read_text().splitlines()][4]
-    assert row["why"] == "has no answer" and row["correct"] == [False]
-    assert "1 of 101 rows left out (row 4 has no answer)" in capsys.readouterr().err
+    assert row["why"] == "has no question" and row["correct"] == [False]
+    assert "1 of 101 rows left out (row 4 has no question)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
