@@ -4,21 +4,22 @@ Not here: what is written (checkpoints.py, metrics.py, and whoever writes a resu
 """
 
 import contextlib
-import fcntl
 import itertools
 import shutil
+
+from filelock import FileLock, Timeout
 
 from plumbing.commandline import UserError
 
 
 def locked(folder):
-    """A file that keeps others out of a folder until it is closed. Raises UserError where another run is in."""
-    lock = open(folder / ".lock", "w")  # noqa: SIM115
+    """A lock that keeps others out of a folder until it is released. Raises UserError where another run is in."""
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock = FileLock(folder / ".lock")
+        lock.acquire(blocking=False)
+        return lock
+    except Timeout:
         raise UserError(f"another run writes to {folder}: wait for its end, or name another --output.") from None
-    return lock
 
 
 def write_text(path, text):

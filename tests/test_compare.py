@@ -121,7 +121,7 @@ def test_after_a_failure_no_other_run_begins(tmp_path, monkeypatch):
 
 def test_one_comparison_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "RUNS", tmp_path)
-    lock = f"import fcntl, sys; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    lock = f"import filelock, sys; lock = filelock.FileLock({str(tmp_path / '.lock')!r}); lock.acquire()"
     command = [sys.executable, "-uc", f"{lock}; print(1); sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()

@@ -15,7 +15,6 @@ stands beside it.
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 from queue import Queue
 
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 
 TOY = Path(__file__).resolve().parent
@@ -130,10 +130,10 @@ def one(world, arm, seed, core):
 def run(world, seeds, jobs):
     """Makes the runs of a world that were not recorded yet, `jobs` at a time; one comparison at a time."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    lock = open(RUNS / ".lock", "w")  # noqa: SIM115  (until this process ends)
+    lock = FileLock(RUNS / ".lock")  # until this function ends
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(blocking=False)
+    except Timeout:
         raise UserError(f"another comparison writes to {RESULTS}: wait for its end.") from None
     done = {(record["world"], record["arm"], record["seed"]) for record in records()}
     left = [(arm, seed) for seed in range(seeds) for arm in ARMS if (world, arm, seed) not in done]
