@@ -12,11 +12,13 @@ the prompt once.
 
 import contextlib
 import dataclasses
+import json
 import random
 import re
 from dataclasses import dataclass
 from functools import partial
 
+import tokenizers
 import torch
 import transformers
 from torch.nn.attention.flex_attention import BlockMask
@@ -28,13 +30,13 @@ from transformers.masking_utils import sdpa_mask
 
 from plumbing import kernels
 from plumbing.adapters import add_adapters, load_adapters, places, without_adapters
-from plumbing.answers import Checker, extract_answer
+from plumbing.answers import Checker
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError, cannot_open
 from plumbing.data import Prompt, prompt_text
 from plumbing.families import grey_picture, known_family, limit_pixels, picture_inputs, prepared, vision
 from plumbing.kernels import HEAD_CHUNK
-from plumbing.rewards import load_reward
+from plumbing.rewards import extract_answer, load_reward
 from plumbing.sharding import inside, is_sharded, on_any_process, on_main, shard
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +57,12 @@ def load_config(name, revision="main"):
     except Exception as error:  # whatever transformers says of a folder that is no model
         more = " Of an InternVL take the name that ends with -hf or -HF." if "custom code" in str(error) else ""
         raise UserError(cannot_open("--model", name, error) + more) from None
-    return known_family(name, config)
+    config = known_family(name, config)
+    for part in (config.text_config, config.vision_config):
+        for setting in vars(part):
+            if "drop" in setting:  # sampling has no dropout, and what was sampled must be what is trained
+                setattr(part, setting, 0.0)
+    return config
 
 
 def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
@@ -75,6 +82,8 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
     except Exception as error:  # the same
         raise UserError(cannot_open("--model", name, error)) from None
     tokenizer = processor.tokenizer
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    untrained_tags_as_text(tokenizer, str(processor.chat_template))
     try:
         ids = tokenizer(prompt_text(processor, "<image>1 + 1?", "")).input_ids
     except Exception as error:  # whatever the template language makes of a broken one
@@ -84,8 +93,27 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
             f"--model {name} has a tokenizer or chat template that loses text or picture of a question: tokenizer.json "
             f"and chat_template.jinja must be the model's own."
         )
+    if (largest := max(tokenizer.get_vocab().values())) >= config.text_config.vocab_size:
+        raise UserError(
+            f"--model {name} has no embedding for token {largest} of its tokenizer: take a whole copy of it."
+        )
     limit_pixels(config, processor, min_pixels, max_pixels)
     return processor
+
+
+def untrained_tags_as_text(tokenizer, template):
+    """Encodes <think> and <answer> as plain text where they are tokens that the chat template never writes.
+
+    Qwen3-VL Instruct has such tokens and was never trained on them. In a response they are still decoded.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    tags = [t for t in spec["added_tokens"] if re.fullmatch("</?(think|answer)>", t["content"])]
+    untrained = [t for t in tags if t["content"] not in template]
+    for token in untrained:
+        spec["added_tokens"].remove(token)
+        spec["model"]["vocab"][token["content"]] = token["id"]  # no merge leads there
+    if untrained:
+        tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
 def load_model(name, revision="main", meta=False, dtype=torch.float32):
@@ -269,13 +297,30 @@ def seeded(*key):
     return torch.Generator().manual_seed(random.Random(" ".join(map(str, key))).getrandbits(63))
 
 
-def token_chooser(model, temperature, top_p, top_k):
-    """`choose(logits (B, V), uniforms (B,)) -> (B,)`: inverse-transform sampling after generate's own warpers.
+def end_tokens(model, tokenizer):
+    """Ids that end a response: those of generation_config.json, and the tokenizer's end of a turn. Raises UserError."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    ends = {token for token in [*configured, tokenizer.eos_token_id] if token is not None}
+    if not ends:
+        raise UserError("--model names no token that ends a response: set eos_token_id in its generation_config.json.")
+    return sorted(ends)
 
-    Image and video placeholder tokens are banned: one of them in a response breaks the next forward pass.
-    """
-    banned = [getattr(model.config, f"{kind}_token_id", None) or -1 for kind in ("image", "video")]  # -1: there is none
-    warpers = [transformers.SuppressTokensLogitsProcessor(banned, device=model.device)]
+
+def banned_tokens(model, tokenizer):
+    """(V,) True on tokens that are never sampled: embeddings beyond the tokenizer's, which have no text, and
+    placeholders of images and videos, which would break the next forward pass."""
+    banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
+    banned[list(tokenizer.get_vocab().values())] = False
+    placeholders = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    banned[[token for token in placeholders if token is not None]] = True
+    return banned.to(model.device)
+
+
+def token_chooser(banned, temperature, top_p, top_k):
+    """`choose(logits (B, V), uniforms (B,)) -> (B,)`: inverse-transform sampling after generate's own warpers; never a
+    token that is `banned` (V,)."""
+    warpers = []
     if temperature != 1.0 and temperature > 0:
         warpers.append(transformers.TemperatureLogitsWarper(temperature))
     if top_k > 0:
@@ -285,7 +330,7 @@ def token_chooser(model, temperature, top_p, top_k):
     warp = transformers.LogitsProcessorList(warpers)
 
     def choose(logits, uniforms):
-        logits = warp(None, logits.float())
+        logits = warp(None, logits.float().masked_fill(banned, -torch.inf))
         if temperature == 0:
             return logits.argmax(-1)
         cumulative = logits.softmax(-1).double().cumsum(-1)
@@ -380,9 +425,9 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
     """
     G = len(range(args.group_size)[part])
     temperature = args.temperature if temperature is None else temperature
-    choose = token_chooser(model, temperature, args.top_p, args.top_k)
-    eos = model.generation_config.eos_token_id
-    eos, groups = [eos] if isinstance(eos, int) else eos, []
+    choose = token_chooser(banned_tokens(model, tokenizer), temperature, args.top_p, args.top_k)
+    eos, groups = end_tokens(model, tokenizer), []
+    ends = torch.tensor([*eos, tokenizer.pad_token_id])
     training, _ = model.training, model.eval()
     sampling = {"eos": eos, "pad_id": tokenizer.pad_token_id, "room": room or min(ROOM, args.max_response_tokens)}
     sampling |= {"prefill_tokens": args.tokens_per_row, "graphs": args.cuda_graphs}
@@ -399,7 +444,8 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
             longest = mask[own].sum(1).max()
             valid = mask[own, :longest]
             ids = responses[own, :longest].masked_fill(~valid, tokenizer.pad_token_id)
-            texts = [tokenizer.decode(r[m], skip_special_tokens=True) for r, m in zip(ids, valid)]
+            written = [r[m & ~torch.isin(r, ends.to(r.device))] for r, m in zip(ids, valid)]
+            texts = [prompt.opened + tokenizer.decode(tokens) for tokens in written]
             groups.append(Group(prompt, ids, valid, truncated[own], texts))
     model.train(training)
     return groups
@@ -645,10 +691,10 @@ def quantiles(name, values, mask):
 
 
 def group_advantages(rewards, eps=1e-6):
-    """(P, G) rewards -> (P, G) advantages: (r - mean) / (std + eps) in each group, unbiased std; 0 where all are equal.
+    """(P, G) rewards -> (P, G) advantages: (r - mean) / (std + eps) in each group; 0 where all are equal.
 
-    GRPO (arXiv 2402.03300, section 4.1.2); the unbiased std and eps are EasyR1's and verl's. Raises ValueError for
-    G = 1, which would be a NaN.
+    GRPO (arXiv 2402.03300, section 4.1.2); Bessel's correction of the std, and eps, are EasyR1's and verl's. Raises
+    ValueError for G = 1, which would be a NaN.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
@@ -706,7 +752,7 @@ def policy_loss(logps, old_logps, advantages, mask, clip_low=0.2, clip_high=0.2,
     loss = aggregate(-torch.min(free, clipped), mask, aggregation, denominator)
     info = {
         "clip_fraction": aggregate((clipped < free).float(), mask).detach(),
-        "approx_kl": aggregate(ratio - 1 - log_ratio, mask).detach(),
+        "approx_kl": aggregate(log_ratio.expm1() - log_ratio, mask).detach(),
     }
     return loss, info
 
@@ -714,8 +760,10 @@ def policy_loss(logps, old_logps, advantages, mask, clip_low=0.2, clip_high=0.2,
 def kl_penalty(logps, ref_logps):
     """(B, T) k3 estimate of KL(policy || reference): exp(ref - logp) - (ref - logp) - 1 (arXiv 2402.03300, eq. 4).
 
+    As a loss on the policy's samples its gradient is that of the reverse, KL(reference || policy).
+
     >>> kl_penalty(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]))
     tensor([[0.3679]])
     """
     log_ratio = (ref_logps - logps).clamp(-20, 20)
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.expm1() - log_ratio

@@ -10,7 +10,7 @@ r_i the reward of response i, o_i its tokens, pi_old the policy that sampled and
 Deviations from the paper, as the field trains today:
   1. The loss is a mean over all tokens of the mini-batch (DAPO, 2503.14476); `--aggregation sequence` is the paper's.
   2. No KL term; `--kl_coef 0.001` brings it back, with the paper's k3 estimator and a reference model.
-  3. The standard deviation is unbiased and eps is 1e-6, as in EasyR1 and verl.
+  3. The standard deviation has Bessel's correction (G - 1) and eps is 1e-6, as in EasyR1 and verl.
 
     python grpo.py                                                                  # the toy, minutes on a laptop CPU
     torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs

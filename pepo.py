@@ -16,6 +16,7 @@ Formulas follow the released code (xzxxntxdy/PEPO). What differs, or is silent i
   2. The paper's softmax has no temperature; every released script divides by tau = 1.8.
   3. Before a layer of Qwen3-VL stands what it reads, with the picture's deep features added.
   4. A prompt without a picture has w = 1: plain GRPO.
+  5. The released script of PEPO_D with InternVL3-2B sets `--use_vision_weights false`: that run is DAPO.
 
 The scores come out of a forward pass that is made anyway: no extra one.
 

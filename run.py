@@ -36,10 +36,12 @@ from common import (
     trained_model,
 )
 from plumbing import checkpoints
+from plumbing.adapters import places
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data, some_of
+from plumbing.families import processor_files
 from plumbing.kernels import use_cores
 from plumbing.memory import dry_run, out_of_memory
 from plumbing.metrics import Metrics, means
@@ -47,7 +49,7 @@ from plumbing.sharding import full_tensor, local, on_main, start_processes, sum_
 from plumbing.stream import Stream
 
 ALWAYS_LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
-ALWAYS_LOGGED += ["entropy", "clip_fraction", "approx_kl"]
+ALWAYS_LOGGED += ["loss", "entropy", "clip_fraction", "approx_kl"]
 RUINED = "the checkpoints are as they were; look at skipped_updates in metrics.jsonl, and lower --learning_rate"
 
 
@@ -82,8 +84,10 @@ class Run:
 
     def load_models(self, checkpoint):
         """Processor, the model that is trained, from a checkpoint where there is one, and the reference model."""
-        args = self.args
-        self.processor = load_processor(model_source(args), args.model_revision, args.min_pixels, args.max_pixels)
+        args, source = self.args, (model_source(self.args), self.args.model_revision)
+        self.processor = load_processor(*source, args.min_pixels, args.max_pixels)
+        folder, _, revision, _ = places(*source)
+        self.processor_files = processor_files(folder, revision, self.processor.image_processor)
         self.tokenizer = self.processor.tokenizer
         self.model = trained_model(args, self.accelerator, checkpoint)
         self.reference = reference_model(args, self.accelerator, self.model) if args.kl_coef else None
@@ -268,7 +272,7 @@ class Run:
 
     def backward(self, loss, info, row, mask):
         """Gradients of one row; `info` goes to the log as the mean over tokens in `mask`, weighted by their number."""
-        self.accelerator.backward(loss)
+        loss.backward()  # not accelerate's, which would divide by what its environment says
         self.metrics.add("loss", loss.detach(), 0)
         self.metrics.add_means(info, mask)
 
@@ -294,6 +298,7 @@ class Run:
         if self.skipped_in_a_row == 20:
             raise UserError(f"20 updates in a row had no finite gradient, the last in step {self.step + 1}: {RUINED}.")
         self.optimizer.zero_grad()
+        self.metrics.add("loss", 0, 1 / self.world_size)  # the log holds the mean over updates
         self.updates += 1
 
     def all_reduce(self, value):
@@ -311,10 +316,8 @@ class Run:
         """Writes the step's line of metrics.jsonl, moves the bar, and now and then shows a response."""
         seconds = time.perf_counter() - self.begin
         self.history["seconds"] += seconds
-        self.metrics.add("loss", 0, 0)  # also of a step that trains on nothing
         sums, updates = self.metrics.sums(ALWAYS_LOGGED), len(self.norms) + self.skipped
         line = {"step": self.step, **means(sums)}
-        line["loss"] /= max(updates, 1)
         line |= {
             "grad_norm": sum(self.norms) / len(self.norms) if self.norms else math.nan,
             "skipped_updates": self.skipped,
@@ -389,7 +392,7 @@ class Run:
             self.say(f"{self.reward_groups.check.timeouts} answers took the maths checker too long and count as wrong")
         if self.is_main:
             draw_curves(read_runs([self.output]), self.output / "curves")
-            self.lock.close()
+            self.lock.release()
         self.say(f"{self.output}/: metrics.jsonl, args.json, curves.png, and the model in last/", sys.stdout)
         if self.stopping:
             self.say(f"stopped after step {self.step} of {self.args.steps}: the same command with --resume goes on")
@@ -412,6 +415,6 @@ class Run:
         writers = 1 if self.args.lora_rank else self.world_size  # of the optimiser's state
         place = self.step, self.updates, self.stream.position, self.data.contents, writers
         state = checkpoints.State(*place, self.history, Path(sys.argv[0]).stem, dataclasses.asdict(self.args))
-        trained, folder = (self.model, self.processor, self.optimizer, self.parameters), f"step-{self.step}"
+        trained, folder = (self.model, self.processor_files, self.optimizer, self.parameters), f"step-{self.step}"
         ending = self.stopping or self.step == self.args.steps
         checkpoints.save_checkpoint(self.output / folder, *trained, state, self.is_main, self.args.keep, ending)

@@ -10,7 +10,9 @@ advantage to what looks: in a response by a token factor psi, in a group by a ro
     alpha_i = clamp(1 + Phi'_i - mean_i Phi', 0.9, 2)         ' : min-max in the group         rollout factor, eq. 9-10
     A_it    = A_i alpha_i psi_it                              Phi_i = sum_t omega_it           eq. 11
 
-Formulas follow the released code (wzb-bupt/VGPO); the clamps stand in the code only. Deviations:
+Formulas follow the released code (wzb-bupt/VGPO); the clamps stand in the code only: psi never reaches 2, since omega'
+and its mean are in [0, 1], and the floor of 0.9 makes alpha's mean above 1 (1.10 for evenly spread Phi and G = 8).
+Deviations:
   1. The code's floor is min(0, smallest cosine of a micro-batch); here -1, which depends on no batch: `--floor`.
   2. Phi sums omega as the paper does; the code sums omega': `--accumulate normalised`.
   3. The code's groups are 8 consecutive rows of a shuffled micro-batch; here, as in the paper, the G of one prompt.

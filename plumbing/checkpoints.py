@@ -138,10 +138,7 @@ def refuse_changes(found, args):
 
 
 def open_output(args, folder, state):
-    """Makes --output ready, for a new run or for one that goes on.
-
-    Returns a lock, a file: other runs are kept out until it is closed, or this process ends.
-    """
+    """Makes --output ready, for a new run or for one that goes on; returns a lock, which keeps other runs out."""
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -187,12 +184,12 @@ def restore_optimizer(folder, optimizer, parameters, updates):
         )
 
 
-def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_main, keep, ending=True):
+def save_checkpoint(folder, model, processor_files, optimizer, parameters, state, is_main, keep, ending=True):
     """`folder`, called step-N, and the link `last` beside it; `state` is the State that `find_checkpoint` gives back.
 
-    All processes take part: each writes its part of the optimiser, the main one the weights and all else; with adapters
-    the optimiser too, and at the `ending` of a run the merged model. `parameters`: {name: what is trained}; `keep`: so
-    many checkpoints stay, 0 for all. Raises UserError where it cannot be written; the checkpoint before stays.
+    All processes take part: each writes its part of the optimiser, the main one the weights, `processor_files` {name:
+    text} and all else; with adapters the optimiser too, and at the `ending` of a run the merged model. `parameters`:
+    {name: what is trained}; `keep`: so many checkpoints stay, 0 for all. Raises UserError; the checkpoint before stays.
     """
     lora = bool(adapters_of(model))
     beside, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last.unfinished")
@@ -200,7 +197,8 @@ def save_checkpoint(folder, model, processor, optimizer, parameters, state, is_m
     def write_weights():
         remove(beside)
         save_adapters(model, beside, ending) if lora else model.save_pretrained(beside, state_dict=weights)
-        processor.save_pretrained(beside)
+        for name, text in processor_files.items():
+            write_text(beside / name, text)
         write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
 
     def write_optimizer():

@@ -6,8 +6,14 @@ the whole once more as a thumbnail of one tile, unless the canvas is one tile: c
 which the tower takes the first copy, cut into tiles. Not here: what is done to patches.
 """
 
+import json
+from pathlib import Path
+from types import MethodType
+
 import torch
+from torch.nn.functional import linear, unfold
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.utils import cached_file
 
 from plumbing.commandline import UserError
 
@@ -31,13 +37,29 @@ def known_family(name, config):
 def prepared(model):
     """The model with kernels.py's `window_attention` in Qwen-VL's tower, or with InternVL3's rotary frequencies fixed.
 
-    transformers would change them in rows longer than data.py allows, and wait for the GPU at each token to see.
+    transformers would change them in rows longer than data.py allows, and wait for the GPU at each token to see. In
+    both towers patches are embedded by a matrix product.
     """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            module.forward = MethodType(patch_product, module)
     if is_internvl(model.config):
         model.model.language_model.rotary_emb.rope_type = "default"
     else:  # registered in kernels.py; as attn_implementation=..., transformers would look for a flash-attn package
         model.model.visual.config._attn_implementation = "flash_windows"
     return model
+
+
+def patch_product(conv, pixels):
+    """A convolution whose stride is its kernel, as one matrix product: pixels (N, C, ...) -> (N, D, patches).
+
+    torch's own in bf16 is 10 to 1,000 times slower on several GPUs (pytorch #174051, #166122).
+    """
+    if isinstance(conv, torch.nn.Conv3d):  # Qwen-VL's pixels come patch by patch
+        columns = pixels.flatten(1)[:, None]  # (N, 1, C x 2 x p x p)
+    else:
+        columns = unfold(pixels, conv.kernel_size, stride=conv.stride).transpose(1, 2)  # (N, patches, C x p x p)
+    return linear(columns, conv.weight.flatten(1), conv.bias).transpose(1, 2)
 
 
 def vision(model):
@@ -81,6 +103,37 @@ def limit_pixels(config, processor, least=None, most=None):
     if least > most:
         raise UserError(f"--max_pixels {most} is below {least}, the least by --min_pixels or the model: raise it.")
     return least // tile * tile, most // tile * tile
+
+
+def pixel_settings(image_processor, saved):
+    """{name: value} of the limits that `limit_pixels` sets, as a `saved` image processor, a dict, names them."""
+    if hasattr(image_processor, "crop_to_patches"):
+        return {name: getattr(image_processor, name) for name in ("min_patches", "max_patches")}
+    least, most = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    older = {"min_pixels": least, "max_pixels": most}
+    return {"size": {"shortest_edge": least, "longest_edge": most}} | {n: v for n, v in older.items() if n in saved}
+
+
+PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
+PROCESSOR_FILES += ["chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer_config.json"]
+PROCESSOR_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+
+
+def processor_files(source, revision, image_processor):
+    """{name: text} of the files of a model's processor: its own, but for the pixel limits, which are the run's.
+
+    transformers would save a processor that was loaded without torchvision such that it opens only without.
+    """
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    found = {name: cached_file(source, name, revision=revision, **quiet) for name in PROCESSOR_FILES}
+    files = {name: Path(path).read_text() for name, path in found.items() if path}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        saved = json.loads(files.get(name, "{}"))
+        pictures = saved if name == "preprocessor_config.json" else saved.get("image_processor")
+        if pictures:
+            pictures |= pixel_settings(image_processor, pictures)
+            files[name] = json.dumps(saved, indent=2) + "\n"
+    return files
 
 
 def prompt_tensors(model, own, made, images):

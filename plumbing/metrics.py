@@ -21,7 +21,7 @@ class Metrics:
         self.accelerator, self.path, self.own = accelerator, path, {}
 
     def add(self, name, value, weight):
-        """Adds to a sum and its weight; the log holds their quotient over all processes (weight 0: the sum itself)."""
+        """Adds to a sum and its weight; the log holds their quotient over all processes."""
         total, weights = self.own.get(name, (0.0, 0.0))
         self.own[name] = (total + float(value), weights + float(weight))
 
@@ -31,14 +31,14 @@ class Metrics:
             self.add(name, value * mask.sum(), mask.sum())
 
     def sums(self, names=()):
-        """{name: (sum, weight)} over all processes since the last call, and NaN for `names` that nobody measured."""
+        """{name: (sum, weight)} over all processes since the last call; weight 0 for `names` that nobody measured."""
         sums = {}
         for part in gather_object([self.own]):  # one for each process
             for name, (value, weight) in part.items():
                 value_so_far, weight_so_far = sums.get(name, (0.0, 0.0))
                 sums[name] = (value_so_far + value, weight_so_far + weight)
         self.own = {}
-        return dict.fromkeys(names, (math.nan, 0.0)) | sums
+        return dict.fromkeys(names, (0.0, 0.0)) | sums
 
     def write(self, line):
         """A line of metrics.jsonl, floats with six digits, null where one is not finite; the same to the trackers."""
@@ -55,12 +55,12 @@ class Metrics:
 
 
 def means(sums):
-    """{name: mean} of {name: (sum, weight)}; of weight 0: the sum.
+    """{name: mean} of {name: (sum, weight)}; NaN, which the log writes as null, where nothing was measured.
 
-    >>> means({"reward": (6.0, 4.0), "loss": (0.5, 0.0)})
-    {'reward': 1.5, 'loss': 0.5}
+    >>> means({"reward": (6.0, 4.0), "entropy": (0.0, 0.0)})
+    {'reward': 1.5, 'entropy': nan}
     """
-    return {name: value / weight if weight else value for name, (value, weight) in sums.items()}
+    return {name: value / weight if weight else math.nan for name, (value, weight) in sums.items()}
 
 
 def restore_log(output, step):

@@ -5,6 +5,7 @@ all compute, in the same order. Not here: which process trains on which rows (ru
 """
 
 import contextlib
+import os
 from datetime import timedelta
 
 import torch
@@ -28,6 +29,8 @@ PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of processes wi
 def start_processes(args):
     """The Accelerator: devices, precision, trackers. Raises UserError for what this machine cannot run."""
     gpu = torch.cuda.is_available()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError("weights are sharded here by FSDP2: start with torchrun, or accelerate without DeepSpeed.")
     trackers = args.report_to.split(",") if args.report_to else []
     for tracker in trackers:
         if tracker not in map(str, LoggerType):

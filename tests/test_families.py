@@ -10,6 +10,7 @@ import torch
 import transformers
 from helpers import (
     ROOT,
+    chooser,
     plain_pictures,
     same,
     save_internvl,
@@ -25,7 +26,7 @@ from PIL import Image
 import eval as evaluation
 import prpo
 import show
-from common import Reward, load_config, load_model, load_processor, seeded, token_chooser
+from common import Reward, load_config, load_model, load_processor, seeded
 from plumbing.arguments import SharedArgs
 from plumbing.commandline import UserError
 from plumbing.data import Data
@@ -360,7 +361,7 @@ def test_the_image_token_is_banned_and_there_may_be_none_of_videos(video):
         setattr(model.config, name, value)
     logits = torch.zeros(4, 96)
     logits[:, 11] = 100.0
-    picked = token_chooser(model, 1.0, 1.0, 0)(logits, torch.tensor([0.0, 0.1, 0.5, 0.99]))
+    picked = chooser(model)(logits, torch.tensor([0.0, 0.1, 0.5, 0.99]))
     assert 11 not in picked and len(set(picked.tolist())) == 4
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, main_of, tiny_group, tiny_model, tiny_prompt
+from helpers import QUICK, chooser, main_of, tiny_group, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
-from common import forward, generate, token_chooser
+from common import forward, generate
 from plumbing import families, kernels
 
 GRIDS = torch.tensor([[1, 4, 6], [1, 10, 12], [1, 2, 2], [1, 10, 12]])  # windows of 4, 8, 12 and 16 patches
@@ -72,7 +72,7 @@ class Casts(TorchDispatchMode):
 def test_no_weight_is_cast_anew_for_a_sampled_token(freeze_vision):
     model = tiny_model("qwen2_5_vl").eval()
     model.model.visual.requires_grad_(not freeze_vision)
-    prompts, choose = [tiny_prompt(model, [(4, 6)])] * 2, token_chooser(model, 1.0, 1.0, 0)
+    prompts, choose = [tiny_prompt(model, [(4, 6)])] * 2, chooser(model)
 
     def casts(tokens):
         with torch.autocast("cpu", torch.bfloat16), Casts(model) as counted:

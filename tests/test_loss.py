@@ -133,6 +133,16 @@ def test_kl_penalty_by_hand():
     assert kl_penalty(tensor([-2.0]), tensor([-2.0])).item() == 0
 
 
+@pytest.mark.parametrize("small", [1e-3, 1e-4, 1e-6])
+def test_a_small_divergence_keeps_its_digits(small):
+    """x^2 / 2 in fp32, where exp(x) - x - 1 is 0 or below it."""
+    logps, mask = torch.tensor([[small]]), torch.ones(1, 1, dtype=torch.bool)
+    for sign in (1, -1):
+        assert kl_penalty(sign * logps, 0 * logps).item() == pytest.approx(small**2 / 2, rel=1e-3 + small, abs=1e-13)
+        _, info = policy_loss(sign * logps, 0 * logps, torch.ones(1), mask)
+        assert info["approx_kl"].item() == pytest.approx(small**2 / 2, rel=1e-3 + small, abs=1e-13)
+
+
 @pytest.mark.parametrize("aggregation, loss_type", [("token", "dapo"), ("token", "bnpo"), ("sequence", "grpo")])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.04])
 @pytest.mark.parametrize("per_token", [False, True])

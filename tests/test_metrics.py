@@ -22,15 +22,17 @@ def test_means_are_over_tokens_and_processes(tmp_path, monkeypatch):
     mine, _ = log(tmp_path / "metrics.jsonl")
     mine.add_means({"entropy": torch.tensor(2.0)}, torch.tensor([[True, True, True], [False, False, False]]))
     mine.add_means({"entropy": torch.tensor(6.0)}, torch.tensor([[True, False]]))
-    mine.add("loss", 0.25, 0)
-    mine.add("loss", 0.5, 0)
+    mine.add("loss", 0.25, 0)  # of a row; an update has the weight
+    mine.add("loss", 0.5, 2)
+    mine.add_means({"kl": torch.tensor(0.0)}, torch.zeros(1, 2, dtype=torch.bool))  # of no token
     other = {"entropy": (8.0, 4.0), "jsd": (1.0, 2.0)}  # of a process that measured something else too
     monkeypatch.setattr(metrics, "gather_object", lambda own: [*own, other])
     sums = mine.sums(["entropy"])
-    assert means(sums) == {"entropy": (2 * 3 + 6 * 1 + 8) / 8, "loss": 0.75, "jsd": 0.5}
+    found = means(sums)
+    assert math.isnan(found.pop("kl"))
+    assert found == {"entropy": (2 * 3 + 6 * 1 + 8) / 8, "loss": 0.375, "jsd": 0.5}
     monkeypatch.setattr(metrics, "gather_object", lambda own: own)
-    ((value, weight),) = mine.sums(["reward"]).values()  # a new step
-    assert math.isnan(value) and weight == 0
+    assert math.isnan(means(mine.sums(["reward"]))["reward"])  # a new step
 
 
 def test_a_disk_that_is_full_while_a_line_is_appended(tmp_path):

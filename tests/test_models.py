@@ -1,16 +1,33 @@
-"""Models that are damaged, or none: one sentence before anything is trained."""
+"""Files of a model: damaged ones get one sentence before anything is trained; tokens and settings at the edges."""
 
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT
+import transformers
+from helpers import ROOT, chooser, tiny_group, tiny_model, tiny_prompt, train
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import load_model, load_processor
+import common
+from common import (
+    Reward,
+    banned_tokens,
+    end_tokens,
+    format_reward,
+    forward,
+    generate,
+    load_config,
+    load_model,
+    load_processor,
+    rollout,
+)
+from plumbing.arguments import INSTRUCTION, SharedArgs
 from plumbing.commandline import UserError
+from plumbing.data import Data
 
 WEIGHTS = load_file(ROOT / "toy/model/model.safetensors")
 ONE = next(name for name in WEIGHTS if "layers.0" in name)
@@ -95,3 +112,221 @@ def test_a_processor_for_videos_too_is_taken_without_it_where_torchvision_is_not
     assert not hasattr(plain, "video_processor")
     for processor in (ours, plain):
         assert processor.tokenizer("1 + 1").input_ids == plain.tokenizer("1 + 1").input_ids
+
+
+@pytest.fixture
+def model_with(tmp_path):
+    """A copy of the toy's model with one thing changed."""
+
+    def make(*changes):
+        shutil.copytree(ROOT / "toy" / "model", tmp_path / "model")
+        for change in changes:
+            change(tmp_path / "model")
+        return tmp_path / "model"
+
+    return make
+
+
+def in_file(name, **changes):
+    def write(folder):
+        saved = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(saved | changes))
+
+    return write
+
+
+def with_tokens(*names, special=False):
+    """Adds tokens to tokenizer.json, on rows of the embeddings that the toy's tokenizer leaves free."""
+
+    def write(folder):
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        known = spec["model"]["vocab"]
+        for name in names:  # in place of words that the toy seldom says
+            word, index = max((pair for pair in known.items() if len(pair[0]) > 1), key=lambda pair: pair[1])
+            spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if "".join(pair) != word]
+            del known[word]
+            token = {"id": index, "content": name, "special": special, "normalized": False}
+            spec["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+    return write
+
+
+def in_template(old, new):
+    def write(folder):
+        path = folder / "chat_template.jinja"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return write
+
+
+def prompt_of(folder, row=0, **args):
+    model, processor = load_model(folder), load_processor(folder)
+    data = Data("toy", "test", SharedArgs(**args), processor, model)
+    return model, processor, data.prompt(row)
+
+
+TAGS = ["<think>", "</think>"]
+COPY = ["--data", "toy", "--min_pixels", 3136, "--max_pixels", 25088, "--updates_per_step", 1, "--steps", 1]
+
+
+def test_tags_that_were_never_trained_are_plain_text(model_with):
+    """Qwen3-VL Instruct's: tokens of their own, which its chat template never writes; they are decoded all the same."""
+    folder = model_with(with_tokens(*TAGS))
+    raw = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = raw.convert_tokens_to_ids(TAGS)
+    assert raw(INSTRUCTION).input_ids.count(ids[0]) == 1
+    model, processor, prompt = prompt_of(folder)
+    assert not set(ids) & set(prompt.input_ids.tolist())
+    assert INSTRUCTION in processor.tokenizer.decode(prompt.input_ids)
+    assert (
+        processor.tokenizer.decode(ids) == "<think></think>"
+        and not banned_tokens(model, processor.tokenizer)[ids].any()
+    )
+
+
+def test_tags_that_the_template_writes_are_tokens(model_with):
+    opens = in_template("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    folder = model_with(with_tokens("<think>"), opens)
+    _, processor, prompt = prompt_of(folder)
+    token = processor.tokenizer.convert_tokens_to_ids("<think>")
+    assert prompt.input_ids.tolist().count(token) == 2  # of the instruction, and the one that is open
+
+
+def test_a_response_begins_inside_of_what_the_template_has_opened(model_with, monkeypatch):
+    """As Thinking models' do: the format counts what the template has written."""
+    folder = model_with(in_template("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
+    model, processor, prompt = prompt_of(folder)
+    assert prompt.opened == "<think>"
+    said = processor.tokenizer("1</think> \\boxed{1}<|im_end|>", return_tensors="pt").input_ids
+    monkeypatch.setattr(common, "generate", lambda *_, **__: (said.repeat(2, 1), torch.ones(2, said.shape[1]).bool()))
+    (group,) = rollout(model, processor.tokenizer, [prompt], SharedArgs(group_size=2), 0)
+    assert group.texts == ["<think>1</think> \\boxed{1}"] * 2
+    assert format_reward(group.texts[0]) == 1 and Reward(SharedArgs())([group]).shape == (1, 2)
+    assert prompt_of(ROOT / "toy" / "model")[2].opened == ""
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tags_that_are_special_tokens_stay_in_the_text(model_with, monkeypatch, special):
+    folder = model_with(with_tokens(*TAGS, special=special))
+    model, processor, prompt = prompt_of(folder)
+    tokenizer = processor.tokenizer
+    said = [*tokenizer.convert_tokens_to_ids(TAGS), *tokenizer("\\boxed{1}").input_ids, 2, 0]
+    mask = torch.ones(2, len(said), dtype=torch.bool)
+    monkeypatch.setattr(common, "generate", lambda *_, **__: (torch.tensor([said, said]), mask))
+    (group,) = rollout(model, tokenizer, [prompt], SharedArgs(group_size=2), 0)
+    assert group.texts == ["<think></think>\\boxed{1}"] * 2  # what ends or pads a turn is gone
+
+
+def test_a_response_ends_with_the_tokenizers_end_of_turn_too(model_with, tmp_path):
+    """generation_config.json knows another end alone; the toy was trained to end with <|im_end|>."""
+    folder = model_with(in_file("generation_config.json", eos_token_id=447))
+    model, processor = load_model(folder), load_processor(folder)
+    assert end_tokens(model, processor.tokenizer) == [2, 447]
+    lines = train("grpo", tmp_path / "run", "--model", folder, *COPY, "--max_response_tokens", 64)
+    assert lines[0]["truncated"] < 0.3 and lines[0]["response_tokens"] < 45
+
+
+def test_no_end_of_a_response(model_with):
+    model, processor = load_model(ROOT / "toy" / "model"), load_processor(ROOT / "toy" / "model")
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token = None
+    with pytest.raises(UserError, match="names no token that ends a response: set eos_token_id"):
+        end_tokens(model, processor.tokenizer)
+
+
+def test_embeddings_beyond_the_tokenizer_are_never_sampled(toy):
+    model, processor = toy
+    known = set(processor.tokenizer.get_vocab().values())
+    wide = tiny_model("qwen2_5_vl").config
+    wide.text_config.vocab_size = 500
+    banned = banned_tokens(SimpleNamespace(config=wide, device="cpu"), processor.tokenizer)
+    assert set(banned.nonzero()[:, 0].tolist()) == set(range(500)) - known | {11, 12}
+
+
+def test_a_tokenizer_of_more_tokens_than_embeddings(model_with):
+    config = json.loads((ROOT / "toy/model/config.json").read_text())
+    folder = model_with(configured(text_config=config["text_config"] | {"vocab_size": 400}))
+    with pytest.raises(UserError, match="has no embedding for token 447 of its tokenizer"):
+        load_processor(folder)
+
+
+def test_dropout_of_a_configuration_is_off(model_with, tmp_path):
+    """Sampling has none: with it, policy and reference of the same weights would differ."""
+    text = json.loads((ROOT / "toy/model/config.json").read_text())["text_config"]
+    folder = model_with(configured(text_config=text | {"attention_dropout": 0.1}))
+    assert load_config(folder).text_config.attention_dropout == 0
+    lines = train("grpo", tmp_path / "run", "--model", folder, *COPY, "--kl_coef", 0.1)
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_chat_template_in_the_tokenizers_file_alone(model_with):
+    template = (ROOT / "toy/model/chat_template.jinja").read_text()
+    folder = model_with(file("chat_template.jinja"), in_file("tokenizer_config.json", chat_template=template))
+    assert torch.equal(prompt_of(folder)[2].input_ids, prompt_of(ROOT / "toy/model")[2].input_ids)
+
+
+class Convolutions(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found += [function] if "conv" in str(function) else []
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_patches_are_embedded_without_a_convolution(family):
+    """Forward, backward and sampling; the product gives what the convolution gives, from parameters of its name."""
+    model = tiny_model(family)
+    prompt, plain = tiny_prompt(model, [(4, 8), (4, 4)]), None
+    (name, conv), *more = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)
+    ]
+    pixels = torch.randn(3, 3, 2, 14, 14) if isinstance(conv, torch.nn.Conv3d) else torch.randn(2, 3, 28, 42)
+    plain, ours = type(conv).forward(conv, pixels).flatten(2), conv(pixels)
+    assert torch.allclose(plain, ours, atol=1e-5) and not more and f"{name}.weight" in model.state_dict()
+    with Convolutions() as counted:
+        forward(model, tiny_group(prompt, [3, 2]))[0].sum().backward()
+        generate(model.eval(), [prompt], 2, chooser(model), torch.rand(2, 3), [], 0)
+        type(conv).forward(conv, pixels)
+    assert len(counted.found) == 1 and conv.weight.grad.abs().sum() > 0
+
+
+def nested(name, part):
+    """Moves a part of a file of a processor to a file of its own, as the hub has it."""
+
+    def write(folder):
+        saved = json.loads((folder / "processor_config.json").read_text())
+        flat = saved.pop(part) | {"min_pixels": 3136, "max_pixels": 25088}
+        del flat["size"]
+        (folder / name).write_text(json.dumps(flat))
+        (folder / "processor_config.json").write_text(json.dumps(saved))
+
+    return write
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_checkpoint_has_the_processor_files_of_its_source(model_with, tmp_path, flat):
+    """They say the same but for the sizes; as transformers saves them, the part for videos would be gone."""
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": 3136, "longest_edge": 10**6}}
+    changes = [lambda folder: (folder / "video_preprocessor_config.json").write_text(json.dumps(video))]
+    changes += [nested("preprocessor_config.json", "image_processor")] if flat else []
+    changes += [lambda folder: (folder / "special_tokens_map.json").write_text('{"pad_token": "<|endoftext|>"}')]
+    source = model_with(*changes)
+    train("grpo", tmp_path / "run", "--model", source, *COPY, "--max_pixels", 6272)
+    last = tmp_path / "run" / "last"
+    files = {path.name for path in source.iterdir()} - {"model.safetensors", "config.json", "generation_config.json"}
+    assert files <= {path.name for path in last.iterdir()} and len(files) == 6 + flat
+    assert ("preprocessor_config.json" in files) == flat
+    for name in files:
+        before, after = (source / name).read_text(), (last / name).read_text()
+        if name in ("preprocessor_config.json", "processor_config.json"):
+            before, after = json.loads(before), json.loads(after)
+            for saved in (before, after, before.get("image_processor", {}), after.get("image_processor", {})):
+                for size in ("size", "min_pixels", "max_pixels"):
+                    saved.pop(size, None)
+        assert before == after, name
+    size = load_processor(last).image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (3136, 6272)

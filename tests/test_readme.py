@@ -9,13 +9,14 @@ import datasets
 import pytest
 import torch
 import transformers
-from helpers import ROOT, main_of
+from helpers import ROOT, main_of, train
 
 import eval
 import show
 import vepo
 from common import load_processor
 from plumbing.arguments import INSTRUCTION, TOY
+from plumbing.rewards import load_reward
 from plumbing.rows import load_rows
 
 GUIDE = (ROOT / "GUIDE.md").read_text()
@@ -71,6 +72,27 @@ def test_its_commands_run_in_the_order_of_the_pages(tmp_path, monkeypatch):
         done.append(name)
     assert {"grpo", "vepo", "show", "eval"} == set(done) and len(done) >= 9
     assert (tmp_path / "curves.png").exists() and (tmp_path / "runs/eval/vepo/results.json").exists()
+
+
+def test_the_reward_of_boxes(tmp_path):
+    """The guide's own lines, by hand and in a run."""
+    (block,) = re.findall(r"```python\n(import re\n.*?)```", GUIDE, re.DOTALL)
+    (tmp_path / "boxes.py").write_text(block)
+    overlap = load_reward(f"{tmp_path / 'boxes.py'}:overlap")
+    said = {
+        "so \\boxed{[0, 0, 10, 10]}": 1.0,
+        "[5, 0, 15, 10]": 50 / 150,
+        "from 3 to 7: [2.5, 0, 7.5, 10]": 0.5,
+        "[10, 10, 20, 20]": 0.0,  # which touches
+        "[10, 10, 0, 0]": 0.0,  # which ends before it begins
+        "[0, 0, 10]": 0.0,
+        "": 0.0,
+    }
+    boxes = ["[0, 0, 10, 10]"] * len(said)
+    assert overlap(boxes, list(said), boxes) == pytest.approx(list(said.values()))
+    assert overlap([""], ["[3, 3, 3, 3]"], ["[3, 3, 3, 3]"]) == [0.0]
+    lines = train("grpo", tmp_path / "run", "--reward", f"{tmp_path / 'boxes.py'}:overlap", "--steps", 1)
+    assert lines[0]["reward"] == 0  # the toy names no box
 
 
 def test_vepo_in_trl(tmp_path):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers import END, plain_pictures, tiny_model, tiny_prompt
+from helpers import END, chooser, plain_pictures, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import common
-from common import Group, compare_logits, forward, generate, rollout, seeded, token_chooser
+from common import Group, compare_logits, forward, generate, rollout, seeded
 from plumbing import kernels
 from plumbing.arguments import SharedArgs
 from plumbing.data import Data
@@ -94,7 +94,7 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
         tiny_prompt(model, [(2, 4), (6, 4)], seed=1),
         tiny_prompt(model, [(2, 2)], words=(50,), seed=2),
     ]
-    choose = token_chooser(model, temperature, top_p, top_k)
+    choose = chooser(model, temperature, top_p, top_k)
     uniforms = torch.rand(len(prompts) * G, max_tokens, generator=seeded(1, 3))
     responses, mask = generate(model, prompts, G, choose, uniforms, ENDS, 0, room=5, graphs=graphs)
     responses = torch.nn.functional.pad(responses, (0, max_tokens - responses.shape[1]))
@@ -116,7 +116,7 @@ def test_the_host_waits_for_the_device_when_it_asks_whether_all_have_ended_and_n
 ):
     monkeypatch.setattr(kernels, "tokens_between_checks", lambda device: between)
     model = tiny_model("qwen2_5_vl").eval()
-    choose, prompts = token_chooser(model, 1.0, 0.9, 5), [tiny_prompt(model, [(4, 6)])] * 3
+    choose, prompts = chooser(model, 1.0, 0.9, 5), [tiny_prompt(model, [(4, 6)])] * 3
 
     def waits(tokens, eos):
         with Waits() as waits:
@@ -141,7 +141,7 @@ def test_the_cache_grows_in_steps_and_no_graph_is_recorded_between(monkeypatch):
     monkeypatch.setattr(common.SharedPrefixCache, "grow", watched)
     monkeypatch.setattr(kernels, "recorded", record)
     model, G = tiny_model("qwen2_5_vl").eval(), 3
-    choose, prompts = token_chooser(model, 1.0, 1.0, 0), [tiny_prompt(model, [], words=(20 + i,)) for i in range(4)]
+    choose, prompts = chooser(model), [tiny_prompt(model, [], words=(20 + i,)) for i in range(4)]
     uniforms = torch.rand(4 * G, 400, generator=seeded(5))
     _, mask = generate(model, prompts, G, choose, uniforms, [13, *range(40, 45)], 0, room=4, graphs=True)
     longest = mask.shape[1]
@@ -155,7 +155,7 @@ def test_prompts_are_computed_in_parts_and_only_their_last_place_has_logits(fit,
     model, G = tiny_model("qwen2_5_vl").eval(), 3
     prompts = [tiny_prompt(model, [(4, 6)] * images, seed=i) for i, images in enumerate((1, 0, 2, 1))]
     width = max(len(prompt.input_ids) for prompt in prompts)
-    choose, uniforms = token_chooser(model, 1.0, 1.0, 0), torch.rand(4 * G, 6, generator=seeded(3))
+    choose, uniforms = chooser(model), torch.rand(4 * G, 6, generator=seeded(3))
     heads, reads = [], []
     hooks = [
         model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(tuple(args[0].shape[:2]))),
@@ -204,7 +204,7 @@ def test_mask_ends_with_the_first_end_of_turn(toy):
 def test_inverse_transform_draws_from_the_softmax():
     model = tiny_model("qwen2_5_vl")
     logits = torch.randn(1, 96, generator=seeded(0)) * 2
-    choose = token_chooser(model, 1.0, 1.0, 0)
+    choose = chooser(model)
     draws = choose(logits.expand(200_000, -1), torch.rand(200_000, generator=seeded(1)))
     logits[:, [11, 12]] = -torch.inf
     probs = logits.softmax(-1)[0]
@@ -218,7 +218,7 @@ def test_image_tokens_are_banned_even_when_they_are_the_likeliest():
     logits = torch.zeros(4, 96)
     logits[:, [11, 12]] = 50.0
     for temperature in (0.0, 1.0):
-        chosen = token_chooser(model, temperature, 1.0, 0)(logits, torch.tensor([0.0, 0.1, 0.9999999, 0.5]))
+        chosen = chooser(model, temperature, 1.0, 0)(logits, torch.tensor([0.0, 0.1, 0.9999999, 0.5]))
         assert not torch.isin(chosen, torch.tensor([11, 12])).any()
 
 
@@ -226,7 +226,7 @@ def test_the_random_numbers_at_the_ends_pick_a_possible_token():
     model = tiny_model("qwen2_5_vl")
     logits = torch.full((2, 96), -1000.0)
     logits[:, 40], logits[:, 60] = 0.0, 0.0
-    choose = token_chooser(model, 1.0, 1.0, 0)
+    choose = chooser(model)
     assert choose(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [40, 60]
 
 
@@ -234,7 +234,7 @@ def test_sampler_and_forward_agree_on_the_distribution():
     """Greedy tokens of the sampler are the argmax of the packed forward pass: no drift between the two."""
     model = tiny_model("qwen2_5_vl").eval()
     prompt = tiny_prompt(model, [(4, 6)])
-    choose = token_chooser(model, 0.0, 1.0, 0)
+    choose = chooser(model, 0.0, 1.0, 0)
 
     responses, mask = generate(model, [prompt], 2, choose, torch.zeros(2, 12), END, 0)
     group = Group(prompt, responses, mask, torch.zeros(2, dtype=torch.bool), [""] * 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from helpers import QUICK, ROOT, main_of, same, train, weights
+from helpers import QUICK, ROOT, assert_same_training, main_of, same, train, weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -86,8 +86,7 @@ def test_several_updates_a_step_and_all_the_terms(tmp_path):
 def test_gradient_checkpointing_and_small_rows_give_the_same_weights(tmp_path):
     grpo_run(tmp_path / "a", "--steps", 2)
     grpo_run(tmp_path / "b", "--steps", 2, "--gradient_checkpointing", "--tokens_per_row", 150)
-    a, b = (load_file(tmp_path / run / "last/model.safetensors") for run in "ab")
-    assert all(torch.allclose(a[name], b[name], atol=2e-5) for name in a)
+    assert_same_training(*(weights(tmp_path / run / "last") for run in "ab"))
 
 
 def test_kl_against_itself_is_zero_at_first(tmp_path):
@@ -126,6 +125,29 @@ def test_filter_replaces_groups_of_one_mind(monkeypatch, tmp_path, capsys):
     assert state["position"] == 8  # four draws of two prompts
 
 
+def test_what_no_token_was_measured_on_is_null(tmp_path):
+    """All responses are cut, and cut ones are left out: an entropy of 0 would read as a collapse."""
+    for script in ("grpo", "pepo"):
+        flags = ["--drop_truncated", "--max_response_tokens", 2, "--format_weight", 0, "--steps", 1]
+        reward = tmp_path / "reward.py"
+        reward.write_text(
+            "def alternate(problems, responses, answers):\n    return [i % 2 for i, _ in enumerate(answers)]\n"
+        )
+        (line,) = train(script, tmp_path / script, *SMALL, *flags, "--reward", f"{reward}:alternate")
+        measured = ["entropy", "clip_fraction", "approx_kl", *(["weight_p50"] if script == "pepo" else [])]
+        assert line["truncated"] == 1 and line["loss"] == 0 and all(line[name] is None for name in measured)
+
+
+def test_nothing_but_the_loss_scales_the_gradient(tmp_path, monkeypatch):
+    """accelerate's own configuration would divide it by its number of steps."""
+    plain = grpo_run(tmp_path / "plain", "--steps", 1)[0]["grad_norm"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert grpo_run(tmp_path / "four", "--steps", 1)[0]["grad_norm"] == plain > 0
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="sharded here by FSDP2: start with torchrun, or accelerate without DeepSpeed"):
+        grpo_run(tmp_path / "deepspeed", "--steps", 1)
+
+
 def test_filter_gives_up_after_its_tries(monkeypatch, tmp_path, capsys):
     def reward(self, groups):
         for group in groups:
@@ -135,7 +157,7 @@ def test_filter_gives_up_after_its_tries(monkeypatch, tmp_path, capsys):
     before = load_file(ROOT / "toy/model/model.safetensors")
     lines = grpo_run(tmp_path / "run", "--steps", 1, "--filter_groups", "--filter_tries", 3)
     assert "0 prompts of mixed success in 3 draws" in capsys.readouterr().err
-    assert lines[0]["loss"] == 0 and lines[0]["entropy"] is lines[0]["grad_norm"] is lines[0]["learning_rate"] is None
+    assert all(lines[0][name] is None for name in ("loss", "entropy", "grad_norm", "learning_rate"))
     assert same(before, load_file(tmp_path / "run/last/model.safetensors"))
 
 

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from helpers import normalised_pixels, times_agree, train
+from transformers.image_utils import OPENAI_CLIP_STD
 
 import vepo
 from common import seeded
-from vepo import add_noise, diffuse, divergences, kept_tokens, select_top, token_scores
+from vepo import add_noise, diffuse, divergences, kept_tokens, noised_pixels, select_top, token_scores
 
 ALL = torch.ones(1, 4, dtype=torch.bool)
 
@@ -24,6 +25,16 @@ def test_noise_on_normalised_normalised_pixels():
     assert noise.std().item() == pytest.approx(2.0, abs=0.01) and noise.mean().item() == pytest.approx(0, abs=0.01)
     assert torch.equal(clean, before) and add_noise(clean, seeded(1), std=0.5).sub(clean).std() < 0.51
     assert torch.equal(add_noise(clean, seeded(1), std=0.0), clean)
+    plain = clean + 2.0 * torch.randn(clean.shape, generator=seeded(1))  # the released code's, for Qwen2.5-VL
+    assert torch.equal(noised_pixels(clean, OPENAI_CLIP_STD, seeded(1), vepo.Args()), plain)
+
+
+@pytest.mark.parametrize("noise, std", [("normalised", 2.0), ("diffusion", 0.505)])
+def test_noise_is_as_strong_in_the_picture_whatever_the_model_divides_by(noise, std):
+    """Qwen3-VL divides by 0.5: its numbers are smaller, and so must be the noise on them."""
+    made = noised_pixels(torch.zeros(2000, 1176), [0.5, 0.5, 0.5], seeded(1), vepo.Args(noise=noise))
+    for channel, own in zip(made.view(2000, 3, -1).unbind(1), OPENAI_CLIP_STD):
+        assert 0.5 * channel.std().item() == pytest.approx(std * own, rel=0.01)  # on pixels in [0, 1]
 
 
 def test_diffusion():
