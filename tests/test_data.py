@@ -293,11 +293,13 @@ def test_what_only_decoding_shows_of_a_png(toy, tmp_path):
     assert data_of(toy, rows_file(tmp_path, rows[:1])).prompt(0).image_mask.sum() == 4
 
 
-def test_a_png_is_turned_as_its_exif_says(tmp_path):
+def test_a_png_is_turned_as_its_exif_says_and_brought_to_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (84, 56)).save(tmp_path / "a.png", exif=exif)
     assert open_picture("a.png", [tmp_path]).size == (56, 84)
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_picture("clear.png", [tmp_path]).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_images_in_one_column_or_the_other(toy, tmp_path):

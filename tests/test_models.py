@@ -209,7 +209,8 @@ def test_a_response_begins_inside_of_what_the_template_has_opened(model_with, mo
 
 @pytest.mark.parametrize("special", [False, True])
 def test_tags_that_are_special_tokens_stay_in_the_text(model_with, monkeypatch, special):
-    folder = model_with(with_tokens(*TAGS, special=special))
+    written = in_template("a helpful assistant.", "a helpful assistant. <think></think>")  # and so they were trained
+    folder = model_with(with_tokens(*TAGS, special=special), written)
     model, processor, prompt = prompt_of(folder)
     tokenizer = processor.tokenizer
     said = [*tokenizer.convert_tokens_to_ids(TAGS), *tokenizer("\\boxed{1}").input_ids, 2, 0]
