@@ -293,6 +293,8 @@ def main():
         model.bfloat16()  # half the size; all scripts read it in fp32
     model.save_pretrained(output / "model")
     processor.save_pretrained(output / "model")
+    video = {"video_processor_type": "Qwen2VLVideoProcessor"}  # as hub models have it, for where torchvision is
+    (output / "model" / "video_preprocessor_config.json").write_text(json.dumps(video) + "\n")
 
 
 if __name__ == "__main__":
