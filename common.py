@@ -427,7 +427,7 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
     temperature = args.temperature if temperature is None else temperature
     choose = token_chooser(banned_tokens(model, tokenizer), temperature, args.top_p, args.top_k)
     eos, groups = end_tokens(model, tokenizer), []
-    ends = torch.tensor([*eos, tokenizer.pad_token_id])
+    not_text = torch.tensor([*eos, tokenizer.pad_token_id])
     training, _ = model.training, model.eval()
     sampling = {"eos": eos, "pad_id": tokenizer.pad_token_id, "room": room or min(ROOM, args.max_response_tokens)}
     sampling |= {"prefill_tokens": args.tokens_per_row, "graphs": args.cuda_graphs}
@@ -444,7 +444,7 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
             longest = mask[own].sum(1).max()
             valid = mask[own, :longest]
             ids = responses[own, :longest].masked_fill(~valid, tokenizer.pad_token_id)
-            written = [r[m & ~torch.isin(r, ends.to(r.device))] for r, m in zip(ids, valid)]
+            written = [r[m & ~torch.isin(r, not_text.to(r.device))] for r, m in zip(ids, valid)]
             texts = [prompt.opened + tokenizer.decode(tokens) for tokens in written]
             groups.append(Group(prompt, ids, valid, truncated[own], texts))
     model.train(training)

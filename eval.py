@@ -6,9 +6,8 @@
     python eval.py --compare runs/eval/toy runs/eval/vepo                               # paired, on the same rows
 
 Writes <output>/results.json, with the whole protocol, and <output>/<benchmark>.jsonl, every row with its responses.
-Rows that cannot be asked (too long, or damaged), responses without an answer and truncated ones count as wrong, and
-are counted; rows that do not say what is right are left out, and counted. Numbers of papers that ask a judge model do
-not compare with these.
+Rows that cannot be asked (too long, or damaged) and responses without an answer count as wrong, and are counted; rows
+that do not say what is right are left out, and counted. Numbers of papers that ask a judge model do not compare.
 """
 
 import ast
@@ -245,6 +244,8 @@ def wemath(row):
         if not before:
             break
     options = [*options[1:], rest.strip()]
+    if len(options) < 2:
+        raise ValueError("its options have no labels")
     return Question(choose(row["question"], options), [row["image_path"]], row["answer"], "choice", options)
 
 
@@ -311,8 +312,9 @@ class Questions(Data):
         """A row as the benchmark means it. Raises Unusable where it is not in its schema."""
         row = self.rows[index]
         try:
-            if None in (row.get("question", ""), row.get("problem", "")):
-                raise Unusable("has no question")
+            for column in {"question", "problem"} & set(row):
+                if row[column] != "" or self.read is not mathverse:
+                    plain_text(row[column], "question")
             question = self.read(row)
             return dataclasses.replace(question, answer=plain_text(question.answer, "answer"))
         except KeyError as error:
@@ -337,14 +339,14 @@ UNSURE = (
 
 def judge(check, response, question):
     """Whether a response is right, by rule; `check` is training's `Checker`."""
-    answer, kind = extract_answer(response), question.kind
+    answer, kind, last = extract_answer(response), question.kind, last_letter(question.options)
     if answer is None:
         return False
-    gold = letters(question.answer, LETTERS[-1]) if kind in ("letters", "choice") else None
+    gold = letters(question.answer, last) if kind in ("letters", "choice") else None
     if kind == "free" or (kind in ("letters", "choice") and gold is None):  # the right answer names no option
         return bool(check.equal(answer, question.answer))
     if kind == "letters":
-        return letters(answer) == gold
+        return letters(answer, last) == gold
     if kind in ("float", "integer"):
         return same_number(check, answer, question)
     if kind == "choice":
@@ -356,9 +358,14 @@ def judge(check, response, question):
     return said[1] == question.answer
 
 
+def last_letter(options):
+    """The last letter that an option may have: J, where they are not known."""
+    return LETTERS[max(len(options), 10) - 1]
+
+
 def chosen(check, answer, options):
     """The letter of the option that an answer means, or None: "C", "C. its text", or the text of a single one."""
-    options, last = [plain(str(option)) for option in options], LETTERS[max(len(options), 10) - 1]
+    options, last = [plain(str(option)) for option in options], last_letter(options)
 
     def named(text):
         return [i for i, option in enumerate(options) if option == plain(text)] or check.equal(text, *options)
@@ -428,8 +435,8 @@ class Evaluation:
             self.parts[name] = self.find_questions(name)
             for data in self.parts[name]:
                 if self.rank == 0 and (data.dropped or data.unusable):
-                    said = "what is not asked counts as wrong, but for rows without an answer, which are not counted"
-                    print(f"{data}; {said}", file=sys.stderr)
+                    wrong = "; of the others, what is not asked counts as wrong" if args.data or name != "own" else ""
+                    print(f"{data}{wrong}", file=sys.stderr)
         least, most = limit_pixels(self.model.config, self.processor)
         self.protocol |= {"min_pixels": least, "max_pixels": most, "dtype": str(dtype).removeprefix("torch.")}
         self.protocol["weights_checksum"] = checksum(self.model)

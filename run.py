@@ -36,7 +36,6 @@ from common import (
     trained_model,
 )
 from plumbing import checkpoints
-from plumbing.adapters import places
 from plumbing.arguments import model_source
 from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, read_runs
@@ -86,8 +85,7 @@ class Run:
         """Processor, the model that is trained, from a checkpoint where there is one, and the reference model."""
         args, source = self.args, (model_source(self.args), self.args.model_revision)
         self.processor = load_processor(*source, args.min_pixels, args.max_pixels)
-        folder, _, revision, _ = places(*source)
-        self.processor_files = processor_files(folder, revision, self.processor.image_processor)
+        self.processor_files = on_main(lambda: processor_files(*source, self.processor.image_processor))
         self.tokenizer = self.processor.tokenizer
         self.model = trained_model(args, self.accelerator, checkpoint)
         self.reference = reference_model(args, self.accelerator, self.model) if args.kl_coef else None

@@ -10,8 +10,8 @@ the entropy of the policy at token t of a response to the clean picture I:
     A_i   = (r_i - mean_j r_j) / (std_j r_j + 1e-6)              one group of n1 + n2; then GRPO's loss on I
 
 (The paper writes I + a sign(grad(-H)) with a = -2/255, which is the same.) The lowest third carries facts and fluent
-continuation, the highest explores already. With two steps instead of one the paper sees entropy and accuracy break:
-`--iterations 2 --epsilon 0.0157`, since by default all steps together are projected back to the size of one.
+continuation, the highest explores already. With two steps instead of one the paper sees entropy and accuracy
+break; see it by `--iterations 2 --epsilon 0.0157`, as by default all steps together stay within the size of one.
 
 No code has been released. Stated: the above, n1 = n2 = 6, step 2/255, one step, no random start. Where the paper is
 silent, our choices:

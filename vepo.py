@@ -13,7 +13,8 @@ The factor H' outside means that a token of entropy 0 scores 0 whatever its JSD:
 
 Formulas follow the released code (Leonnnnnn929/VEPO). What differs, or is described in several ways:
   1. The noise. The code adds N(0, 2^2) to normalised pixels, once for each of the 12 responses of a prompt, which share
-     one array: a standard deviation of 6.9. Here one draw per prompt and step, of 2.0: `--noise_std`. The paper is said
+     one array: a standard deviation of 6.9. Here one draw per prompt and step, of 2.0: `--noise_std`; for models that
+     divide pixels by another standard deviation it is scaled, so that the image gets the same noise. The paper is said
      to use step 500 of a forward diffusion, which is 3.4 times weaker (0.505 / 0.863 = 0.59): `--noise diffusion`.
   2. A divergence below 1e-6 is rounding and counts as 0, or min-max would blow it up.
   3. The entropy bonus, over all tokens, stands in the code only.
@@ -69,7 +70,7 @@ def diffuse(pixel_values, generator, step=500):
 
 
 def noised_pixels(pixel_values, image_std, generator, args):
-    """`--noise` on pixels (patches, C) divided by `image_std`, as strong in the image as for Qwen2.5-VL (CLIP's)."""
+    """Pixels (patches, C) with `--noise`, which is meant for Qwen2.5-VL's image_std (CLIP's) and scaled for others."""
     unit = torch.tensor(OPENAI_CLIP_STD) / torch.tensor(image_std)  # (3,)
     unit = unit.repeat_interleave(pixel_values.shape[1] // 3)  # (C,)
     if args.noise == "normalised":

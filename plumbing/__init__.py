@@ -5,7 +5,7 @@ commandline how a flag is declared, checked and listed; the sentence that a user
 files       written beside and renamed; one writer at a time
 families    what differs between Qwen-VL and InternVL
 rows        hub data sets and local files -> rows
-pictures    a picture of any mode, opened, looked through, brought to RGB
+pictures    a picture of any mode, opened and brought to RGB
 data        rows of any usual schema -> prompts
 stream      the order of the prompts
 rewards     the answer in a response; a reward of the user's own

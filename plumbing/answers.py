@@ -25,7 +25,7 @@ UNITS = """mm millimeter millimetre; cm centimeter centimetre; m meter metre; km
     ft foot feet; yd yard; mi mile; g gram; kg kilogram; lb pound; oz ounce; ml milliliter millilitre; L l liter litre;
     s sec second; min minute; h hr hour; day; week; month; year; km/h kmh kph; mi/h mph; N newton; J joule; W watt;
     V volt; A amp ampere; hz hertz; pa pascal; ° deg; °c °celsius; °f °fahrenheit; rad radian; % percent percentage;
-    am a.m; pm p.m; ¤ dollar; € euro; cent; unit; 2 square squared sq; 3 cubic cubed; / per"""
+    am a.m; pm p.m; ¤ dollar; € euro; £; ¥; cent; unit; 2 square squared sq; 3 cubic cubed; / per"""
 UNITS = {name: names.split()[0] for names in UNITS.split(";") for name in names.split()}  # the first of them
 UNITS |= {name + "s": first for name, first in UNITS.items() if len(name) > 1}
 UNIT = [name for name in sorted(UNITS, key=len, reverse=True) if UNITS[name] not in "23/"]
@@ -41,8 +41,9 @@ NUMBER = r"[+-]?\d{1,15}(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?"
 CONFUSED = (
     r"^[\d.]+ ?- ?[\d.]+$|(?<![\\A-Za-z])[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Z]+|(?<![_^])\d \d+|\d+ ?: ?\d\d|(?<=\d)_\w+"
 )
-THING = r"(?!and|or\b|not|less|more|over|under|plus|minus|times|dozen|half|squared|cubed|thousand|hundred|\w*illion)"
-COUNTED = rf"(?<=\d)(?: {THING}[a-z]{{3,}}){{1,2}}$"  # 5 apples, 5 red apples
+MORE = r"(?: (?!and|or\b|not|less|more|fewer|minus|plus|times|negative)[a-z]{3,})?"
+PART = r"(?!\w*(?:ths|thirds|quarters|halves|tens|dozens|hundreds|thousands|illions|times|less|minus|plus)$)"
+COUNTED = rf"(?<=\d){MORE} {PART}(?:[a-z]{{2,}}s|people|children|men|women)$"  # 5 apples, 5 red apples
 
 
 def plain(answer):
@@ -112,8 +113,7 @@ def parts(answer):
             symbols = [UNITS.get(symbol, UNITS.get(symbol.casefold().strip("."), symbol)) for symbol in symbols]
             powers = ["".join(sorted(part.split(), reverse=True)) for part in " ".join(symbols).split("/")]
             text, unit = value, "" if "unit" in symbols else "/".join(powers)
-    text = " ".join(re.sub("[°%]", " ", text).split())
-    text = re.sub(r"\b0(?=\d ?:)", "", text)  # 09:05
+    text = " ".join(re.sub(r"[°%]|\b0(?=\d ?:)", " ", text).split())  # the first 0 of 09:05
     return name, re.sub(r"^(-?\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text), unit
 
 
@@ -133,18 +133,20 @@ def maths_worker():
         return found.subs({symbol: I for symbol in found.free_symbols if symbol.name == "i"})
 
     def same(gold, answer):
-        if not all(isinstance(x, Boolean) for x in (gold, answer)):  # of which one is no relation
+        if not all(isinstance(x, Boolean) for x in (gold, answer)):  # one of them is no equation and no inequality
             return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
         if gold.free_symbols != answer.free_symbols or not gold.free_symbols:  # 2 > 1 says nothing
             return False
-        if isinstance(gold, Eq) and isinstance(answer, Eq):
-            ratio = simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
-            return ratio.is_number and ratio.is_nonzero
-        return gold.as_set() == answer.as_set() and not gold.as_set().is_empty  # 1 < x < 2
+        if not (gold.is_Relational and answer.is_Relational):  # 1 < x < 2
+            return gold.as_set() == answer.as_set() and not gold.as_set().is_empty
+        answer = answer if isinstance(answer, type(gold)) else answer.reversed
+        ratio = simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
+        sign = ratio.is_nonzero if isinstance(gold, Eq) else ratio.is_positive
+        return type(gold) is type(answer) and ratio.is_number and sign
 
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.alarm(int(float(sys.argv[1])) + 2)  # and that dies by itself where the run that asked was killed
+        signal.alarm(int(float(sys.argv[1])) + 2)  # the end of this process where the run that asked was killed
         try:
             print(int(bool(same(*map(value, json.loads(line))))), flush=True)
         except Exception:  # whatever sympy makes of a model's answer: not a right one
@@ -157,7 +159,7 @@ class Checker:
 
     def __init__(self, seconds=3.0):
         self.seconds, self.worker, self.timeouts = seconds, None, 0
-        self.verdicts = {}  # of sympy: the responses of a group often agree
+        self.verdicts = {}  # sympy's: the responses of a group often agree
 
     def __call__(self, response, gold):
         """True if the answer in `response` equals `gold`. A name (`x =`) or a unit counts where both have one."""
@@ -176,24 +178,25 @@ class Checker:
             return re.sub(drawn, "", plain(answer)).casefold() == name.casefold()
         if name != name.lower() and (right := letters(gold)) is not None:
             return letters(answer) == right
+        # of an exact value and an approximation the last one that is written as the gold is, with a point or without
         sides, value = plain(answer).split("≈"), name.split("≈")[-1]
         alike = [side for side in sides if ("." in side) == ("." in value) and not re.fullmatch(NAME, side.strip())]
-        return self.same_value(
-            parts([sides[-1], *alike][-1]), parts(value)
-        )  # of `\sqrt{12} ≈ 3.46` the one like the gold
+        return self.same_value(parts([sides[-1], *alike][-1]), parts(value))
 
     def same_value(self, said, right):
         """Whether two (name, value, unit) are the same; a name and a unit count where both have one."""
         (name, answer, unit), (gold_name, gold, gold_unit) = said, right
-        if not answer or not gold or (gold_unit and unit != gold_unit and (unit or gold_unit in ("am", "pm"))):
-            return False  # 12:30 alone is half an answer
+        if not answer or not gold or (gold_unit != unit and gold_unit and (unit or gold_unit in ("am", "pm"))):
+            return False  # a unit may be missing, but for 12:30 am
         if (name and gold_name and name != gold_name) or (name + gold_name and ("=" in answer) != ("=" in gold)):
             lines = [f"{n}={x}" if n else x for n, x, _ in (said, right) if not (n and re.fullmatch(VALUE, x))]
             return sum("=" in line for line in lines) == 2 and self.maths(*lines)  # y = 2x + 1, but not AB = 5
-        pairs = [re.split(r"(?<=[)\]]) ?(?:,|;|and|or) ?(?=[(\[])", value) for value in (answer, gold)]
-        if len(pairs[1]) > 1:  # sympy would sort their parts
-            matched = [any(self.same_value(("", x, ""), ("", pair, "")) for x in pairs[0]) for pair in pairs[1]]
-            return len(pairs[0]) == len(pairs[1]) and all(matched)
+        items = [re.split(r"(?<=[)\]]) ?(?:,|;|and|or|\\cup|∪) ?(?=[(\[])", value) for value in (answer, gold)]
+        if len(items[0]) == len(items[1]) > 1:  # pairs in any order: sympy would sort the parts of each
+            for item in items[1]:
+                for x in [x for x in items[0] if self.same_value(("", x, ""), ("", item, ""))][:1]:
+                    items[0].remove(x)
+            return not items[0]
         fold = str if re.search(r"[\\\d^]", gold) else str.casefold  # r is not R in a formula
         one, two = (re.sub(r"(?<![A-Za-z\d]) | (?![A-Za-z\d])", "", fold(value)) for value in (answer, gold))
         if one == two or answer + unit == gold + gold_unit:  # `2g` for `2 g`

@@ -3,7 +3,7 @@
 Everywhere else both have `pixel_values` (patches, 3 x 2 x p x p), a row for each patch, the picture in it twice, and
 `image_grid_thw` (pictures, 3): 1, rows, columns. InternVL stretches a picture over a canvas of square tiles, and adds
 the whole once more as a thumbnail of one tile, unless the canvas is one tile: canvas and thumbnail are two pictures, of
-which the tower takes the first copy, cut into tiles. Not here: what is done to patches.
+which the tower takes the first copy, cut into tiles. Not here: what the methods do to patches.
 """
 
 import json
@@ -110,8 +110,8 @@ def pixel_settings(image_processor, saved):
     if hasattr(image_processor, "crop_to_patches"):
         return {name: getattr(image_processor, name) for name in ("min_patches", "max_patches")}
     least, most = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
-    older = {"min_pixels": least, "max_pixels": most}
-    return {"size": {"shortest_edge": least, "longest_edge": most}} | {n: v for n, v in older.items() if n in saved}
+    older_names = {name: value for name, value in (("min_pixels", least), ("max_pixels", most)) if name in saved}
+    return {"size": {"shortest_edge": least, "longest_edge": most}} | older_names
 
 
 PROCESSOR_FILES = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]

@@ -1,6 +1,6 @@
 """Pictures as data sets hold them, opened and brought to RGB.
 
-Not here: which column holds them (data.py), and what the model's processor makes of them (common.py).
+Not here: which column holds them, and what the model's processor makes of them (data.py).
 """
 
 import io

@@ -39,9 +39,13 @@ def extract_answer(response):
 
 
 def extract_gold(answer):
-    """A right answer as data sets have it: the value, or a whole solution with a box; several boxes are a list."""
+    """A right answer as data sets have it: the value, or a text with \\boxed{} or <answer>; several boxes are a list.
+
+    >>> extract_gold("3"), extract_gold("<answer> 3 </answer>"), extract_gold(r"\\boxed{1} and \\boxed{-2}")
+    ('3', '3', '1, -2')
+    """
     found = dict.fromkeys(answer[start:end].strip() for start, end in boxes(answer))
-    return ", ".join(found) if found else answer
+    return ", ".join(found) or extract_answer(answer) or answer
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def mistake_in_json(files):
     """What is wrong in which file and line: no JSON in UTF-8, or a column that changes its type; None where nothing."""
     types = {}  # of the columns
     for file in files:
-        content, said = file.read_bytes(), f"{file} is no JSON"
+        content, said = file.read_bytes().removeprefix(b"\xef\xbb\xbf"), f"{file} is no JSON"
         try:
             if content.lstrip().startswith(b"["):
                 rows = json.loads(content)
@@ -123,7 +123,7 @@ def mistake_in_json(files):
                 rows = []
                 for number, line in enumerate(content.splitlines(), 1):
                     said = f"{file} is no JSON in UTF-8 in line {number}"
-                    rows.append(json.loads(line or b"{}"))
+                    rows.append(json.loads(line.strip() or b"{}"))
         except ValueError as error:
             return f"{said} ({error})"
         for number, row in enumerate(rows):

@@ -265,6 +265,15 @@ def test_a_row_without_question_or_gold_is_refused(name, column, toy, tmp_path):
         questions(name, path, toy)
 
 
+def test_only_a_question_without_words_of_mathverse_asks_by_its_image(toy, tmp_path):
+    path = write(tmp_path / "rows.parquet", [FIXTURES["mmk12"][0][0] | {"question": " "}])
+    with pytest.raises(UserError, match="row 0 has no question"):
+        questions("mmk12", path, toy)
+    path = write(tmp_path / "wemath.parquet", [FIXTURES["wemath"][0][0] | {"option": "3 dm"}])
+    with pytest.raises(UserError, match="row 0 is not in the schema .* .its options have no labels"):
+        questions("wemath", path, toy)
+
+
 def test_options_are_printed_and_the_letter_is_asked_for():
     text = choose("Which?", ["30", "40"])
     assert text == "Which?\n(A) 30\n(B) 40\nAnswer with the letter of the right option."
@@ -356,6 +365,8 @@ def test_published_cases(check, answer, gold, options, verdict):
         ("4", "3", "integer", None, False),
         ("1e400", "3", "integer", None, False),
         ("banana", "12", "letters", None, False),  # neither names an option
+        ("K", "K", "letters", None, True),
+        ("ATP", "ATP", "choice", None, True),  # no option, as far as is known
         ("12", "12", "letters", None, True),
         ("no idea", "Yes", "choice", None, False),
         ("12.0", "12", "choice", None, True),

@@ -103,7 +103,7 @@ def test_limits_of_pixels_that_exclude_each_other(tmp_path):
 
 
 def test_a_processor_for_videos_too_is_taken_without_it_where_torchvision_is_not(tmp_path):
-    """Hub models have one, and the toy; it cannot be made without torchvision. One without opens where torchvision is."""
+    """Hub models and the toy have one, which needs torchvision. One without it opens where torchvision is."""
     shutil.copytree(ROOT / "toy" / "model", tmp_path / "model")
     (tmp_path / "model" / "video_preprocessor_config.json").unlink()
     ours, plain = load_processor(ROOT / "toy" / "model"), load_processor(tmp_path / "model")
