@@ -332,9 +332,8 @@ class Questions(Data):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-UNSURE = (
-    r"unsure|uncertain|unknown|unclear|\bnot (?:sure|certain|clear|known|given|possible|enough)|cannot|can't|don't know"
-)
+UNSURE = r"unsure|uncertain|unknown|unclear|unable|undetermined|insufficient|no idea|cannot|can't|don't know"
+UNSURE += r"|\bnot (?:sure|certain|clear|known|given|possible|enough)"
 
 
 def judge(check, response, question):
@@ -352,10 +351,10 @@ def judge(check, response, question):
     if kind == "choice":
         texts, letter = dict(zip(LETTERS, map(str, question.options))), chosen(check, answer, question.options)
         return letter is not None and texts.get(letter, letter) == texts.get(gold, gold)  # a text may stand twice
-    said = re.match(r"\W*(yes|no)\b", parts(answer)[1].casefold())
-    if said is None:
+    said = set(re.findall(r"\b(?:yes|no)\b(?! idea)", answer.casefold()))
+    if not said:
         return kind == "yes/no or unsure" and bool(re.search(UNSURE, answer.casefold()))
-    return said[1] == question.answer
+    return said == {question.answer}
 
 
 def last_letter(options):

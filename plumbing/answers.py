@@ -1,7 +1,4 @@
-"""Is an answer right: brought to a plain form, compared as letters, words, numbers or LaTeX.
-
-Not here: where a response has its answer (rewards.py), what a right one is worth (common.py), benchmarks (eval.py).
-"""
+"""Is an answer right: compared as letters, words, numbers or LaTeX. Not here: where a response has it (rewards.py)."""
 
 import inspect
 import json
@@ -17,10 +14,9 @@ from plumbing.commandline import UserError
 from plumbing.rewards import extract_answer, extract_gold
 
 LONGEST = 1000  # characters: no right answer needs more, and sympy's time grows much faster than what it reads
-SIGNS = {"−": "-", "–": "-", "·": r"\cdot ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "~": " ", r"\approx": "≈"}
-SIGNS |= {"²": "^2", "³": "^3", "½": r"\frac{1}{2}", ">=": r"\ge ", "<=": r"\le ", "∠": r"\angle ", "△": r"\triangle "}
-SIGNS |= {"º": "°", r"\%": "%", r"\$": "¤", r"\dfrac": r"\frac", r"\tfrac": r"\frac", "{,}": ","}
-SIGNS |= {"bmatrix": "pmatrix", r"\end{array}": r"\end{pmatrix}"}
+SIGNS = {"−": "-", "–": "-", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "~": " ", "²": "^2", "³": "^3", "º": "°"}
+SIGNS |= {"½": r"\frac{1}{2}", ">=": r"\ge ", "<=": r"\le ", "∠": r"\angle ", "△": r"\triangle ", r"\approx": "≈"}
+SIGNS |= {r"\%": "%", r"\$": "¤", r"\dfrac": r"\frac", "{,}": ",", "bmatrix": "pmatrix", "{array}": "{pmatrix}"}
 UNITS = """mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inches;
     ft foot feet; yd yard; mi mile; g gram; kg kilogram; lb pound; oz ounce; ml milliliter millilitre; L l liter litre;
     s sec second; min minute; h hr hour; day; week; month; year; km/h kmh kph; mi/h mph; N newton; J joule; W watt;
@@ -34,16 +30,13 @@ UNIT = rf"(?:(?i:square|sq\.?|cubic) )?(?:{UNIT})(?: ?\^ ?\{{? ?[23] ?\}}?| (?:s
 UNIT = rf"{UNIT}(?:(?: ?(?:/|\*|\\cdot) ?| (?:per )?){UNIT}){{0,3}}$"
 LETTER = r"[A-Za-z]\b(?! ?/)"  # a unit of one letter may be a variable: `2g` and `2x g` have none, `2 g` has one
 UNIT = rf"(?:(?<=[\d)}}])(?!{LETTER})|(?<=\S) ){UNIT}"
-NAME = r"(?:\\angle\d+|[A-Za-z\\'|]|_\w*|\([A-Za-z,]*\))+"  # x, x_1, AB, f(x), m\angle1
+NAME = r"(?:\\angle\d+|[A-Za-z\\'|]|_\d*|\([A-Za-z,]*\))+"  # x, x_1, AB, f(x), m\angle1; in linear time
 VALUE = r"(?:[^A-Za-z\\]|\\frac|\\sqrt|\\pi|\\times|\\cdot)*"
 NUMBER = r"[+-]?\d{1,15}(?:\.\d{1,15})?(?:[eE][+-]?\d{1,2})?"
 # what sympy multiplies, divides, drops or confuses: words, ABC, R (with r), `30 15`, 12:30, 5-7, the base of 101_2
-CONFUSED = (
-    r"^[\d.]+ ?- ?[\d.]+$|(?<![\\A-Za-z])[A-Za-z]{4,}|(?<![\\A-Za-z])[A-Z]+|(?<![_^])\d \d+|\d+ ?: ?\d\d|(?<=\d)_\w+"
-)
-MORE = r"(?: (?!and|or\b|not|less|more|fewer|minus|plus|times|negative)[a-z]{3,})?"
-PART = r"(?!\w*(?:ths|thirds|quarters|halves|tens|dozens|hundreds|thousands|illions|times|less|minus|plus)$)"
-COUNTED = rf"(?<=\d){MORE} {PART}(?:[a-z]{{2,}}s|people|children|men|women)$"  # 5 apples, 5 red apples
+CONFUSED = r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z]+)|(?<![_^])\d \d+|\d+ ?: ?\d\d|^[\d.]+ ?- ?[\d.]+$|(?<=\d)_\w+"
+NO_THING = r"(?!and|or\b|not|less|more|minus|times|neg|doz|hal|squa|cub|\w*illion|\w*ths\b|thir|quart|tens\b|hund|thou)"
+COUNTED = rf"(?<=\d)(?: {NO_THING}[a-z]{{3,}})? {NO_THING}(?:[a-z]{{2,}}s|people|children|men|women)$"  # 5 red apples
 
 
 def plain(answer):
@@ -61,8 +54,9 @@ def plain(answer):
     answer = re.sub(r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 ", answer)
     answer = re.sub(r"\\sqrt ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))", r"\\sqrt{\1\2}", answer)  # not a root of the 1 of 12
     answer = re.sub(r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", answer)
-    answer = re.sub(r"\\begin\{array\} ?\{[^{}]*\}", r"\\begin{pmatrix}", answer)
+    answer = re.sub(r"(\\begin\{pmatrix\}) ?\{[lcr| ]*\}", r"\1", answer)  # an array's columns
     answer = re.sub(r"_ ?\{(\w)\}", r"_\1", answer)
+    answer = re.sub(r"\^ ?(-(?:\d+|[a-z]))", r"^{\1}", re.sub(r"(?<=\d)[eE]([+-]?\d+)$", r"\\times 10^{\1}", answer))
     answer = re.sub(r"(?i)^ ?(?:the )?(?:final |correct )?(?:answer|option)(?: is)? ?:? (?=\S)", "", answer)
     return " ".join(answer.replace("$", "¤").split()).rstrip(" .,;\\")  # a $ of its own is money
 
@@ -71,19 +65,19 @@ def letters(answer, last="J"):
     """The options that an answer names, sorted, or None: A for "A. 30", "(A)" and "a", AC for "C, A" and "(A) (C)"."""
     answer, label = plain(answer), rf"(?:\([A-{last}]\)|\[[A-{last}]\]|[A-{last}][.:)])"
     first = re.match(label, answer)
-    if first and not re.search(rf"(?:^|[\s,;&/]){label}|^[,;&/]?[A-{last}]$", answer[first.end() :]):
+    if first and not re.search(rf"(?:^|[\s,;&/+]){label}|^ ?(?:[,;&/+]|or\b)|^[A-{last}]$", answer[first.end() :]):
         return first[0].strip("()[].:")  # whatever its text is, if it is not another label
     named = re.sub(r"[\s,;()\[\].&]|\band\b", "", answer)
-    named = named.upper() if len(named) == 1 else named
-    return "".join(sorted(set(named))) if re.fullmatch(rf"[A-{last}]{{1,10}}", named) else None
+    known = re.fullmatch(rf"[a-{last.lower()}]|(?:([A-{last}])(?!.*\1)){{1,10}}", named)  # III is not I
+    return "".join(sorted(named.upper())) if known else None
 
 
 def without_name(text):
-    """(name, value) of `x = 5` and `5 = x`; of `x = 1, y = 2` the names and a pair; of several solutions a list."""
+    """(name, value) of `x = 5` and `5 = x`; of `x = 1, y = 2` the names and a pair; of `x = 1, x = 2` a list."""
     pieces = [piece.split("=") for piece in re.split(r"[,;]| (?:and|or) ", text)]
     if any(len(piece) == 1 for piece in pieces):  # `x = 3, 5`, or no = at all
         pieces = [text.split("=", 1)] if "=" in text else [("", "", text)]
-    solutions = [{}]
+    named = []
     for first, *_, value in pieces:
         name, last = (re.sub(r"[\s{}]", "", side) for side in (first, value))
         if re.fullmatch(NAME, last) and re.fullmatch(VALUE, name) and name:
@@ -92,13 +86,11 @@ def without_name(text):
             name = ""
         elif not re.fullmatch(NAME, name):
             return "", text
-        solutions += [{}] if name in solutions[-1] else []
-        solutions[-1][name] = value.strip()
-    names = sorted(solutions[0])
-    if any(sorted(solution) != names for solution in solutions):
-        return "", text
-    values = [", ".join(solution[name] for name in names) for solution in solutions]
-    return ",".join(names), ", ".join(values if len(names) == 1 else [f"({pair})" for pair in values])
+        named.append((name, value.strip()))
+    names = sorted(name for name, _ in named)
+    if names[0] == names[-1]:
+        return names[0], ", ".join(value for _, value in named)
+    return ",".join(names), f"({', '.join(value for _, value in sorted(named))})"
 
 
 def parts(answer):
@@ -121,19 +113,20 @@ def maths_worker():
     """Reads [gold, answer] lines, prints 1 or 0: sympy at work, in a process of its own that may be killed."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Eq, I, simplify
+    from sympy import Eq, Float, I, simplify
     from sympy.logic.boolalg import Boolean
 
     rules = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")  # units are taken off by now
     latex = LatexExtractionConfig(normalization_config=rules, boxed_match_priority=-1)
     modes = dict(fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None)
 
-    def value(text):
-        found = parse(f"${text}$", (latex,), **modes)[0]
-        return found.subs({symbol: I for symbol in found.free_symbols if symbol.name == "i"})
-
-    def same(gold, answer):
-        if not all(isinstance(x, Boolean) for x in (gold, answer)):  # one of them is no equation and no inequality
+    def same(gold, answer, tolerance):
+        gold, answer = (parse(f"${text}$", (latex,), **modes)[0] for text in (gold, answer))
+        gold, answer = (x.subs({name: I for name in x.free_symbols if name.name == "i"}) for x in (gold, answer))
+        numbers = all(getattr(x, "is_number", False) for x in (gold, answer))
+        if numbers and (gold.has(Float) or answer.has(Float)):
+            return abs(gold.evalf() - answer.evalf()) <= tolerance * min(1, abs(gold.evalf()))
+        if not (isinstance(gold, Boolean) and isinstance(answer, Boolean)):  # two equations or inequalities
             return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
         if gold.free_symbols != answer.free_symbols or not gold.free_symbols:  # 2 > 1 says nothing
             return False
@@ -141,14 +134,14 @@ def maths_worker():
             return gold.as_set() == answer.as_set() and not gold.as_set().is_empty
         answer = answer if isinstance(answer, type(gold)) else answer.reversed
         ratio = simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
-        sign = ratio.is_nonzero if isinstance(gold, Eq) else ratio.is_positive
-        return type(gold) is type(answer) and ratio.is_number and sign
+        same_sign = ratio.is_nonzero if isinstance(gold, Eq) else ratio.is_positive
+        return type(gold) is type(answer) and ratio.is_number and same_sign
 
     print("ready", flush=True)
     for line in sys.stdin:
         signal.alarm(int(float(sys.argv[1])) + 2)  # the end of this process where the run that asked was killed
         try:
-            print(int(bool(same(*map(value, json.loads(line))))), flush=True)
+            print(int(bool(same(*json.loads(line)))), flush=True)
         except Exception:  # whatever sympy makes of a model's answer: not a right one
             print(0, flush=True)
         signal.alarm(0)
@@ -178,10 +171,20 @@ class Checker:
             return re.sub(drawn, "", plain(answer)).casefold() == name.casefold()
         if name != name.lower() and (right := letters(gold)) is not None:
             return letters(answer) == right
-        # of an exact value and an approximation the last one that is written as the gold is, with a point or without
-        sides, value = plain(answer).split("≈"), name.split("≈")[-1]
-        alike = [side for side in sides if ("." in side) == ("." in value) and not re.fullmatch(NAME, side.strip())]
-        return self.same_value(parts([sides[-1], *alike][-1]), parts(value))
+        solutions = [[parts(x) for x in re.split(";| or ", text)] for text in (plain(answer), name)]
+        if "=" in name and len(solutions[0]) == len(solutions[1]) > 1:
+            return self.matched(*solutions)
+        sides = [x for x in plain(answer).split("≈") if x.strip() and not re.fullmatch(NAME, x.strip())] or [answer]
+        if sides[1:] and plain(answer) != name and not self.maths(parts(sides[-1])[1], parts(sides[0])[1], 0.05):
+            return False  # `\sqrt{12} ≈ 3.46` is right for either, if it is true
+        return any(self.same_value(parts(x), parts(y)) for x in {sides[0], sides[-1]} for y in name.split("≈"))
+
+    def matched(self, answers, golds):
+        """Whether two lists of (name, value, unit) are the same in any order."""
+        for gold in golds:
+            for answer in [answer for answer in answers if self.same_value(answer, gold)][:1]:
+                answers.remove(answer)
+        return not answers
 
     def same_value(self, said, right):
         """Whether two (name, value, unit) are the same; a name and a unit count where both have one."""
@@ -191,40 +194,37 @@ class Checker:
         if (name and gold_name and name != gold_name) or (name + gold_name and ("=" in answer) != ("=" in gold)):
             lines = [f"{n}={x}" if n else x for n, x, _ in (said, right) if not (n and re.fullmatch(VALUE, x))]
             return sum("=" in line for line in lines) == 2 and self.maths(*lines)  # y = 2x + 1, but not AB = 5
-        items = [re.split(r"(?<=[)\]]) ?(?:,|;|and|or|\\cup|∪) ?(?=[(\[])", value) for value in (answer, gold)]
-        if len(items[0]) == len(items[1]) > 1:  # pairs in any order: sympy would sort the parts of each
-            for item in items[1]:
-                for x in [x for x in items[0] if self.same_value(("", x, ""), ("", item, ""))][:1]:
-                    items[0].remove(x)
-            return not items[0]
+        outside = r" ?(?:[,;]| and | or |\\cup|∪) ?(?![^(\[{]*[)\]}])"  # of any brackets
+        items = [[("", x, "") for x in re.split(outside, value)] for value in (answer, gold)]
+        if min(map(len, items)) > 1 and (
+            len(items[0]) == len(items[1]) or not re.search(r"\\cup|∪|\\pm", answer + gold)
+        ):
+            return len(items[0]) == len(items[1]) and self.matched(*items)
         fold = str if re.search(r"[\\\d^]", gold) else str.casefold  # r is not R in a formula
         one, two = (re.sub(r"(?<![A-Za-z\d]) | (?![A-Za-z\d])", "", fold(value)) for value in (answer, gold))
         if one == two or answer + unit == gold + gold_unit:  # `2g` for `2 g`
             return True
-        if re.fullmatch(r"[A-Za-z ]+", gold):
-            return False  # words are equal or they are not
         answer = re.sub(COUNTED, "", answer) if re.fullmatch(NUMBER, gold) and not gold_unit else answer
         if re.fullmatch(NUMBER, gold) and re.fullmatch(NUMBER, answer):
             return float(answer) == float(gold)
         one, two = (set(re.findall(CONFUSED, value)) for value in (answer, gold))
-        return one == two and ("=" in answer) == ("=" in gold) and self.maths(answer, gold)
+        alike = one == two and ("=" in answer) == ("=" in gold) and not re.fullmatch(r"[A-Za-z ]+", gold)
+        return alike and self.maths(answer, gold)
 
-    def maths(self, answer, gold):
-        """Sympy's verdict; wrong, and asked again the next time, where it takes too long."""
-        power, factor = r"(?<=\d)[eE]([+-]?\d+)$", r"(\\[a-z]+ ?(?:[_^] ?(?:\d|\{-?\d+\}) ?)?\()|(?<!_\d)(?<=[\d)]) ?\("
-        pair = (re.sub(power, r"\\times 10^{\1}", text) for text in (gold, answer))
-        pair = tuple(re.sub(factor, lambda at: at[1] or r"\cdot (", text) for text in pair)  # sympy adds 2(3)
+    def maths(self, answer, gold, tolerance=5e-7):
+        """Sympy's verdict, of decimals within a tolerance; False, and asked again the next time, if it is too slow."""
+        factor = r"(\\[a-z]+ ?(?:[_^] ?(?:\d|\{-?\d+\}) ?)?\()|(?<!_\d)(?<=[\d)]) ?\("  # sympy adds 2(3)
+        pair = *(re.sub(factor, lambda at: at[1] or r"\cdot (", text) for text in (gold, answer)), tolerance
         if pair in self.verdicts or self.left <= 0:
             return self.verdicts.get(pair, False)
         if self.worker is None or self.worker.poll() is not None:
             code = f"import json, signal, sys\n{inspect.getsource(maths_worker)}\nmaths_worker()"
-            pipes = dict(stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, start_new_session=True)  # without Ctrl-C
+            pipes = dict(stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, start_new_session=True, bufsize=1)
             self.worker = Popen([sys.executable, "-c", code, str(self.seconds)], **pipes)
             if self.worker.stdout.readline() != "ready\n":
                 raise UserError("the maths checker does not start: pip install -r requirements.txt brings math-verify.")
         begin = time.monotonic()
         self.worker.stdin.write(json.dumps(pair) + "\n")
-        self.worker.stdin.flush()
         if select.select([self.worker.stdout], [], [], self.left)[0]:
             self.left -= time.monotonic() - begin
             self.verdicts[pair] = self.worker.stdout.readline() == "1\n"

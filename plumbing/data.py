@@ -11,6 +11,7 @@ import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 
@@ -68,11 +69,11 @@ def plain_text(value, what):
     """
     if value is None or value != value or not str(value).strip():
         raise Unusable(f"has no {what}")
-    if not isinstance(value, str | int | float | np.floating | datetime.date | datetime.time):
+    if not isinstance(value, str | int | float | np.floating | Decimal | datetime.date | datetime.time):
         raise Unusable(f"has a {type(value).__name__} for its {what}, not a text")
     if isinstance(value, datetime.date):
         return str(value).removesuffix(" 00:00:00")  # datasets takes a date in a json file for a time
-    whole = isinstance(value, float | np.floating) and value.is_integer() and abs(value) < 2**53
+    whole = isinstance(value, float | np.floating) and value.is_integer() and abs(float(value)) < 2**53
     return str(int(value) if whole else value)
 
 
@@ -244,7 +245,8 @@ class Data:
     def prompt(self, index):
         problem, images, answer = self.row(index)
         text = prompt_text(self.processor, problem, self.args.instruction)
-        made = self.processor(text=[text], images=images or None, return_tensors="pt")
+        whole = {"truncation": False, "padding": False, "return_tensors": "pt"}  # whatever a tokenizer.json has stored
+        made = self.processor(text=[text], images=images or None, **whole)
         ids, tensors = made["input_ids"][0], prompt_tensors(self.model, self.processor.image_processor, made, images)
         opened = "<think>" if text.rstrip().endswith("<think>") else ""
         return Prompt(index, problem, answer, ids, *tensors, ids == self.model.config.image_token_id, opened)

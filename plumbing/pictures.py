@@ -15,7 +15,8 @@ class Unusable(Exception):
 def listed(images):
     """The images of a cell: of a list, or one; null and "" are none."""
     images = images if isinstance(images, list) else [images]
-    return [image for image in images if image not in (None, "", {"bytes": None, "path": ""})]
+    nothing = (None, "", {"bytes": None, "path": ""}, {"bytes": None, "path": None})
+    return [image for image in images if image not in nothing]
 
 
 def open_picture(source, folders):

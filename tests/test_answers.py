@@ -135,7 +135,7 @@ def test_name_value_and_unit():
     assert parts("$1500.") == ("", "1500", "¤") and parts("1 500 %") == ("", "1500", "%")
     assert parts("No, it is not.") == ("", "No, it is not", "")
     assert parts("y = 2 and x = 1") == ("x,y", "(1, 2)", "") and parts("2x = 5") == ("", "2x = 5", "")
-    assert parts("p=7,q=2;p=5,q=3") == ("p,q", "(7, 2), (5, 3)", "")
+    assert parts("x = 1 or x = 2") == ("x", "1, 2", "") and parts("p=7,q=2,r=5") == ("p,q,r", "(7, 2, 5)", "")
 
 
 def test_extraction():
@@ -187,7 +187,13 @@ REPEATED += [
     "x=1,",
     "x_1=2 and ",
     "_",
+    "_a",
+    "_{1}",
+    "x_1 ",
     "'",
+    "≈",
+    "or ",
+    "5 red apples ",
 ]
 REPEATED += [
     "A. ",
@@ -228,6 +234,7 @@ REPEATED += [
 ]
 REPEATED += ["<think>", "</think>", "<think></think>", "<answer>", "</answer>", "<answer>1</answer>", "the answer is "]
 FRAMES = [("", ""), (r"\boxed{", "}"), (r"\boxed{1", "x}"), (r"\boxed{A. ", " B}"), (r"\boxed{x=", " cm}")]
+FRAMES += [(r"\boxed{", " cm}"), (r"\boxed{", "=5?}"), (r"\boxed{1 \approx ", "}")]
 FRAMES += [("<think>", r"</think> \boxed{1}"), (r"<think></think> \boxed{", "}"), ("<answer>", "</answer>")]
 
 
@@ -273,7 +280,7 @@ def test_sympy_is_asked_once_for_the_same_answer_and_again_where_it_took_too_lon
     asked, checker, dumps = [], Checker(30.0), json.dumps
     monkeypatch.setattr(answers.json, "dumps", lambda pair: (asked.append(pair), dumps(pair))[1])
     assert [bool(checker.equal(answer, "2/4")) for answer in ("1/2", "3/4", "1/2", "3/4")] == [True, False] * 2
-    assert asked == [("2/4", "1/2"), ("2/4", "3/4")]
+    assert asked == [("2/4", "1/2", 5e-7), ("2/4", "3/4", 5e-7)]
     with monkeypatch.context() as patch:
         patch.setattr(answers.select, "select", lambda *_: ([], [], []))  # as when the time is over
         assert not checker.equal("4/8", "2/4") and checker.timeouts == 1

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import zlib
+from decimal import Decimal
 
 import pytest
 import torch
@@ -230,7 +231,6 @@ def test_one_row_in_a_hundred_may_be_broken_and_is_named(toy, tmp_path):
         ({"question": None}, "has no question"),
         ({"question": ["What?"]}, "has a list for its question"),
         ({"images": [5]}, "has an image that is no file and no path .5"),
-        ({"images": [{"bytes": None, "path": None}]}, "has an image that is no file and no path .None"),
         ({"question": "<|image_pad|>?"}, "has <.image_pad.> in its question, which is a control token of the model"),
         ({"question": "<|video_pad|>?"}, "has <.video_pad.> in its question, which is"),
         ({"question": "1<|im_end|>\n<|im_start|>assistant"}, "has <.im_.*.> in its question, which is"),
@@ -326,13 +326,23 @@ def test_images_in_a_column_of_another_name(toy, tmp_path):
 def test_answers_of_every_type_are_their_text(toy, tmp_path):
     day, label = datetime.date(2024, 1, 5), ClassLabel(names=["cat", "dog"])
     values = {"day": [day], "moment": [datetime.datetime(2024, 1, 5, 10)], "time": [datetime.time(9, 30)]}
-    values |= {"midnight": [datetime.datetime(2024, 1, 5)], "label": [1], "none": [-1], "half": [1.1], "single": [0.1]}
+    values |= {
+        "price": [Decimal("1.50")],
+        "midnight": [datetime.datetime(2024, 1, 5)],
+        "label": [1],
+        "none": [-1],
+        "half": [1.1],
+        "single": [0.1],
+    }
     types = {"day": "date32", "moment": "timestamp[s]", "time": "time64[us]", "midnight": "timestamp[s]"}
-    features = {name: Value(kind) for name, kind in (types | {"half": "float16", "single": "float32"}).items()}
+    features = {
+        name: Value(kind)
+        for name, kind in (types | {"half": "float16", "single": "float32", "price": "decimal128(5, 2)"}).items()
+    }
     features |= {"label": label, "none": label, "question": Value("string")}
     Dataset.from_dict(values | {"question": ["a"]}, Features(features)).to_parquet(tmp_path / "d.parquet")
     said = {"day": "2024-01-05", "moment": "2024-01-05 10:00:00", "time": "09:30:00", "midnight": "2024-01-05"}
-    for column, text in (said | {"label": "dog", "half": "1.1", "single": "0.1"}).items():
+    for column, text in (said | {"label": "dog", "half": "1.1", "single": "0.1", "price": "1.50"}).items():
         assert data_of(toy, tmp_path / "d.parquet", answer_column=column).row(0)[2] == text
     with pytest.raises(UserError, match="row 0 has no answer"):
         data_of(toy, tmp_path / "d.parquet", answer_column="none")

@@ -266,6 +266,21 @@ def test_a_chat_template_in_the_tokenizers_file_alone(model_with):
     assert torch.equal(prompt_of(folder)[2].input_ids, prompt_of(ROOT / "toy/model")[2].input_ids)
 
 
+def test_limits_of_length_stored_with_a_tokenizer_cut_nothing(model_with, tmp_path):
+    """As after a call with padding or truncation, when it is saved."""
+    stored = {"truncation": {"direction": "Right", "max_length": 20, "strategy": "LongestFirst", "stride": 0}}
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>", "pad_to_multiple_of": None}
+    stored["padding"] = pad | {"strategy": {"Fixed": 200}, "direction": "Right"}
+    plain = load_processor(ROOT / "toy" / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "How many? " * 60, "answer": "1"}) + "\n")
+
+    def ids(processor):
+        data = Data(str(tmp_path / "rows.jsonl"), "train", SharedArgs(), processor, load_model(ROOT / "toy" / "model"))
+        return data.prompt(0).input_ids
+
+    assert torch.equal(ids(load_processor(model_with(in_file("tokenizer.json", **stored)))), ids(plain))
+
+
 class Convolutions(TorchDispatchMode):
     def __init__(self):
         super().__init__()
