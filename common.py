@@ -11,6 +11,7 @@ the prompt once.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import random
@@ -21,7 +22,6 @@ from functools import partial
 import tokenizers
 import torch
 import transformers
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -212,10 +212,15 @@ class Group:
     ref_logps: torch.Tensor | None = None  # (G, T)
     scores: torch.Tensor | None = None  # (G, T) what a method says of each token
     weights: torch.Tensor | None = None  # (G, T) what it makes of that: factors of the advantage, or which tokens count
+    lengths: list = dataclasses.field(init=False)  # G, on the host: a pass that counts them would wait for the GPU
+    packed: dict | None = dataclasses.field(init=False, default=None)  # of `pack`, made at the first pass
+
+    def __post_init__(self):
+        self.lengths = self.mask.sum(1).tolist()
 
     def __getitem__(self, part):
-        rows = {name: value[part] for name, value in vars(self).items() if isinstance(value, torch.Tensor | list)}
-        return dataclasses.replace(self, **rows)
+        rows = {name: value[part] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, texts=self.texts[part], **rows)
 
 
 ROOM = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between
@@ -260,19 +265,16 @@ class SharedPrefixCache(transformers.DynamicCache):
                 layers[i] = tuple(x[prompts] for x in pair)
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
     """Attention of G response tokens per prompt to the prompt's keys, shared, and to their own response's keys.
 
     query (P, H, G, d); key and value: (prefix (P, H', Lp, d), suffix (P, H', G, t, d)) from `SharedPrefixCache`, H' the
     key-value heads, t its room; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors
-    (prefill, training) take the usual path: flex attention where the mask is a block mask, else scaled dot product.
+    take the usual path (prefill), or, with `segments` from `pack`, that of a packed row.
     """
-    if isinstance(attention_mask, BlockMask):
-        # a key head's gradient would be summed by one of the GPU's blocks over all queries of all heads that share it
-        query, key, shares = query.to(value.dtype), key.to(value.dtype), query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(shares, 1) for x in (key, value))
-        out = kernels.flex()(query, key, value, block_mask=attention_mask, scale=scaling)
-        return out.transpose(1, 2), None
+    if segments:  # of a packed row
+        query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (L, H, d)
+        return kernels.attend(query, key, value, *segments, scaling, attention_mask.flatten())[None], None
     if isinstance(key, torch.Tensor):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (prefix_k, suffix_k), (prefix_v, suffix_v) = key, value
@@ -427,7 +429,7 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
     temperature = args.temperature if temperature is None else temperature
     choose = token_chooser(banned_tokens(model, tokenizer), temperature, args.top_p, args.top_k)
     eos, groups = end_tokens(model, tokenizer), []
-    not_text = torch.tensor([*eos, tokenizer.pad_token_id])
+    not_text = {*eos, tokenizer.pad_token_id}
     training, _ = model.training, model.eval()
     sampling = {"eos": eos, "pad_id": tokenizer.pad_token_id, "room": room or min(ROOM, args.max_response_tokens)}
     sampling |= {"prefill_tokens": args.tokens_per_row, "graphs": args.cuda_graphs}
@@ -439,13 +441,14 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
         uniforms = torch.cat([table[part] for table in tables])
         responses, mask = generate(model, batch, G, choose, uniforms, **sampling)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
+        written = [tokens[:length] for tokens, length in zip(responses.tolist(), mask.sum(1).tolist())]
         for i, prompt in enumerate(batch):
             own = slice(i * G, (i + 1) * G)
-            longest = mask[own].sum(1).max()
-            valid = mask[own, :longest]
-            ids = responses[own, :longest].masked_fill(~valid, tokenizer.pad_token_id)
-            written = [r[m & ~torch.isin(r, not_text.to(r.device))] for r, m in zip(ids, valid)]
-            texts = [prompt.opened + tokenizer.decode(tokens) for tokens in written]
+            lengths = [len(tokens) for tokens in written[own]]
+            valid = mask[own, : max(lengths)]
+            ids = responses[own, : max(lengths)].masked_fill(~valid, tokenizer.pad_token_id)
+            said = [[token for token in tokens if token not in not_text] for tokens in written[own]]
+            texts = [prompt.opened + tokenizer.decode(tokens) for tokens in said]
             groups.append(Group(prompt, ids, valid, truncated[own], texts))
     model.train(training)
     return groups
@@ -493,7 +496,7 @@ def split_group(group, budget):
     """The group as packed rows of at most `budget` tokens: itself, or slices of it, each of one response or more."""
     cost, rows, start = len(group.prompt.input_ids), [], 0
     total = cost
-    for i, length in enumerate(group.mask.sum(1).tolist()):
+    for i, length in enumerate(group.lengths):
         if i > start and total + length > budget:
             rows.append(group[start:i])
             start, total = i, cost
@@ -516,48 +519,50 @@ def longest(prompt, args):
     G, T = args.group_size, args.max_response_tokens
     tokens, mask = torch.zeros(G, T, dtype=torch.long), torch.ones(G, T, dtype=torch.bool)
     group = Group(prompt, tokens, mask, truncated=torch.ones(G), texts=[""] * G)
-    return max(split_group(group, args.tokens_per_row), key=lambda row: row.mask.sum())
+    return max(split_group(group, args.tokens_per_row), key=lambda row: sum(row.lengths))
 
 
 def pack(row, device):
-    """The row [prompt | response 1 | ... | response G] as model inputs.
+    """The row [prompt | response 1 | ... | response G] as model inputs, and where things are in it.
 
-    A response sees the prompt and itself, and its positions go on after the prompt's. Returns input_ids (1, L),
-    position_ids (3, 1, L) or (1, L), attention_mask (1, 1, L, L), bool or a block mask.
+    A response sees the prompt and itself, and its positions go on after the prompt's. Returns {"inputs": the model's,
+    with the row's segments, prompt and responses, and the keys that each sees; "read" (N,): for each response token,
+    response by response, where in the row the state is that predicts it; "targets" (N,): these tokens; "written" (N,):
+    where they are in (G x T); "images": where the image's tokens are}. Computed on the host, once for each row.
     """
-    prompt, mask = row.prompt, row.mask.to(device)
-    shared, (G, T) = len(prompt.input_ids), mask.shape
-    step = torch.arange(T, device=device).expand(G, T)[mask]  # (N,) a token's index in its response
-    owner = torch.arange(1, G + 1, device=device)[:, None].expand(G, T)[mask]  # (N,) 1 to G
-    owner = torch.cat([owner.new_zeros(shared), owner])  # (L,) 0: the prompt
-    positions = prompt.position_ids.to(device)
-    positions = torch.cat([positions, (positions.max() + 1 + step).expand(len(positions), -1)], 1)  # (3 or 1, L)
+    if row.packed is None:
+        prompt, T, lengths = row.prompt, row.mask.shape[1], torch.tensor([len(row.prompt.input_ids), *row.lengths])
+        shared, L = len(prompt.input_ids), int(lengths.sum())
+        step = torch.cat([torch.arange(n) for n in row.lengths])  # (N,) a token's place in its response
+        positions = (prompt.position_ids.max() + 1 + step).expand(len(prompt.position_ids), -1)
+        positions = torch.cat([prompt.position_ids, positions], 1)  # (3 or 1, L)
+        own = torch.arange(L).split(lengths.tolist())  # the places of each segment
+        seen = torch.cat([own[0], *(places for response in own[1:] for places in (own[0], response))])
+        keys = lengths + shared * (torch.arange(len(lengths)) > 0)  # that each segment sees
+        starts, key_starts = (torch.nn.functional.pad(x.cumsum(0), (1, 0)).int() for x in (lengths, keys))
+        host = {
+            "read": torch.where(step == 0, shared - 1, torch.arange(shared - 1, L - 1)),
+            "written": torch.cat([i * T + torch.arange(n) for i, n in enumerate(row.lengths)]),
+            "images": prompt.image_mask.nonzero()[:, 0],
+            "position_ids": positions[:, None].squeeze(0),
+            "attention_mask": seen[None, None, None],  # transformers leaves what has four dimensions alone
+            "starts": starts,
+            "key_starts": key_starts,
+            "prompt": prompt.input_ids,
+        }
+        sent = {name: kernels.send(value, device) for name, value in host.items()}
+        targets = row.responses.to(device).flatten()[sent["written"]]
+        ids = torch.cat([sent.pop("prompt"), targets])[None]  # (1, L)
+        segments = sent.pop("starts"), sent.pop("key_starts"), (int(lengths.max()), int(keys.max()))
+        inputs = {name: sent.pop(name) for name in ("position_ids", "attention_mask")}
+        row.packed = sent | {"targets": targets, "inputs": inputs | {"input_ids": ids, "segments": segments}}
+    return row.packed
 
-    def sees(batch, head, q, k):
-        return ((owner[q] == owner[k]) | (owner[k] == 0)) & (q >= k)
 
-    if kernels.takes_block_mask(owner.device):
-        visible = kernels.block_mask(owner, sees)
-    else:
-        index = torch.arange(len(owner), device=device)
-        visible = sees(None, None, index[:, None], index)[None, None]
-    ids = torch.cat([prompt.input_ids.to(device), row.responses.to(device)[mask]])
-    return {"input_ids": ids[None], "position_ids": positions[:, None].squeeze(0), "attention_mask": visible}
-
-
-def logit_index(row, device):
-    """(N,) for each response token, row by row, the index in the packed row of the state that predicts it."""
-    mask, shared = row.mask.to(device), len(row.prompt.input_ids)
-    first = torch.zeros_like(mask)
-    first[:, 0] = True
-    index = shared + torch.arange(int(mask.sum()), device=device)
-    return torch.where(first[mask], shared - 1, index - 1)
-
-
-def unpack(values, mask):
-    """Values (N, ...) of the valid tokens, row by row, as (G, T, ...) with 0 on padding."""
-    out = values.new_zeros(*mask.shape, *values.shape[1:])
-    return out.masked_scatter(mask.view(*mask.shape, *[1] * (values.dim() - 1)), values)
+def unpack(values, row):
+    """Values (N, ...) of a row's response tokens, row by row, as (G, T, ...) with 0 on padding."""
+    out = values.new_zeros(row.mask.numel(), *values.shape[1:])
+    return out.index_copy(0, pack(row, values.device)["written"], values).view(*row.mask.shape, *values.shape[1:])
 
 
 def forward(model, row, temperature=1.0, watch=None):
@@ -567,20 +572,21 @@ def forward(model, row, temperature=1.0, watch=None):
     the final norm. Returns logps (G, T) and entropy (G, T) in nats, over the full vocabulary at the sampling
     temperature, that is, before top_k and top_p cut it; hidden (L, D), the whole row's states after the final norm.
     """
-    inputs, mask = pack(row, model.device), row.mask.to(model.device)
-    targets = row.responses.to(model.device)[mask]
+    packed = pack(row, model.device)
 
     def compute(model):
         pictures = picture_inputs(model, [row.prompt])
         nothing = 0 * grey_picture(model) if is_sharded(model) and not pictures else 0  # in the backward pass too
         with watched(model.model.language_model.layers, watch):
-            hidden = model.model(**inputs, **pictures, use_cache=False).last_hidden_state[0] + nothing
+            hidden = model.model(**packed["inputs"], **pictures, use_cache=False).last_hidden_state[0] + nothing
         if watch:
             watch(hidden.detach())
-        return *token_logps(hidden[logit_index(row, model.device)], model.lm_head.weight, targets, temperature), hidden
+        return *token_logps(
+            hidden.index_select(0, packed["read"]), model.lm_head.weight, packed["targets"], temperature
+        ), hidden
 
     logps, entropy, hidden = inside(model, compute)
-    return unpack(logps, mask), unpack(entropy, mask), hidden
+    return unpack(logps, row), unpack(entropy, row), hidden
 
 
 @contextlib.contextmanager
@@ -596,8 +602,7 @@ def watched(layers, watch):
 
 def response_and_image_states(hidden, row):
     """Of a packed row's hidden states (L, D): each response token's own (G, T, D), and those of the image (N, D)."""
-    shared = len(row.prompt.input_ids)
-    return unpack(hidden[shared:], row.mask.to(hidden.device)), hidden[:shared][row.prompt.image_mask.to(hidden.device)]
+    return unpack(hidden[len(row.prompt.input_ids) :], row), hidden[pack(row, hidden.device)["images"]]
 
 
 def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
@@ -624,18 +629,17 @@ def compare_logits(function, model, row, *hidden, temperature=1.0, chunk=HEAD_CH
     It is given fp32 logits (n, V) over the temperature, one for each hidden state, for a chunk of tokens at a time, and
     returns tensors (n,). Returns these as (G, T), 0 on padding. The (N, V) logits never exist as a whole.
     """
-    source = logit_index(row, model.device)
+    read = pack(row, model.device)["read"]
 
     def compute(model):
         weight = model.lm_head.weight
         parts = [
             function(*(linear(states[index], weight).float() / temperature for states in hidden))
-            for index in source.split(max(1, chunk // len(hidden)))
+            for index in read.split(max(1, chunk // len(hidden)))
         ]
         return [torch.cat(part) for part in zip(*parts)]
 
-    values = inside(model, compute)
-    return [unpack(value, row.mask.to(value.device)) for value in values]
+    return [unpack(value, row) for value in inside(model, compute)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -647,8 +651,9 @@ def with_picture(row, change):
     """The row with `change(pixel_values)` instead of its pictures; itself where it has none."""
     if row.prompt.pixel_values is None:
         return row
-    prompt = dataclasses.replace(row.prompt, pixel_values=change(row.prompt.pixel_values))
-    return dataclasses.replace(row, prompt=prompt)
+    changed = copy.copy(row)  # with what `pack` made of it
+    changed.prompt = dataclasses.replace(row.prompt, pixel_values=change(row.prompt.pixel_values))
+    return changed
 
 
 def still_noise(pixel_values, generator):
@@ -662,7 +667,7 @@ def still_noise(pixel_values, generator):
 
 def token_uniforms(row, seed, step):
     """Uniform numbers (G, T) in [0, 1) that depend on seed, step, prompt and response alone."""
-    keys = [(seed, step, row.prompt.index, row.prompt.serial, r[m].tolist()) for r, m in zip(row.responses, row.mask)]
+    keys = [(seed, step, row.prompt.index, row.prompt.serial, text) for text in row.texts]
     return torch.stack([torch.rand(row.mask.shape[1], generator=seeded(*key)) for key in keys]).to(row.mask.device)
 
 
@@ -681,8 +686,8 @@ def min_max(values, mask, eps=1e-8):
 
 def quantiles(name, values, mask):
     """5, 50 and 95 % of the values (B, T) at valid tokens, named for the log."""
-    levels = values[mask].float().quantile(torch.tensor([0.05, 0.5, 0.95], device=values.device))
-    return {f"{name}_p05": levels[0], f"{name}_p50": levels[1], f"{name}_p95": levels[2]}
+    valid = values.float().masked_fill(~mask, torch.nan)
+    return {f"{name}_p{level:02d}": valid.nanquantile(level / 100) for level in (5, 50, 95)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -722,13 +727,13 @@ def aggregate(values, mask, aggregation="token", denominator=None):
     if aggregation == "sequence":
         values = values.sum(1) / mask.sum(1).clamp(min=1)
     if denominator is None:
-        denominator = loss_denominator(mask, aggregation)
+        return values.sum() / loss_denominator(mask, aggregation).clamp(min=1)
     return values.sum() / max(denominator, 1)
 
 
 def loss_denominator(mask, aggregation="token"):
-    """Valid tokens, or responses with a valid token: what `aggregate` divides by."""
-    return (mask.sum() if aggregation == "token" else mask.any(1).sum()).item()
+    """Valid tokens, or responses with a valid token, as a tensor: what `aggregate` divides by."""
+    return mask.sum() if aggregation == "token" else mask.any(1).sum()
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip_low=0.2, clip_high=0.2, aggregation="token", denominator=None):

@@ -260,13 +260,13 @@ class Run:
 
         The longest come first on each: all processes wait for the longest row of a turn.
         """
-        rows = sorted(rows, key=lambda row: -len(row.prompt.input_ids) - int(row.mask.sum()))
+        rows = sorted(rows, key=lambda row: -len(row.prompt.input_ids) - sum(row.lengths))
         return rows + [filler(self.sampled[0])] * (max(gather_object([len(rows)])) - len(rows))
 
     def denominator(self, rows):
         """Tokens (or responses) that the loss of a mini-batch is divided by: over all its rows and all processes."""
         aggregation = self.args.aggregation
-        return self.all_reduce(sum(loss_denominator(row.loss_mask, aggregation) for row in self.whole(rows)))
+        return self.all_reduce(sum(loss_denominator(row.loss_mask, aggregation).item() for row in self.whole(rows)))
 
     def backward(self, loss, info, row, mask):
         """Gradients of one row; `info` goes to the log as the mean over tokens in `mask`, weighted by their number."""

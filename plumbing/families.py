@@ -14,8 +14,15 @@ import torch
 from torch.nn.functional import linear, unfold
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.utils import cached_file
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from plumbing.commandline import UserError
+from plumbing.kernels import send
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl with qwen2", "internvl with qwen3"]
 
@@ -47,7 +54,28 @@ def prepared(model):
         model.model.language_model.rotary_emb.rope_type = "default"
     else:  # registered in kernels.py; as attn_implementation=..., transformers would look for a flash-attn package
         model.model.visual.config._attn_implementation = "flash_windows"
+        model.model.visual.register_forward_pre_hook(places_of_patches, with_kwargs=True)
     return model
+
+
+def places_of_patches(tower, pixels, inputs):
+    """A hook that computes positions and windows of patches on the host, where the grid is.
+
+    Qwen-VL's tower would read the grid from the GPU, and the host would wait for it.
+    """
+    grid, config = inputs["grid_thw"], tower.config
+    made = {"position_ids": get_vision_position_ids(grid, config.spatial_merge_size)}
+    made["cu_seqlens"] = get_vision_cu_seqlens(grid)
+    if hasattr(config, "window_size"):
+        window = {name: getattr(config, name) for name in ("spatial_merge_size", "window_size", "patch_size")}
+        made["window_index"], made["cu_window_seqlens"] = get_vision_window_index(grid, **window)
+    if hasattr(tower, "interpolation_mode"):
+        table = tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners
+        interpolated = get_vision_interpolation_indices_and_weights(grid, *table, config.spatial_merge_size)
+        made["interp_indices"], made["interp_weights"] = interpolated
+    longest = {"max_seqlen": "cu_seqlens", "max_window_seqlen": "cu_window_seqlens"}
+    longest = {name: int(made[ends].diff().max()) for name, ends in longest.items() if ends in made}
+    return pixels, inputs | longest | {name: send(value, pixels[0].device) for name, value in made.items()}
 
 
 def patch_product(conv, pixels):
@@ -162,10 +190,10 @@ def picture_inputs(model, prompts):
     prompts = [x for x in prompts if x.image_grid_thw is not None]
     if not prompts:
         return {}
-    pixels = torch.cat([x.pixel_values.to(model.device) for x in prompts])  # a method may have made some there
+    pixels = torch.cat([send(x.pixel_values, model.device) for x in prompts])  # a method may have made some there
     grid = torch.cat([x.image_grid_thw for x in prompts])
     if not is_internvl(model.config):
-        return {"pixel_values": pixels, "image_grid_thw": grid.to(model.device)}
+        return {"pixel_values": pixels, "image_grid_thw": grid}
     side, p, tiles = tile_side(model.config), model.config.vision_config.patch_size[0], []
     for picture, (_, h, w) in zip(pixels.split(grid.prod(1).tolist()), grid.tolist()):
         cut = picture.view(h // side, side, w // side, side, 3, 2, p, p)[..., 0, :, :].permute(0, 2, 4, 1, 5, 3, 6)
@@ -206,11 +234,12 @@ def grey_picture(model):
     """
     tower = model.config.vision_config
     if is_internvl(model.config):
-        inputs = {"pixel_values": torch.zeros(1, 3, *tower.image_size)}
+        inputs = {"pixel_values": torch.zeros(1, 3, *tower.image_size, device=model.device)}
     else:
         m, values = tower.spatial_merge_size, tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
-        inputs = {"pixel_values": torch.zeros(m * m, values), "image_grid_thw": torch.tensor([[1, m, m]])}
-    out = model.model.get_image_features(**{name: value.to(model.device) for name, value in inputs.items()})
+        inputs = {"pixel_values": torch.zeros(m * m, values, device=model.device)}
+        inputs["image_grid_thw"] = torch.tensor([[1, m, m]])
+    out = model.model.get_image_features(**inputs)
     return sum(part.sum() for part in [*out.pooler_output, *(getattr(out, "deepstack_features", None) or [])])
 
 

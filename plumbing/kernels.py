@@ -4,77 +4,81 @@ Not here: what attention attends to (common.py).
 """
 
 import functools
+import importlib.util
+import itertools
 import os
 import re
 import time
 from pathlib import Path
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-BLOCK = 128  # tokens: what a packed row's responses do not see is skipped in blocks of so many
+if importlib.util.find_spec(
+    "flash_attn_interface"
+):  # the package flash-attn 3, in place of torch's own flash attention
+    activate_flash_attention_impl("FA3")
+
 HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB
 
 
-@functools.cache
-def flex():
-    """Flex attention, compiled for rows of any length: too many compilations raise, and do not build L x L scores.
+def attend(query, key, value, starts, key_starts, longest, scale=None, seen=None):
+    """Attention of each segment's queries to the keys that it sees, by flash attention, which torch brings.
 
-    By the usual kernel: the one that torch takes for rows of less than 128 tokens does not compile for any length.
+    Args: query (N, H, d); key, value (M, H', d), H' the key-value heads; `seen` (K,): the keys that each segment sees,
+    one segment after the other; its queries are the last of them, and each sees what stands before it; None: a segment
+    sees all of its own keys; starts, key_starts (segments + 1,) int32: where each begins among queries, and among seen
+    keys, and N, and K; longest: the most queries, and the most keys, of one. Returns (N, H, d). On a CPU, and in fp32,
+    one call for all segments of the same lengths.
     """
-    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
-    return functools.partial(compiled, kernel_options={"BACKEND": "TRITON"})
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if seen is not None:
+            key, value = key.index_select(0, seen), value.index_select(0, seen)
+        lengths, window = (starts, key_starts, *longest), (-1, -1) if seen is None else (-1, 0)  # -1: no limit
+        return varlen_attn(query, key, value, *lengths, scale=scale, window_size=window, enable_gqa=True)
+    batches, order = equal_lengths(tuple(starts.tolist()), tuple(key_starts.tolist()), seen is not None, query.device)
+    parts = []
+    for q, k, mask in batches:
+        k = k if seen is None else seen[k]
+        batch = (x.index_select(0, at.flatten()).unflatten(0, at.shape) for x, at in ((query, q), (key, k), (value, k)))
+        batch = (x.transpose(1, 2) for x in batch)  # (segments, H, length, d)
+        out = scaled_dot_product_attention(*batch, mask, scale=scale, enable_gqa=True)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).index_select(0, order)
 
 
-def takes_block_mask(device):
-    return device.type == "cuda"  # flex attention has no backward pass on a CPU
+@functools.lru_cache(maxsize=4)
+def equal_lengths(starts, key_starts, causal, device):
+    """For each pair of lengths (queries (n, length), keys (n, length), mask); where each query is in their results."""
+    kinds, batches = {}, []
+    for (q, k), (q_end, k_end) in itertools.pairwise(zip(starts, key_starts)):
+        kinds.setdefault((q_end - q, k_end - k), []).append((q, k))
+    for lengths, begins in kinds.items():
+        q, k = (torch.tensor(x)[:, None] + torch.arange(n) for x, n in zip(zip(*begins), lengths))
+        mask = torch.ones(lengths, dtype=torch.bool).tril(lengths[1] - lengths[0]).to(device) if causal else None
+        batches.append((q.to(device), k.to(device), mask))
+    return batches, torch.cat([q.flatten() for q, _, _ in batches]).argsort()
 
 
-def block_mask(owner, sees):
-    """The block mask of a packed row from owner (L,), ascending, 0 for the prompt; nothing of size L x L exists.
-
-    A block of keys is read where it holds a part of the prompt, or ends with the response that the block of queries
-    begins with; it needs no mask where all of it is the prompt, or both are of one response.
-    """
-    L = len(owner)
-    first, last = owner[::BLOCK], torch.cat([owner[BLOCK - 1 :: BLOCK], owner[-1:]])[: -(-L // BLOCK)]
-    earlier = torch.ones(len(first), len(first), dtype=torch.bool, device=owner.device).tril(-1)
-    own = last[None] == first[:, None]  # (blocks of queries, blocks of keys)
-    full = earlier & ((last == 0)[None] | (own & (first == last)[None] & (first == last)[:, None]))
-    part = earlier & ((first == 0)[None] | own) & ~full
-    part.fill_diagonal_(True)
-    blocks = []
-    for chosen in (part, full):
-        order = chosen.int().argsort(dim=-1, descending=True, stable=True)
-        blocks += [chosen.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]]
-    return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(L, L))
+def send(tensor, device):
+    """A tensor of the host on the device; the host goes on at once, and does not wait for what the GPU is doing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
     """Attention of each window's patches to those of the same window, for transformers' vision towers.
 
-    query, key, value (1, H, N, d); cu_seq_lens_q: where the windows begin, and N. Returns (1, N, H, d). One call on
-    CUDA, of flash attention for windows of any length, which torch brings; elsewhere one for each length. transformers
+    query, key, value (1, H, N, d); cu_seq_lens_q: where the windows begin, and N. Returns (1, N, H, d). transformers
     itself would call another attention window by window, 2,272 times for a picture of a megapixel.
     """
-    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (N, H, d)
-    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
-        cu, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
-        return varlen_attn(query, key, value, cu, cu, longest, longest, scale=scaling)[None], None
-    ends = cu_seq_lens_q.tolist()
-    windows = {}  # length: indices of the patches of all windows of this length
-    for start, end in zip(ends, ends[1:]):
-        windows.setdefault(end - start, []).append(torch.arange(start, end, device=value.device))
-    order = [torch.stack(indices) for indices in windows.values()]  # (windows, length)
-    parts = []
-    for index in order:
-        q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))  # (windows, H, length, d)
-        parts.append(scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-    order = torch.cat([index.flatten() for index in order])
-    return torch.cat(parts)[order.argsort()][None], None
+    x = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (N, H, d)
+    starts, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
+    return attend(*x, starts, starts, (longest, longest), scaling)[None], None
 
 
 AttentionInterface.register("flash_windows", window_attention)  # only a "flash" is told where the windows begin

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 
+import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -23,7 +24,7 @@ class Metrics:
     def add(self, name, value, weight):
         """Adds to a sum and its weight; the log holds their quotient over all processes."""
         total, weights = self.own.get(name, (0.0, 0.0))
-        self.own[name] = (total + float(value), weights + float(weight))
+        self.own[name] = (total + double(value), weights + double(weight))  # tensors, until the step is over
 
     def add_means(self, means, mask):
         """Adds what are means over a row's tokens, with as much weight as it has tokens in `mask`."""
@@ -32,8 +33,8 @@ class Metrics:
 
     def sums(self, names=()):
         """{name: (sum, weight)} over all processes since the last call; weight 0 for `names` that nobody measured."""
-        sums = {}
-        for part in gather_object([self.own]):  # one for each process
+        sums, own = {}, {name: (float(value), float(weight)) for name, (value, weight) in self.own.items()}
+        for part in gather_object([own]):  # one for each process
             for name, (value, weight) in part.items():
                 value_so_far, weight_so_far = sums.get(name, (0.0, 0.0))
                 sums[name] = (value_so_far + value, weight_so_far + weight)
@@ -52,6 +53,10 @@ class Metrics:
                 raise UserError(f"{cannot_write(self.path, error)}, then go on with --resume.") from None
         numbers = {name: value for name, value in line.items() if name != "step" and not isinstance(value, dict | str)}
         self.accelerator.log(numbers, step=line["step"])
+
+
+def double(value):
+    return value.detach().double() if isinstance(value, torch.Tensor) else value
 
 
 def means(sums):

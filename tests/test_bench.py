@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_group
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import forward, load_processor, pack
+from common import forward, load_processor
 from plumbing.adapters import add_adapters
 from plumbing.arguments import TOY, SharedArgs
 
@@ -47,8 +47,8 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(image_tokens, r
         logps, entropy, _ = forward(model, row)
         (logps + entropy).sum().backward()
     recomputed = 2 * int(row.mask.sum()) * 512 * 64  # the head, in chunks
-    seen = pack(row, model.device)["attention_mask"].sum().item() - int(row.mask.sum()) / 2  # half of the diagonal
-    seen -= len(row.prompt.input_ids) / 2
+    lengths = [len(row.prompt.input_ids), *row.lengths]
+    seen = sum(n * n / 2 for n in lengths) + lengths[0] * sum(row.lengths)  # half of the diagonal
     tokens = len(row.prompt.input_ids) + int(row.mask.sum())
     in_place = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if "lora_B" in name)
     first = r"layers\.0\.self_attn\.[qkv]_proj.*(base_layer\.weight|lora_A)"

@@ -2,17 +2,15 @@
 
 import copy
 import gc
-from random import Random
 
 import pytest
 import torch
 from helpers import SHAPES, padded_inputs, tiny_group, tiny_model, tiny_prompt
-from torch._dynamo.utils import counters
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import forward, pack, response_and_image_states, split_group, token_logps, unpack
-from plumbing import kernels
+from common import Group, forward, pack, response_and_image_states, seeded, split_group, token_logps, unpack
+from plumbing.adapters import adapters_of, add_adapters
+from plumbing.arguments import SharedArgs
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "internvl3_5"]
 
@@ -58,68 +56,49 @@ def test_packed_row_equals_padded_batch(family, images, temperature):
             assert torch.allclose(p.grad, q.grad, atol=1e-4 * max(1, q.grad.abs().max())), name
 
 
-@pytest.fixture
-def flex_on_cpu(monkeypatch):
-    """Flex attention, traced and differentiated as on a GPU, its kernel replaced by plain operations."""
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
-    compiled = torch.compile(flex_attention, backend="aot_eager", dynamic=True, fullgraph=True)
-    monkeypatch.setattr(kernels, "flex", lambda: compiled)
-    monkeypatch.setattr(kernels, "takes_block_mask", lambda _: True)
-    torch._dynamo.reset()
-    counters.clear()
+def with_boolean_mask(row, device):
+    """The row packed as usual, but for one mask of all pairs of tokens in place of segments."""
+    packed = dict(pack(row, device))
+    owner = torch.arange(1 + len(row.lengths)).repeat_interleave(
+        torch.tensor([len(row.prompt.input_ids), *row.lengths])
+    )
+    place = torch.arange(len(owner))
+    sees = (((owner[:, None] == owner) | (owner == 0)) & (place[:, None] >= place)).to(device)
+    inputs = {name: value for name, value in packed["inputs"].items() if name != "segments"}
+    masked = copy.copy(row)
+    masked.packed = packed | {"inputs": inputs | {"attention_mask": sees[None, None]}}
+    return masked
 
 
-def outputs_and_gradients(model, group):
+def states_and_gradients(model, row):
     model.zero_grad()
-    logps, entropy, _ = forward(model, group)
-    (logps.sum() + entropy.sum()).backward()
-    return [logps, entropy, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    _, _, hidden = forward(model, row)
+    (hidden * torch.randn(hidden.shape, generator=seeded(0)).to(hidden)).sum().backward()
+    return [hidden, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+RAGGED = [[1], [130, 1, 140, 150], [3, 3, 3], [5, 1, 1, 7, 2, 9, 5, 1, 4]]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_flex_attention_equals_the_boolean_mask(family, checkpointing, request):
-    """Forward and backward; a row longer than the blocks of 128 tokens."""
-    model, checkpointed = tiny_model(family), {"use_reentrant": False}
-    if checkpointing:
-        model.activation_checkpointing_enable(checkpointed)
-    group = tiny_group(tiny_prompt(model, SHAPES["one image"]), [130, 1, 140, 150])
-    want = outputs_and_gradients(model, group)
-    request.getfixturevalue("flex_on_cpu")
-    assert pack(group, model.device)["attention_mask"].sparsity() > 10  # blocks that are skipped, in percent
-    for ours, theirs in zip(outputs_and_gradients(model, group), want, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5 * max(1, theirs.abs().max().item()))
-    assert counters["stats"]["unique_graphs"] <= 2
-
-
-def test_the_block_mask_is_that_of_every_pair_of_tokens():
-    random = Random(0)
-    for _ in range(60):
-        lengths = [random.randint(1, 600), *(random.randint(1, 400) for _ in range(random.randint(1, 8)))]
-        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-
-        def sees(batch, head, q, k, owner=owner):
-            return ((owner[q] == owner[k]) | (owner[k] == 0)) & (q >= k)
-
-        ours = kernels.block_mask(owner, sees)
-        plain = create_block_mask(sees, None, None, len(owner), len(owner), device="cpu")
-        assert torch.equal(ours.to_dense(), plain.to_dense()) and ours.shape == plain.shape
-        pairs = sees(None, None, torch.arange(len(owner))[:, None], torch.arange(len(owner)))
-        for q, count in enumerate(ours.full_kv_num_blocks[0, 0].tolist()):  # where no mask is looked at, all is seen
-            for k in ours.full_kv_indices[0, 0, q, :count].tolist():
-                assert pairs[128 * q : 128 * q + 128, 128 * k : 128 * k + 128].all()
-
-
-def test_rows_of_any_length_share_few_compilations(flex_on_cpu):
-    """As a run meets them: passes with and without gradients, each with a mask of its own."""
-    random, model = Random(0), tiny_model("qwen2_5_vl")
-    for i in range(100):
-        row = tiny_group(tiny_prompt(model, SHAPES["one image"]), [random.randint(1, 60) for _ in range(1 + i % 6)])
-        with torch.set_grad_enabled(i % 3 != 0):
-            logps, _, _ = forward(model, row)
-        if i % 3:
-            logps.sum().backward()
-    assert counters["stats"]["unique_graphs"] <= 6 < torch._dynamo.config.recompile_limit
+@pytest.mark.parametrize("lengths", RAGGED)
+@pytest.mark.parametrize("how", ["plain", "checkpointing", "adapters", "no image"])
+def test_segments_equal_the_boolean_mask(family, lengths, how):
+    """States and gradients, in fp64."""
+    model = tiny_model(family).double()
+    if how == "adapters":
+        add_adapters(model, SharedArgs(lora_rank=2))
+        for p in adapters_of(model).values():
+            p.data = torch.randn(p.shape, generator=seeded(1), dtype=torch.float64) / 10
+    if how == "checkpointing":
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    prompt = tiny_prompt(model, SHAPES["no image" if how == "no image" else "two images of different sizes"])
+    if prompt.pixel_values is not None:
+        prompt.pixel_values = prompt.pixel_values.double()
+    row = tiny_group(prompt, lengths)
+    want = states_and_gradients(model, with_boolean_mask(row, model.device))
+    for ours, theirs in zip(states_and_gradients(model, row), want, strict=True):
+        assert ours.dtype == torch.float64 and (ours - theirs).abs().max() < 1e-12 * max(1, theirs.abs().max().item())
 
 
 def test_the_oracle_notices_a_wrong_position():
@@ -129,13 +108,13 @@ def test_the_oracle_notices_a_wrong_position():
     group = tiny_group(prompt, [7, 3])
     right = forward(model, group)[0]
     prompt.position_ids[0, 5] += 1
-    assert (forward(model, group)[0] - right).abs().max() > 1e-3
+    assert (forward(model, tiny_group(prompt, [7, 3]))[0] - right).abs().max() > 1e-3
 
 
 def test_garbage_on_the_padding_changes_nothing():
     model = tiny_model("qwen2_5_vl")
     group = tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2, 1])
-    clean = forward(model, group)
+    clean, group.packed = forward(model, group), None
     group.responses[~group.mask] = 11  # an image token, the worst garbage
     assert all(torch.equal(a, b) for a, b in zip(clean, forward(model, group)))
 
@@ -144,8 +123,7 @@ def test_the_order_of_responses_is_only_an_order():
     model = tiny_model("qwen2_5_vl")
     group = tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2, 1, 6])
     order = torch.tensor([2, 0, 3, 1])
-    turned = copy.copy(group)
-    turned.responses, turned.mask = group.responses[order], group.mask[order]
+    turned = Group(group.prompt, group.responses[order], group.mask[order], group.truncated, group.texts)
     assert torch.allclose(forward(model, group)[0][order], forward(model, turned)[0], atol=1e-5)
 
 
@@ -217,10 +195,10 @@ def test_logits_of_the_whole_row_never_exist():
 
 
 def test_unpack():
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert unpack(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1, 2, 0], [3, 0, 0]]
-    wide = unpack(torch.arange(6.0).view(3, 2), mask)
-    assert wide.shape == (2, 3, 2) and wide[1, 0].tolist() == [4, 5] and not wide[~mask].any()
+    row = tiny_group(tiny_prompt(tiny_model("qwen2_5_vl"), []), [2, 1, 3])
+    assert unpack(torch.arange(1.0, 7), row).tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6]]
+    wide = unpack(torch.arange(12.0).view(6, 2), row)
+    assert wide.shape == (3, 3, 2) and wide[1, 0].tolist() == [4, 5] and not wide[~row.mask].any()
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from random import Random
 
 import bench
 import datasets
@@ -15,9 +14,9 @@ import gpu
 import pytest
 import torch
 from helpers import ROOT, chooser, read_metrics, save_internvl, tiny_group
-from torch._dynamo.utils import counters
+from test_forward import states_and_gradients, with_boolean_mask
 
-from common import forward, generate, load_model, load_processor, seeded
+from common import generate, load_model, load_processor, seeded
 from plumbing import kernels
 from plumbing.arguments import TOY, SharedArgs
 from plumbing.data import Data
@@ -42,46 +41,26 @@ def prompts(model):
     return [data.prompt(i) for i in range(8)]
 
 
-def differentiated(model, row, bf16, block_mask, monkeypatch):
-    """Log-probs, entropies and all gradients of a row."""
-    monkeypatch.setattr(kernels, "takes_block_mask", lambda _: block_mask)
-    model.zero_grad()
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-        logps, entropy, _ = forward(model, row)
-    (logps.sum() + entropy.sum()).backward()
-    return [logps, entropy, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
 def error(values, exact):
     return max(((a - b).norm() / b.norm().clamp(min=1e-3)).item() for a, b in zip(values, exact, strict=True))
 
 
-def test_flex_attention_equals_the_boolean_mask_forward_and_backward(model, prompts, monkeypatch):
-    row = tiny_group(prompts[0], [130, 1, 140, 150])
-    exact = differentiated(model, row, False, False, monkeypatch)
-    assert error(differentiated(model, row, False, True, monkeypatch), exact) < 1e-3
-    plain = error(differentiated(model, row, True, False, monkeypatch), exact)
-    flexed = error(differentiated(model, row, True, True, monkeypatch), exact)
-    assert flexed < 2 * plain + 1e-3  # bf16 rounds both
+@pytest.mark.parametrize("lengths", [[130, 1, 140, 150], [1], [5, 1, 1, 7, 2, 9, 5, 1, 4]])
+def test_segments_equal_the_boolean_mask(model, prompts, lengths):
+    """Hidden states and gradients: the last query of a segment sees its last key, and none sees what comes after it."""
+    row = tiny_group(prompts[0], lengths)
+
+    def differentiated(row, bf16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            return [x.float() for x in states_and_gradients(model, row)]
+
+    masked = with_boolean_mask(row, model.device)
+    exact = differentiated(masked, bf16=False)
+    assert error(differentiated(row, bf16=False), exact) < 1e-3
+    assert error(differentiated(row, bf16=True), exact) < 2 * error(differentiated(masked, bf16=True), exact) + 1e-3
 
 
-def test_a_thousand_lengths_share_few_compilations(model, prompts):
-    """As a run meets them: passes with and without gradients, each with a mask of its own."""
-    torch._dynamo.reset()
-    counters.clear()
-    kernels.flex.cache_clear()
-    random = Random(0)
-    for i in range(1000):
-        row = tiny_group(prompts[i % 8], [random.randint(1, 300) for _ in range(random.randint(1, 8))])
-        with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(i % 2 == 0):
-            logps, _, _ = forward(model, row)
-        if i % 2 == 0:
-            logps.sum().backward()
-    model.zero_grad()
-    assert counters["stats"]["unique_graphs"] <= 6 < torch._dynamo.config.recompile_limit
-
-
-def window_by_window(query, key, value, cu, *_, scale):
+def window_by_window(query, key, value, cu, *_, scale, **__):
     """What torch's varlen attention computes, with plain attention."""
     parts = []
     for start, end in zip(cu.tolist(), cu.tolist()[1:]):
@@ -132,7 +111,7 @@ def test_recorded_sampling_gives_the_tokens_of_plain_sampling(model, prompts, bf
 
 EXACT = """
 import runpy, sys, torch
-torch.set_float32_matmul_precision = lambda _: None  # no TF32, also not in flex attention
+torch.set_float32_matmul_precision = lambda _: None  # no TF32
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

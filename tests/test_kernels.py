@@ -1,13 +1,14 @@
 """plumbing/kernels.py: windows of the vision tower in one call, and how many threads."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, chooser, main_of, tiny_group, tiny_model, tiny_prompt
+from helpers import QUICK, ROOT, chooser, main_of, tiny_group, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run
@@ -34,6 +35,28 @@ def test_windows_together_equal_windows_one_by_one(family):
     assert tiny_model(family).model.visual.config._attn_implementation == "flash_windows"
     for ours, theirs in zip(tower(family), tower(family, "sdpa"), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+PRETEND = """
+import importlib.machinery, sys, types
+import torch
+library = torch.library.Library("flash_attn_3", "DEF")
+for name in ("fwd", "bwd"):
+    library.define(f"{name}(Tensor x) -> Tensor")
+package = sys.modules["flash_attn_interface"] = types.ModuleType("flash_attn_interface")
+package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None)
+"""
+ASK = """
+import plumbing.kernels, torch
+print(torch.nn.attention.current_flash_attention_impl())
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_flash_attn_3_is_used_where_it_is_installed(installed):
+    code = PRETEND * installed + ASK
+    used = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip()
+    assert used == ("FA3" if installed else "None")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -67,6 +67,7 @@ def test_a_prompt_without_a_picture_is_left_alone():
 def test_token_uniforms_depend_on_the_response_alone():
     model = tiny_model("qwen2_5_vl")
     group = tiny_group(tiny_prompt(model, []), [3, 2, 4])
+    group.texts = ["a", "b", "c"]
     whole = token_uniforms(group, 0, 1)
     assert torch.equal(token_uniforms(group[1:], 0, 1), whole[1:]) and not torch.equal(
         token_uniforms(group, 0, 2), whole

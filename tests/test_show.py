@@ -302,8 +302,8 @@ def test_any_number_of_pictures_and_responses_of_one_token(toy, pictures):
 def test_equal_responses(toy):
     """Scores that are all equal, and advantages that are all 0, have the lowest colour."""
     group, run = group_of(toy, responses=slice(2))
-    group.responses = group.responses[:, :1].expand(2, 3).clone()
-    group.mask, group.advantages = torch.tensor([[True, False, False]] * 2), torch.zeros(2)
+    equal, mask = group.responses[:, :1].expand(2, 3), torch.tensor([[True, False, False]] * 2)
+    group = dataclasses.replace(group, responses=equal, mask=mask, advantages=torch.zeros(2))
     text, _ = show.section(0, group, run, SharedArgs())
     assert set(re.findall(r"--v:(\S+?)\"", text)) == {"0.00"} and " nan" not in text
 
