@@ -219,8 +219,12 @@ class Group:
         self.lengths = self.mask.sum(1).tolist()
 
     def __getitem__(self, part):
-        rows = {name: value[part] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, texts=self.texts[part], **rows)
+        row = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor | list):
+                setattr(row, name, value[part])
+        row.packed = None
+        return row
 
 
 ROOM = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between

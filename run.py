@@ -234,7 +234,7 @@ class Run:
         for group, group_advantage in zip(self.groups, advantages):
             group.advantages = group_advantage.to(group.mask.device)
             group.loss_mask = group.mask & ~group.truncated[:, None] if self.args.drop_truncated else group.mask
-            if terms or group.advantages.any():
+            if terms or group_advantage.any():
                 rows += split_group(group, self.args.tokens_per_row)
             else:
                 self.zero_advantage.append(group)
@@ -266,7 +266,7 @@ class Run:
     def denominator(self, rows):
         """Tokens (or responses) that the loss of a mini-batch is divided by: over all its rows and all processes."""
         aggregation = self.args.aggregation
-        return self.all_reduce(sum(loss_denominator(row.loss_mask, aggregation).item() for row in self.whole(rows)))
+        return self.all_reduce(sum(loss_denominator(row.loss_mask, aggregation) for row in self.whole(rows)))
 
     def backward(self, loss, info, row, mask):
         """Gradients of one row; `info` goes to the log as the mean over tokens in `mask`, weighted by their number."""
@@ -286,9 +286,10 @@ class Run:
         foreach = self.accelerator.device.type == "cuda"  # one kernel for all, sharded or not
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.args.max_grad_norm, foreach=foreach)
         torch.clear_autocast_cache()  # bf16 copies of the weights as they were: not beside the optimiser's peak
-        if (norm := full_tensor(norm)).isfinite():
+        norm = full_tensor(norm).item()  # the one number that an update waits for
+        if math.isfinite(norm):
             self.optimizer.step()
-            self.norms.append(norm.item())
+            self.norms.append(norm)
             self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -301,7 +302,7 @@ class Run:
 
     def all_reduce(self, value):
         """The sum of a number over all processes."""
-        return total(value, self.accelerator)
+        return total(float(value), self.accelerator)
 
     def say(self, text, file=None):
         """A line on the console, by one process: on stderr, where the bar is, but for results."""

@@ -43,6 +43,7 @@ from run import Run
 from common import Group, split_group, with_picture
 from plumbing.commandline import UserError, flag
 from plumbing.families import patch_shape
+from plumbing.kernels import send
 
 
 @dataclass
@@ -90,6 +91,13 @@ def adversarial_step(image, gradient, step=2 / 255):
     return (image + step * gradient.sign()).clamp(0, 1)
 
 
+def mean_and_std(image_processor, device):
+    """Of the processor's normalisation, each (3, 1, 1)."""
+    return [
+        send(torch.tensor(x)[:, None, None], device) for x in (image_processor.image_mean, image_processor.image_std)
+    ]
+
+
 def patchify(picture, image_processor):
     """A picture (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
 
@@ -97,9 +105,7 @@ def patchify(picture, image_processor):
     those of an image token (of InternVL m is 1), and a still picture is repeated in time.
     """
     p, m, time = patch_shape(image_processor)
-    mean, std = (
-        torch.tensor(x)[:, None, None].to(picture) for x in (image_processor.image_mean, image_processor.image_std)
-    )
+    mean, std = mean_and_std(image_processor, picture.device)
     _, H, W = picture.shape
     cut = ((picture - mean) / std).view(3, H // p // m, m, p, W // p // m, m, p).permute(1, 4, 2, 5, 0, 3, 6)
     return cut.unsqueeze(5).expand(*[-1] * 5, time, -1, -1).reshape(-1, 3 * time * p * p)
@@ -108,9 +114,7 @@ def patchify(picture, image_processor):
 def unpatchify(pixel_values, grid, image_processor):
     """The picture (3, H, W) in [0, 1] behind pixel_values and its image_grid_thw (3,), in whole 255ths."""
     p, m, time = patch_shape(image_processor)
-    mean, std = (
-        torch.tensor(x)[:, None, None].to(pixel_values) for x in (image_processor.image_mean, image_processor.image_std)
-    )
+    mean, std = mean_and_std(image_processor, pixel_values.device)
     _, h, w = grid.tolist()
     cut = pixel_values.view(h // m, w // m, m, m, 3, time, p, p)[:, :, :, :, :, 0]
     picture = cut.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p) * std + mean
@@ -125,7 +129,7 @@ def entropy_of(group, pictures, run, args):
 
 
 def entropy_gradient(group, pictures, run, args):
-    """H, its gradient by each picture (3, H, W), and the tokens it is made of (G, T). No parameter gets a gradient."""
+    """H (), its gradient by each picture (3, H, W), and the tokens it is made of (G, T). No parameter gets a gradient."""
     leaves = [picture.clone().requires_grad_() for picture in pictures]
     H, gradients, kept, mask = 0.0, [0.0] * len(leaves), [], group.mask
     if args.rank_scope == "group":
@@ -137,7 +141,7 @@ def entropy_gradient(group, pictures, run, args):
         kept.append(middle_third(entropy, mask_of_row) if args.rank_scope == "response" else mask_of_row)
         share = aggregate(entropy, kept[-1], "sequence", len(mask))  # of the mean over responses of means over tokens
         gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(share, leaves))]
-        H += share.item()
+        H += share.detach()
     return H, gradients, torch.cat(kept)
 
 
@@ -146,28 +150,32 @@ def attack(group, run, args):
     prompt, processor = group.prompt, run.processor.image_processor
     if prompt.pixel_values is None or args.step == 0:
         return prompt
-    parts = prompt.pixel_values.to(run.model.device).split(prompt.image_grid_thw.prod(1).tolist())
+    pixels = send(prompt.pixel_values, run.model.device)
+    parts = pixels.split(prompt.image_grid_thw.prod(1).tolist())
     clean = [unpatchify(part, grid, processor) for part, grid in zip(parts, prompt.image_grid_thw)]
-    pictures, first = clean, None
+    pictures, first, finite = clean, None, True
     epsilon = abs(args.step) if args.epsilon is None else args.epsilon
     for _ in range(args.iterations):
         H, gradients, kept = entropy_gradient(group, pictures, run, args)
         first = first or (H, kept)
-        finite = all(gradient.isfinite().all() for gradient in gradients)
-        run.metrics.add("attack_failed", not finite, 1)
-        if not finite:
-            return prompt
+        for gradient in gradients:
+            finite = gradient.isfinite().all() & finite  # a tensor: nothing waits for it
         moved = [adversarial_step(picture, gradient, args.step) for picture, gradient in zip(pictures, gradients)]
         pictures = [x.minimum(origin + epsilon).maximum(origin - epsilon) for x, origin in zip(moved, clean)]
+    run.metrics.add("attack_failed", ~finite, 1)
+    pictures = [torch.where(finite, x, origin) for x, origin in zip(pictures, clean)]
     if prompt.serial % args.measure_every == 0:
         with torch.no_grad():
             entropy = torch.cat(list(entropy_of(group, pictures, run, args)))
-        run.metrics.add("attack_entropy_before", first[0], 1)
-        run.metrics.add("attack_entropy_after", aggregate(entropy, first[1], "sequence", len(entropy)), 1)
-    run.metrics.add("attack_pixel_change", max((x - origin).abs().max() for x, origin in zip(pictures, clean)), 1)
+        run.metrics.add("attack_entropy_before", first[0] * finite, finite)
+        after = aggregate(entropy, first[1], "sequence", len(entropy))
+        run.metrics.add("attack_entropy_after", after * finite, finite)
+    change = torch.stack([(x - origin).abs().max() for x, origin in zip(pictures, clean)]).max()
+    run.metrics.add("attack_pixel_change", change, finite)
     if prompt.serial < args.save_images:
         save_images(run.output / "images", prompt.serial, clean, pictures)
-    return dataclasses.replace(prompt, pixel_values=torch.cat([patchify(picture, processor) for picture in pictures]))
+    attacked = torch.cat([patchify(picture, processor) for picture in pictures])
+    return dataclasses.replace(prompt, pixel_values=torch.where(finite, attacked, pixels))
 
 
 def save_images(folder, serial, clean, attacked):

@@ -128,7 +128,7 @@ def chosen_denominator(rows, run, args):
     """What the policy loss of a mini-batch is divided by: the tokens that it will be made of, or its responses."""
     if args.aggregation == "sequence":
         return run.denominator(rows)
-    return run.all_reduce(sum(kept_tokens(row.loss_mask, args.keep_ratio).sum().item() for row in run.whole(rows)))
+    return run.all_reduce(sum(kept_tokens(row.loss_mask, args.keep_ratio).sum() for row in run.whole(rows)))
 
 
 def scoring_forward(row, run, args, step):

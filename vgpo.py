@@ -139,7 +139,8 @@ def set_weights(rows, run, args):
     run.metrics.add("gated_tokens", (compensated > focus).sum(), mask.sum())
     run.metrics.add("rollout_factor", alpha.sum(), len(alpha))
     run.metrics.add("rollout_factor_clamped", ((alpha <= 0.9) | (alpha >= 2.0)).sum(), len(alpha))
-    correlation = torch.corrcoef(torch.stack([alpha, mask.sum(1)]))[0, 1]
+    a, b = alpha.double() - alpha.double().mean(), mask.sum(1) - mask.sum(1).double().mean()
+    correlation = (a * b).sum() / (a.norm() * b.norm())  # NaN where all are equal
     run.metrics.add("rollout_factor_length_correlation", correlation.nan_to_num(), correlation.isfinite())
 
 

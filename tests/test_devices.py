@@ -6,6 +6,8 @@ Backward passes are not watched: what autograd makes there is where its inputs a
 """
 
 import sys
+import traceback
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -25,6 +27,7 @@ import show
 import vepo
 import vgpo
 from common import load_model
+from plumbing import kernels
 
 GPU, CPU = torch.device("cpu", 0), torch.device("cpu")
 
@@ -37,10 +40,33 @@ def tensors_in(values):
     return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
+WAITS = []  # where the host waited for the GPU: the innermost function that is not torch's or of this file
+
+
+def note_wait():
+    frames = [frame for frame in traceback.extract_stack() if "test_devices" not in frame.filename]
+    own = [frame for frame in frames if "/torch/" not in frame.filename][-1]
+    if Path(frames[-2].filename).name != "clip_grad.py":  # which asks C++ where a gradient is: on the CPU
+        WAITS.append(f"{Path(own.filename).stem}.{own.name}")
+
+
+def waits(name, args, kwargs):
+    """Whether the host needs a value from the GPU to go on, or copies in step with it."""
+    if name == "_to_copy":  # to the GPU; back: `fetched`
+        return kwargs.get("device") == GPU and not there(args[0]) and not kwargs.get("non_blocking")
+    if name == "copy_":
+        return there(args[0]) != there(args[1])
+    if name in ("index", "index_put", "index_put_"):
+        return any(there(x) and x.dtype == torch.bool for x in tensors_in(args[1]))
+    return name in ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2") and there(args[0])
+
+
 class Devices(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
         inputs = tensors_in((args, kwargs))
+        if waits(name, args, kwargs):
+            note_wait()
         if name not in ("copy_", "_to_copy"):
             indexed = name in ("index", "index_put", "index_put_") and there(args[0])  # by indices from anywhere
             judged = args[:1] + args[2:] if indexed else inputs
@@ -59,9 +85,9 @@ class Devices(TorchDispatchMode):
 def two_devices(monkeypatch):
     """Python's view of a machine with a GPU; operations are checked inside of `with Devices()`."""
     to, cpu, numpy, place = torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.device
-    tensor = torch.tensor
+    tensor, tolist = torch.tensor, torch.Tensor.tolist
     with torch.device("meta"):  # what makes tensors is listed by torch when this is used first, and must not be ours
-        pass
+        torch.empty(0)
     backward, grad, parameters = torch.autograd.backward, torch.autograd.grad, []
 
     def moved(self, *args, **kwargs):
@@ -71,7 +97,14 @@ def two_devices(monkeypatch):
             self = self.cpu()
         return to(self, *args, **kwargs)
 
+    def listed(self):
+        if there(self):
+            note_wait()
+        return tolist(self)
+
     def fetched(self):
+        if there(self):
+            note_wait()
         copy = self.clone() if there(self) else cpu(self)
         copy.untyped_storage().on_gpu = False
         return copy
@@ -82,6 +115,12 @@ def two_devices(monkeypatch):
 
     def made(*args, device=None, **kwargs):
         return tensor(*args, **kwargs) if device is None else tensor(*args, **kwargs).to(device)
+
+    def attended(*inputs, attend=kernels.attend):  # it asks where segments begin, but on a GPU has a kernel for that
+        before = len(WAITS)
+        out = attend(*inputs)
+        del WAITS[before:]
+        return out
 
     def watched(make):
         def made(*args, **kwargs):
@@ -111,8 +150,10 @@ def two_devices(monkeypatch):
         monkeypatch.setattr(module, "load_model", watched(load_model))
     monkeypatch.setattr(common, "add_adapters", watched(common.add_adapters))
     monkeypatch.setattr(common, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+    monkeypatch.setattr(kernels, "attend", attended)
     monkeypatch.setattr(torch.Tensor, "to", moved)
     monkeypatch.setattr(torch.Tensor, "cpu", fetched)
+    monkeypatch.setattr(torch.Tensor, "tolist", listed)
     monkeypatch.setattr(torch.Tensor, "numpy", exported)
     monkeypatch.setattr(torch.Tensor, "device", property(lambda self: GPU if there(self) else place.__get__(self)))
     monkeypatch.setattr(torch, "tensor", made)
@@ -136,6 +177,22 @@ def test_what_fails_on_a_gpu_fails_here(two_devices):
             with pytest.raises(AssertionError):
                 mixed()
         assert here.to(gone).device == GPU and gone.to(here).device == CPU
+        for waiting in (
+            lambda: gone.sum().item(),
+            lambda: gone[gone > 0],
+            lambda: gone.tolist(),
+            lambda: here.to(GPU),
+            lambda: gone.equal(gone),
+            lambda: (gone > 0).nonzero(),
+            lambda: float(gone[0]),
+            lambda: gone.copy_(here),
+        ):
+            WAITS.clear()
+            waiting()
+            assert WAITS
+        WAITS.clear()
+        here.sum().item(), here.to(GPU, non_blocking=True), gone.sum() + 1, gone[torch.tensor([0])]
+        assert not WAITS
 
 
 @pytest.mark.parametrize("module", [grpo, vepo, vgpo, prpo, pepo, saei])
@@ -162,6 +219,43 @@ def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates, lor
         main_of(module.__name__, tmp_path / "run", f"{flags} {size} {parts}".split())
     assert all(there(p) for p in runs[0].model.parameters()) and not there(runs[0].groups[0].rewards)
     assert there(runs[0].groups[0].responses)
+
+
+SCORES = {grpo: 0, vepo: 1, vgpo: 0, prpo: 2, pepo: 0, saei: 0}  # passes of a row besides those of GRPO
+
+
+@pytest.mark.parametrize("module", SCORES)
+@pytest.mark.parametrize("internvl", [False, True])
+def test_the_host_waits_for_no_value_of_a_row(two_devices, monkeypatch, tmp_path, module, internvl):
+    """But in transformers' check of a picture's placeholders, two a pass. And for two or three numbers an update: the
+    denominators of the loss, and the norm of the gradient."""
+    flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --eval_rows 0 --kl_coef 0.01 --entropy_coef 0.01"
+    flags += f" --updates_per_step 1 {'--n1 2 --n2 2 --measure_every 1' if module is saei else '--group_size 4'}"
+    if internvl:
+        (tmp_path / "model").mkdir()
+        folder = save_internvl(tmp_path / "model")
+        flags += f" --model {folder} --data {folder / 'rows.jsonl'} --min_pixels 784 --max_pixels 4704"
+        flags += " --gradient_checkpointing False"
+    rows, attacks, found = [], [], []
+
+    def attacking(*inputs, attack=saei.attack):
+        before = len(WAITS)
+        out = attack(*inputs)
+        attacks.extend(WAITS[before:])
+        return out
+
+    monkeypatch.setattr(saei, "attack", attacking)
+    pack_rows, backward, log = run.Run.pack_rows, run.Run.backward, run.Run.log
+    monkeypatch.setattr(run.Run, "pack_rows", lambda *x: (pack_rows(*x), WAITS.clear())[0])
+    monkeypatch.setattr(run.Run, "backward", lambda *x: (rows.append(x[3]), backward(*x))[1])
+    monkeypatch.setattr(run.Run, "log", lambda r: (found.extend(WAITS), log(r)))
+    with Devices():
+        main_of(module.__name__, tmp_path / "run", flags.split())
+    of_transformers = {"get_placeholder_mask", "torch_compilable_check"}
+    ours = [place for place in found + attacks if place.split(".")[1] not in of_transformers]
+    assert ours == ["run.all_reduce"] * (2 if module is vepo else 1) + ["run.update"]
+    seen = sum(row.prompt.pixel_values is not None for row in rows)
+    assert seen > 1 and len(found) - len(ours) == 2 * seen * (2 + SCORES[module])  # pi_theta, pi_ref, and scores
 
 
 def test_evaluation_and_the_page_of_tokens_on_a_gpu(two_devices, monkeypatch, tmp_path):
