@@ -129,7 +129,7 @@ def entropy_of(group, pictures, run, args):
 
 
 def entropy_gradient(group, pictures, run, args):
-    """H (), its gradient by each picture (3, H, W), and the tokens it is made of (G, T). No parameter gets a gradient."""
+    """H, its gradient by each picture (3, H, W), and the tokens it is made of (G, T). No parameter gets a gradient."""
     leaves = [picture.clone().requires_grad_() for picture in pictures]
     H, gradients, kept, mask = 0.0, [0.0] * len(leaves), [], group.mask
     if args.rank_scope == "group":
