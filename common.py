@@ -374,7 +374,10 @@ def generate(
             hidden = model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
             return model.lm_head(hidden[:, -1:] if prompts else hidden)
 
-        return inside(model, compute) if sharded else compute(model)
+        if prompts or sharded:  # layers compiled one by one would make a graph each: the cache goes by their number
+            with torch.compiler.set_stance("force_eager"):
+                return inside(model, compute) if sharded else compute(model)
+        return compute(model)
 
     size = P if sharded else max(1, prefill_tokens // width)  # sharded weights are gathered as often by all processes
     parts = [slice(start, start + size) for start in range(0, P, size)]
@@ -393,6 +396,7 @@ def generate(
     uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
     ended = torch.zeros(P, G, dtype=torch.bool, device=device)
     alive = torch.arange(P, device=device)  # prompts in the batch: those whose responses have all ended leave it
+    decode = decode if sharded else kernels.compiled(decode, device)
     record = kernels.recorded if graphs else partial
     between, step = kernels.tokens_between_checks(device), None
     for t in range(T):
@@ -621,6 +625,7 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
         logps = (linear(hidden, weight).float() / temperature).log_softmax(-1)  # autocast casts the weight once
         return torch.stack([logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)])
 
+    head = kernels.compiled(head, hidden.device)
     parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
     logps, entropy = torch.cat(parts, 1)
     return logps, entropy

@@ -40,7 +40,7 @@ from plumbing.arguments import model_source
 from plumbing.commandline import UserError
 from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data, some_of
-from plumbing.families import processor_files
+from plumbing.families import compile_layers, processor_files
 from plumbing.kernels import use_cores
 from plumbing.memory import dry_run, out_of_memory
 from plumbing.metrics import Metrics, means
@@ -89,6 +89,8 @@ class Run:
         self.tokenizer = self.processor.tokenizer
         self.model = trained_model(args, self.accelerator, checkpoint)
         self.reference = reference_model(args, self.accelerator, self.model) if args.kl_coef else None
+        for model in filter(None, (self.model, self.reference)):
+            compile_layers(model)
 
     def load_data(self):
         args = self.args

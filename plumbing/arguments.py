@@ -54,6 +54,7 @@ class ModelArgs:
     lora_alpha: int | None = flag(
         None, "what adapters add counts lora_alpha / lora_rank times (default: --lora_rank)", above=0, most=10**6
     )
+    compile: bool = flag(True, "on a GPU: compile layers and head, once in a run's first minutes", may_change=True)
     gradient_checkpointing: bool | None = flag(
         None, "recompute activations in the backward pass (toy: off, else: on)", nargs="?", const=True, may_change=True
     )

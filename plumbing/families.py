@@ -21,8 +21,8 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from plumbing import kernels
 from plumbing.commandline import UserError
-from plumbing.kernels import send
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl with qwen2", "internvl with qwen3"]
 
@@ -52,6 +52,7 @@ def prepared(model):
             module.forward = MethodType(patch_product, module)
     if is_internvl(model.config):
         model.model.language_model.rotary_emb.rope_type = "default"
+        model.model.vision_tower._output_capturing_hooks_installed = True  # none inside a layer: they do not compile
     else:  # registered in kernels.py; as attn_implementation=..., transformers would look for a flash-attn package
         model.model.visual.config._attn_implementation = "flash_windows"
         model.model.visual.register_forward_pre_hook(places_of_patches, with_kwargs=True)
@@ -75,7 +76,7 @@ def places_of_patches(tower, pixels, inputs):
         made["interp_indices"], made["interp_weights"] = interpolated
     longest = {"max_seqlen": "cu_seqlens", "max_window_seqlen": "cu_window_seqlens"}
     longest = {name: int(made[ends].diff().max()) for name, ends in longest.items() if ends in made}
-    return pixels, inputs | longest | {name: send(value, pixels[0].device) for name, value in made.items()}
+    return pixels, inputs | longest | {name: kernels.send(value, pixels[0].device) for name, value in made.items()}
 
 
 def patch_product(conv, pixels):
@@ -95,6 +96,15 @@ def vision(model):
     if is_internvl(model.config):
         return [model.model.vision_tower, model.model.multi_modal_projector], model.model.vision_tower.encoder.layer
     return [model.model.visual], model.model.visual.blocks  # what joins it to the decoder is inside
+
+
+def compile_layers(model):
+    """Decoder layers and the tower's, each for itself: hooks, FSDP2's and those of `watched`, stay outside.
+
+    After sharding, which makes a class of its own of each, in which transformers looks whether to checkpoint.
+    """
+    for layer in [*vision(model)[1], *model.model.language_model.layers]:
+        layer.forward = kernels.compiled(layer.forward, model.device)
 
 
 def patch_shape(image_processor):
@@ -190,7 +200,9 @@ def picture_inputs(model, prompts):
     prompts = [x for x in prompts if x.image_grid_thw is not None]
     if not prompts:
         return {}
-    pixels = torch.cat([send(x.pixel_values, model.device) for x in prompts])  # a method may have made some there
+    pixels = torch.cat(
+        [kernels.send(x.pixel_values, model.device) for x in prompts]
+    )  # a method may have made some there
     grid = torch.cat([x.image_grid_thw for x in prompts])
     if not is_internvl(model.config):
         return {"pixel_values": pixels, "image_grid_thw": grid}

@@ -63,6 +63,16 @@ def equal_lengths(starts, key_starts, causal, device):
     return batches, torch.cat([q.flatten() for q, _, _ in batches]).argsort()
 
 
+def compiled(function, device):
+    """The function, on a GPU in few kernels that are made when it is first called, for inputs of any length.
+
+    Never on a CPU: whoever learns on a laptop does not wait for a compiler. One code makes a graph for each class of
+    layer, with gradients and without, frozen and not: some ten in all.
+    """
+    many = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
+    return torch.compile(function, **many) if device.type == "cuda" else function
+
+
 def send(tensor, device):
     """A tensor of the host on the device; the host goes on at once, and does not wait for what the GPU is doing."""
     if device.type == "cuda" and not tensor.is_cuda:

@@ -47,6 +47,8 @@ def start_processes(args):
     )
     if gpu:
         torch.set_float32_matmul_precision("high")  # TF32, where a product is not in bf16
+    if not args.compile:
+        torch.compiler.set_stance("force_eager")
     world_size = accelerator.num_processes
     refuse_adapters(args)
     if args.cuda_graphs is None:

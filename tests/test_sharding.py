@@ -106,6 +106,13 @@ def test_two_processes_equal_one(tmp_path, alone, finished, flags):
     assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags))
 
 
+def test_two_processes_with_compiled_layers(tmp_path, alone, finished):
+    """Traced as on a GPU, after sharding: hooks of FSDP2 outside, checkpoints inside."""
+    flags = ["--eval_rows", 0, "--gradient_checkpointing", "--steps", 1]
+    traced = "import tracing; tracing.use(patch)"
+    assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags, patch=traced))
+
+
 SAEI = ["--n1", 2, "--n2", 2, "--step", 0.2, "--measure_every", 2]
 METHOD_FLAGS = ["--eval_rows", 0, "--tokens_per_row", 130, "--temperature", 1.3]
 

@@ -1,0 +1,126 @@
+"""What is compiled on a GPU: few graphs for rows of any length, and the results of what is not compiled."""
+
+from random import Random
+
+import pytest
+import torch
+import tracing
+from helpers import (
+    SHAPES,
+    assert_same_training,
+    chooser,
+    read_metrics,
+    timeless,
+    tiny_group,
+    tiny_model,
+    tiny_prompt,
+    weights,
+)
+from helpers import train as trained_by
+from torch._dynamo.utils import counters
+
+from common import forward, generate, seeded
+from plumbing import kernels
+from plumbing.adapters import adapters_of, add_adapters
+from plumbing.arguments import SharedArgs
+from plumbing.families import compile_layers
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    tracing.use(monkeypatch.setattr)
+    yield
+    torch._dynamo.reset()
+
+
+def model_of(family, how):
+    model = tiny_model(family)
+    if "adapters" in how:
+        add_adapters(model, SharedArgs(lora_rank=2))
+        for p in adapters_of(model).values():
+            p.data = torch.randn(p.shape, generator=seeded(1)) / 10
+    if "checkpointing" in how:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    "family, how, graphs",
+    [
+        ("qwen2_vl", "checkpointing", 3),  # decoder's layers; tower's; its first one, whose input is a view
+        ("qwen2_5_vl", "", 3),  # decoder's layers; tower's with windows, and without
+        ("qwen2_5_vl", "checkpointing, adapters, watch", 4),  # what the first layer reads has no gradient
+        ("qwen3_vl", "checkpointing, watch", 3),
+        ("internvl", "checkpointing", 2),
+        ("internvl3_5", "", 2),
+    ],
+)
+def test_rows_of_any_length_share_few_graphs(traced, family, how, graphs):
+    """100 rows with gradients, each as without a compiler; the head, in chunks, is one more graph."""
+    plain, model = model_of(family, how), model_of(family, how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "compiled", lambda function, device: function)
+        want = [differentiated(plain, row, how) for row in rows(plain)]
+    compile_layers(model)
+    for row, expected in zip(rows(model), want, strict=True):
+        for ours, theirs in zip(differentiated(model, row, how), expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5 * max(1, theirs.abs().max().item()))
+    assert counters["stats"]["unique_graphs"] <= graphs + 1 and not counters["graph_break"]
+
+
+def rows(model):
+    random = Random(0)
+    for i in range(100):
+        shapes = SHAPES[random.choice(list(SHAPES))]
+        yield tiny_group(tiny_prompt(model, shapes), [random.randint(1, 60) for _ in range(1 + i % 9)])
+
+
+def differentiated(model, row, how):
+    model.zero_grad()
+    seen = []
+    logps, entropy, _ = forward(model, row, watch=seen.append if "watch" in how else None)
+    (logps + entropy).sum().backward()
+    return [logps, entropy, *seen, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_a_compiled_decode_step_gives_the_same_tokens(traced, monkeypatch, family):
+    """In all rooms and for fewer and fewer prompts by the same graphs; the prompts' own pass is not compiled."""
+    model = tiny_model(family).eval()
+    prompts = [tiny_prompt(model, shapes) for shapes in [*SHAPES.values()] * 2]
+    uniforms = torch.rand(3 * len(prompts), 40, generator=seeded(0))
+    settings = (prompts, 3, chooser(model), uniforms, list(range(20, 30)), 0, 16)  # 10 of 96 tokens end a response
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "compiled", lambda function, device: function)
+        want = generate(model, *settings)
+    compile_layers(model)
+    monkeypatch.setattr(kernels, "compiled", tracing.traced)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(generate(model, *settings), want, strict=True))
+    assert counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]  # one of them for a single prompt
+
+
+SCRIPTS = [
+    ("grpo", []),
+    ("grpo", ["--lora_rank", 4]),
+    *((name, []) for name in ("vepo", "vgpo", "prpo", "pepo", "saei")),
+]
+FLAGS = ["--steps", 2, "--updates_per_step", 1, "--kl_coef", 0.01, "--entropy_coef", 0.01, "--max_response_tokens", 16]
+
+
+def test_every_script_trains_the_same(traced, tmp_path):
+    """One test, since they share their graphs."""
+    for i, (script, flags) in enumerate(SCRIPTS):
+        ours = trained_by(script, tmp_path / f"{i}-compiled", *FLAGS, *flags)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "compiled", lambda function, device: function)
+            theirs = trained_by(script, tmp_path / f"{i}-plain", *FLAGS, *flags)
+        assert read_metrics(tmp_path / f"{i}-plain")[0]["response_tokens"] > 1
+        for a, b in zip(timeless(ours), timeless(theirs), strict=True):
+            assert a == pytest.approx(b, abs=1e-4), script
+        if not flags:
+            assert_same_training(*(weights(tmp_path / f"{i}-{how}" / "last") for how in ("compiled", "plain")))
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 3
