@@ -162,9 +162,14 @@ def trained_model(args, accelerator, checkpoint=None):
     if args.freeze_vision:
         torch.nn.ModuleList(vision(model)[0]).requires_grad_(False)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # only reentrant ones need them; a frozen tower would have a backward pass
+        checkpoint_layers(model)
     return model.to(accelerator.device) if lora else spread(model, source, accelerator)
+
+
+def checkpoint_layers(model):
+    """Layers keep what they read alone, and are computed once more in the backward pass."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # only reentrant ones need them; a frozen tower would have a backward pass
 
 
 def reference_model(args, accelerator, model):
@@ -325,7 +330,7 @@ def banned_tokens(model, tokenizer):
 
 def token_chooser(banned, temperature, top_p, top_k):
     """`choose(logits (B, V), uniforms (B,)) -> (B,)`: inverse-transform sampling after generate's own warpers; never a
-    token that is `banned` (V,)."""
+    token that is `banned` (V,). In fp64, in two levels: which 128 tokens, and which of these."""
     warpers = []
     if temperature != 1.0 and temperature > 0:
         warpers.append(transformers.TemperatureLogitsWarper(temperature))
@@ -339,9 +344,13 @@ def token_chooser(banned, temperature, top_p, top_k):
         logits = warp(None, logits.float().masked_fill(banned, -torch.inf))
         if temperature == 0:
             return logits.argmax(-1)
-        cumulative = logits.softmax(-1).double().cumsum(-1)
-        picked = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        return picked.clamp(max=logits.shape[-1] - 1)
+        parts = pad(logits.softmax(-1), (0, -logits.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (B, V / 128, 128)
+        sums = pad(parts.sum(-1, dtype=torch.double).cumsum(-1), (1, 0))  # (B, V / 128 + 1)
+        target = uniforms[:, None] * sums[:, -1:]  # (B, 1)
+        part = torch.searchsorted(sums, target, right=True) - 1  # (B, 1)
+        own = parts.take_along_dim(part[..., None], 1)[:, 0].double().cumsum(-1)  # (B, 128)
+        rest = (target - sums.gather(1, part)).minimum(own[:, -1:] * (1 - 1e-15))  # below the last token that may be
+        return (128 * part + torch.searchsorted(own, rest, right=True))[:, 0]
 
     return choose
 

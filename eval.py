@@ -83,7 +83,7 @@ class Args:
     output: str | None = flag(None, "folder of everything that is written (default: runs/eval/<model>)")
     resume: bool = flag(False, "go on with what a stopped evaluation wrote to --output")
     compare: list[str] | None = flag(None, "two result folders: the difference of the second to the first, and stop")
-    reshard_while_sampling = cuda_graphs = False  # flags of training's sampler: each process has a model of its own
+    reshard_while_sampling, cuda_graphs = False, torch.cuda.is_available()  # flags of training's sampler
     tokens_per_row = 16384  # prompts are computed so many tokens at a time
     data_revision = "main"
 

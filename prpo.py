@@ -11,10 +11,8 @@ an argument. With P_t the policy's distribution of token t over the full vocabul
     RVD_t = VD_t (1 - VI_t)          VD, VI: min-max within the response of log(1 + S), log(1 + S'), as in PGPO
     w_t   = 1 + strength RVD_t,  A_it = A_i w_it                          strength 2; w >= 1 preserves the other tokens
 
-Min-max gives VI = 1 to the least stable token of every response, stable as it may be; `--relative` makes it a ratio,
-VI = S' / (S + S'). A fixed cut-off would touch about 1 % of the tokens, so `--threshold` is a quantile, and off; so is
-`--rescale` to a mean weight of 1, which would push the other tokens under 1. `--shuffle` is the control arm: equal
-weights at random places of the response. A prompt without a picture has w = 1: plain GRPO.
+Min-max gives VI = 1 to the least stable token of every response, stable as it may be. `--shuffle` is the control arm:
+equal weights at random places of the response. A prompt without a picture has w = 1: plain GRPO.
 
 Two more forward passes, without gradient: the clean distributions come out of a pass that is made anyway.
 
@@ -42,9 +40,6 @@ class Args(SharedArgs):
     blacken: float = flag(0.6, "strong view: the share of patches that are blackened", least=0, most=1)
     weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]", least=0)
     strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO", least=0)
-    relative: bool = flag(False, "instability as S' / (S + S') instead of min-max in the response")
-    threshold: float = flag(0.0, "tokens under this quantile of their response's RVD keep weight 1", least=0, most=1)
-    rescale: bool = flag(False, "divide the weights of a response by their mean")
     shuffle: bool = flag(False, "control arm: shuffle RVD inside each response")
 
 
@@ -83,28 +78,23 @@ def divergences(logits, strong_logits, weak_logits):
 
 
 @torch.no_grad()
-def robust_visual_dependency(kl_strong, kl_weak, mask, relative=False):
+def robust_visual_dependency(kl_strong, kl_weak, mask):
     """RVD (B, T) in [0, 1] from the two divergences (B, T): near 1 where grounded and stable; 0 on padding.
 
     >>> robust_visual_dependency(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0]]), torch.ones(1, 3) > 0)
     tensor([[0., 1., 0.]])
     """
-    instability = kl_weak / (kl_strong + kl_weak + 1e-8) if relative else min_max(kl_weak.log1p(), mask)
-    return torch.where(mask, min_max(kl_strong.log1p(), mask) * (1 - instability), 0.0)
+    return torch.where(mask, min_max(kl_strong.log1p(), mask) * (1 - min_max(kl_weak.log1p(), mask)), 0.0)
 
 
 @torch.no_grad()
-def token_weights(rvd, mask, strength=2.0, threshold=0.0, rescale=False):
-    """w (B, T): 1 + strength RVD, 0 on padding; 1 under the response's `threshold` quantile; mean 1 with `rescale`.
+def token_weights(rvd, mask, strength=2.0):
+    """w (B, T): 1 + strength RVD, 0 on padding.
 
     >>> token_weights(torch.tensor([[0.0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool))
     tensor([[1., 2., 3.]])
     """
-    cut = rvd.masked_fill(~mask, torch.nan).nanquantile(threshold, dim=1, keepdim=True)
-    weights = 1 + strength * torch.where(rvd >= cut, rvd, 0.0)
-    if rescale:
-        weights = weights * mask.sum(1, keepdim=True) / torch.where(mask, weights, 0.0).sum(1, keepdim=True)
-    return torch.where(mask, weights, 0.0)
+    return torch.where(mask, 1 + strength * rvd, 0.0)
 
 
 def shuffled(values, mask, noise):
@@ -125,10 +115,10 @@ def scoring_forward(row, run, args, step):
         states = (hidden.detach(), *views)
         strong, weak = compare_logits(divergences, run.model, row, *states, temperature=args.temperature)
     if seen:
-        row.scores = robust_visual_dependency(strong, weak, row.mask, args.relative)
+        row.scores = robust_visual_dependency(strong, weak, row.mask)
         if args.shuffle:
             row.scores = shuffled(row.scores, row.mask, token_uniforms(row, args.seed, step))
-        row.weights = token_weights(row.scores, row.mask, args.strength, args.threshold, args.rescale)
+        row.weights = token_weights(row.scores, row.mask, args.strength)
         info = quantiles("kl_strong", strong, row.mask) | quantiles("kl_weak", weak, row.mask)
         run.metrics.add_means(info, row.loss_mask)
     run.metrics.add_means(quantiles("weight", row.weights, row.mask), row.loss_mask)

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from common import (
     Reward,
+    checkpoint_layers,
     filler,
     forward,
     load_processor,
@@ -42,7 +43,7 @@ from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data, some_of
 from plumbing.families import compile_layers, processor_files
 from plumbing.kernels import use_cores
-from plumbing.memory import dry_run, out_of_memory
+from plumbing.memory import choose_checkpointing, dry_run, out_of_memory
 from plumbing.metrics import Metrics, means
 from plumbing.sharding import full_tensor, local, on_main, start_processes, sum_gradients, total, unsharded
 from plumbing.stream import Stream
@@ -64,7 +65,8 @@ class Run:
         self.accelerator = start_processes(args)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.rank == 0
-        self.say(use_cores())
+        args.gradient_checkpointing, why = on_main(lambda: choose_checkpointing(args, self.world_size))
+        self.say(f"{why}; {use_cores()}")
         self.metrics = Metrics(self.accelerator, self.output / "metrics.jsonl")
         self.seconds = {}  # of the phases of a step
         folder, state = checkpoints.find_checkpoint(args)
@@ -114,7 +116,8 @@ class Run:
     def rehearse(self):
         """An update, for nothing, on the largest row that the settings allow, and a token sampled with a full cache.
 
-        Memory runs out now, but for what a method adds. Learning rate and gradients are 0, the state is 0 afterwards.
+        Memory runs out now, but for what a method adds; on one process checkpointing is turned on then, if it was not
+        set. Learning rate and gradients are 0, the state is 0 afterwards.
         """
         args, prompt = self.args, self.data.prompt(self.data.longest_row)
         for p in self.parameters.values():
@@ -124,13 +127,28 @@ class Run:
             self.optimizer.step()  # its state is there when a forward pass begins, and gradients of the rows before
             for state in self.optimizer.state.values():
                 state["step"].zero_()
-            logps, entropy, _ = forward(self.model, longest(prompt, args), args.temperature)
-            (0 * (logps + entropy).sum()).backward()
+            if not self.fits(prompt):
+                args.gradient_checkpointing = True
+                checkpoint_layers(self.model)
+                self.say("gradient checkpointing: on, an update does not fit without it")
+                self.fits(prompt)
             self.optimizer.zero_grad()
         prompts = [prompt] * min(args.rollout_prompts, args.prompts_per_step // self.world_size)
         short = dataclasses.replace(args, max_response_tokens=2)
         with self.phase("rollout"):
             rollout(self.model, self.tokenizer, prompts, short, "rehearsal", room=args.max_response_tokens)
+
+    def fits(self, prompt):
+        """Whether memory is enough for the largest row of this prompt. Raises where checkpointing cannot help."""
+        try:
+            logps, entropy, _ = forward(self.model, longest(prompt, self.args), self.args.temperature)
+            (0 * (logps + entropy).sum()).backward()
+            return True
+        except torch.OutOfMemoryError:
+            if self.args.gradient_checkpointing or self.world_size > 1:  # the others wait inside of the pass
+                raise
+        torch.cuda.empty_cache()
+        return False
 
     def start_or_restore(self, folder, state):
         """Counters, history and the place in the data: of a new run, or as a checkpoint has them."""
@@ -190,7 +208,7 @@ class Run:
                 if name == "rollout":
                     torch.cuda.empty_cache()  # the update finds memory in one piece
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(name, error) from None
+            raise out_of_memory(name, error, self.args) from None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def draw_prompts(self):

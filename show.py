@@ -699,6 +699,7 @@ def main():
         raise UserError(f"say what to show: {said}.")
     sys.argv[0] += f" {command}"  # as --help calls it
     cls, show = COMMANDS[command]
+    torch.compiler.set_stance("force_eager")  # for a few prompts: compiling would take longer than it saves
     named = command == "curves" and rest and not rest[0].startswith("-")
     try:
         show(parse_args(cls, ["--runs", *rest] if named else rest))

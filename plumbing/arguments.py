@@ -56,7 +56,11 @@ class ModelArgs:
     )
     compile: bool = flag(True, "on a GPU: compile layers and head, once in a run's first minutes", may_change=True)
     gradient_checkpointing: bool | None = flag(
-        None, "recompute activations in the backward pass (toy: off, else: on)", nargs="?", const=True, may_change=True
+        None,
+        "recompute activations in the backward pass (default: where a card has too little memory to keep them)",
+        nargs="?",
+        const=True,
+        may_change=True,
     )
 
 
@@ -205,7 +209,7 @@ class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateA
             raise UserError(f"--lora_alpha {self.lora_alpha} is for adapters: give --lora_rank too, or leave it out.")
         defaults = {  # flag: (for the toy, for any other model)
             "data": (self.model, "hiyouga/geometry3k"),
-            "gradient_checkpointing": (False, True),
+            "gradient_checkpointing": (False, None),  # memory.py decides
             "min_pixels": (None, 262_144),
             "max_pixels": (None, 1_000_000),
             "prompts_per_step": (16, 512),

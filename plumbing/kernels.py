@@ -7,8 +7,6 @@ import functools
 import importlib.util
 import itertools
 import os
-import re
-import time
 from pathlib import Path
 
 import torch
@@ -127,8 +125,11 @@ def recorded(function, *inputs):
         function(*inputs)  # libraries set themselves up, and autocast fills its cache, before the recording
     torch.cuda.current_stream().wait_stream(stream)
     graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's watchdog asks after events meanwhile
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
-        out = function(*inputs)
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+            out = function(*inputs)
+    except RuntimeError as error:  # that a recording was broken off hides that memory has run out
+        raise (error.__context__ if isinstance(error.__context__, torch.OutOfMemoryError) else error) from None
 
     def replay():
         graph.replay()
@@ -143,30 +144,18 @@ def capture_stream():
 
 
 def use_cores():
-    """Gives torch as many threads as there are cores that this process may use and that are free; says so in words.
+    """Gives torch as many threads as there are cores that this process may use; says so in words.
 
-    Torch counts cores, neither a container's limit nor who else is at work, and a thread without a core of its own
-    keeps the others waiting: with two threads on one free core a step of the toy took 4 to 9 times as long as with one.
-    OMP_NUM_THREADS, where it is set, stands: set it for runs that are to be equal to the bit on a machine with others.
+    Torch counts the machine's cores, and a thread without a core of its own keeps the others waiting. OMP_NUM_THREADS,
+    where it is set, stands.
     """
     if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
         return f"threads: {torch.get_num_threads()}, as set"
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    most, free, limit = len(cores), len(cores), Path("/sys/fs/cgroup/cpu.max")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = Path("/sys/fs/cgroup/cpu.max")  # a container's
     if limit.exists() and not limit.read_text().startswith("max"):
         quota, period = map(int, limit.read_text().split())
-        most = min(most, max(1, quota // period))
-    if Path("/proc/stat").exists():
-        before = idle_seconds()
-        time.sleep(0.2)
-        after = idle_seconds()
-        free = sum(after[core] - before[core] > 0.1 for core in cores)
-    share = min(most, free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = min(cores, max(1, quota // period))
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, min(share, torch.get_num_threads())))
-    return f"threads: {torch.get_num_threads()}, as {min(free, most)} of {most} cores are free; OMP_NUM_THREADS sets it"
-
-
-def idle_seconds():
-    """{core: seconds that it has been idle, or has waited for a disk} since the machine was started."""
-    rows = re.findall(r"^cpu(\d+) \d+ \d+ \d+ (\d+) (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
-    return {int(core): (int(idle) + int(disk)) / os.sysconf("SC_CLK_TCK") for core, idle, disk in rows}
+    return f"threads: {torch.get_num_threads()} of {cores} cores; OMP_NUM_THREADS sets it"

@@ -3,6 +3,7 @@
 Arithmetic; tests/test_memory.py holds it to memory that was measured. Not here: what saves the memory (common.py).
 """
 
+import copy
 import math
 
 import torch
@@ -54,7 +55,7 @@ def plan(args, gpus):
 
     def activations(tokens, depth, D, heads, mlp):
         layer = 6 * D * stream + (5 * heads + 4 * mlp) * bytes_each
-        return tokens * (depth * D * stream + layer if args.gradient_checkpointing else depth * layer)
+        return tokens * (depth * D * stream + layer if args.gradient_checkpointing is not False else depth * layer)
 
     def temporaries(tokens, D, heads, mlp):
         return tokens * (2 * D * stream + max(6 * heads, 3 * mlp) * bytes_each)
@@ -101,11 +102,26 @@ def size(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def choose_checkpointing(args, gpus):
+    """(--gradient_checkpointing, in words which and why): as it was set, or on where an update without it would take
+    0.85 of a card or more; on without a card."""
+    chosen, why = args.gradient_checkpointing, "as set, or for the toy"
+    if chosen is None:
+        without = copy.copy(args)
+        without.gradient_checkpointing = False
+        peaks, memory = plan(without, gpus), gpu_memory(args)
+        need = (sum(peaks["kept"].values()) + sum(peaks["update"].values())) / 1e9
+        chosen = need >= 0.85 * memory or not (torch.cuda.is_available() or args.dry_run)
+        why = f"without it an update takes up to {need:.1f} GB, of {memory:g}"
+    return chosen, f"gradient checkpointing: {'on' if chosen else 'off'}, {why}"
+
+
 def dry_run(args):
     """What a run needs, as text, with the first flag to turn where it does not fit."""
     gpus, memory = args.dry_run, gpu_memory(args)
     refuse_uneven(args, gpus)
     refuse_adapters(args)
+    args.gradient_checkpointing, why = choose_checkpointing(args, gpus)
     peaks = plan(args, gpus)
     digits, sharded = 1 if memory >= 1 else 6, gpus > 1 and not args.lora_rank
     lines = [f"{args.model} on {gpus} GPUs of {memory:g} GB; GB on each, without what CUDA and fragments take:"]
@@ -127,6 +143,7 @@ def dry_run(args):
         else:
             turn = "--tokens_per_row" if args.gradient_checkpointing else "--gradient_checkpointing"
         lines.append(f"  first flag to turn: {turn}")
+    lines.append(f"  {why}")
     batch = min(args.rollout_prompts, args.prompts_per_step // gpus)
     each = sum(peaks["sampling"][part] for part in ("key-value cache", "attention", "logits")) / batch
     free = 1e9 * memory - sum(peaks["kept"].values()) - sum(peaks["sampling"].values()) + batch * each
@@ -164,9 +181,11 @@ def refuse_uneven(args, processes):
         )
 
 
-def out_of_memory(phase, error):
+def out_of_memory(phase, error, args):
     """The sentence for a card that is full, with the flags to turn."""
-    flags = "--tokens_per_row, then --max_pixels"
+    flags = "--tokens_per_row, then --max_pixels" + ", or give --gradient_checkpointing" * (
+        not args.gradient_checkpointing
+    )
     if phase == "rollout":
         flags = "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
     return UserError(f"out of memory in the {phase} phase: lower {flags} ({str(error)[:120]}).")

@@ -94,7 +94,7 @@ def test_defaults_for_a_real_model(monkeypatch):
     assert args.data == "hiyouga/geometry3k" and args.eval_data is None and args.output == "runs/grpo"
     assert (args.prompts_per_step, args.group_size, args.updates_per_step) == (512, 8, 4)
     assert (args.learning_rate, args.max_prompt_tokens, args.max_response_tokens) == (1e-6, 2048, 2048)
-    assert (args.min_pixels, args.max_pixels, args.gradient_checkpointing) == (262_144, 1_000_000, True)
+    assert (args.min_pixels, args.max_pixels, args.gradient_checkpointing) == (262_144, 1_000_000, None)
 
 
 def test_a_method_may_change_a_shared_default_and_add_a_flag(monkeypatch):

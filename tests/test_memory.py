@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from helpers import ROOT, save_internvl
 from common import load_processor
 from plumbing.arguments import SharedArgs
 from plumbing.commandline import UserError
-from plumbing.memory import dry_run, plan
+from plumbing.memory import choose_checkpointing, dry_run, plan
 from plumbing.rows import load_rows
 from run import Run
 
@@ -90,6 +91,24 @@ def test_what_each_flag_changes(tmp_path):
     assert total(tokens_per_row=8192)["update"] < base["update"]
     assert total(gradient_checkpointing=False)["update"] > 2 * base["update"]
     assert total(freeze_vision=True)["sampling"] < base["sampling"] < total(kl_coef=0.1)["sampling"]
+
+
+@pytest.mark.parametrize("memory, chosen", [(80, True), (141, True), (170, False)])
+def test_checkpointing_where_a_card_has_too_little_memory(tmp_path, memory, chosen):
+    args = SharedArgs(model=str(write_config("7B", tmp_path)), dry_run=8, gpu_memory=memory)
+    text = dry_run(args)
+    assert args.gradient_checkpointing is chosen
+    need = float(re.search(r"without it an update takes up to ([\d.]+) GB, of ([\d.]+)", text)[1])
+    assert (need >= 0.85 * memory) == chosen
+    peaks = plan(SharedArgs(model=args.model, gradient_checkpointing=False), 8)
+    assert need == pytest.approx(sum(sum(peaks[part].values()) for part in ("kept", "update")) / 1e9, abs=0.1)
+
+
+def test_checkpointing_as_it_is_set_and_without_a_card(tmp_path):
+    path = str(write_config("3B", tmp_path))
+    assert choose_checkpointing(SharedArgs(model=path), 1)[0] is True
+    assert choose_checkpointing(SharedArgs(model=path, gradient_checkpointing=False), 1)[0] is False
+    assert choose_checkpointing(SharedArgs(), 1) == (False, "gradient checkpointing: off, as set, or for the toy")
 
 
 def test_the_text_and_the_first_flag_to_turn(tmp_path, capsys):

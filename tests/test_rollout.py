@@ -222,6 +222,22 @@ def test_image_tokens_are_banned_even_when_they_are_the_likeliest():
         assert not torch.isin(chosen, torch.tensor([11, 12])).any()
 
 
+@pytest.mark.parametrize("vocabulary", [96, 128, 5000, 151_936])
+def test_two_levels_choose_what_one_does(vocabulary):
+    """The same tokens as by one cumulative sum in fp64, but within rounding of an edge; never a banned one."""
+    banned = torch.arange(vocabulary) % 7 == 3
+    logits = 3 * torch.randn(400, vocabulary, generator=seeded(0))
+    logits[:200] *= 20  # of a few likely tokens; in others of many that are all unlikely
+    uniforms = torch.cat([torch.rand(398, generator=seeded(1)), torch.tensor([0.0, 1 - 2**-24])])
+    chosen = common.token_chooser(banned, 0.7, 1.0, 0)(logits, uniforms)
+    probabilities = (logits.masked_fill(banned, -torch.inf) / 0.7).softmax(-1).double()
+    cumulative = probabilities.cumsum(-1)
+    plain = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    edges = (cumulative / cumulative[:, -1:] - uniforms[:, None]).abs().amin(1)
+    assert ((chosen == plain) | (edges < 1e-12)).all() and (chosen == plain).float().mean() > 0.99
+    assert not banned[chosen].any() and (probabilities.gather(1, chosen[:, None]) > 0).all()
+
+
 def test_the_random_numbers_at_the_ends_pick_a_possible_token():
     model = tiny_model("qwen2_5_vl")
     logits = torch.full((2, 96), -1000.0)

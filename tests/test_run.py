@@ -1,5 +1,6 @@
 """Whole runs of grpo.py on the toy: what is written, filtered, skipped and refused."""
 
+import contextlib
 import json
 import math
 import time
@@ -15,6 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import grpo
 import run
 from common import Reward, SharedPrefixCache, forward, group_advantages, load_processor, rollout
+from plumbing import kernels
 from plumbing.commandline import UserError
 from run import Run
 
@@ -233,6 +235,35 @@ def test_gradients_of_earlier_rows_are_there_when_the_update_is_rehearsed(args, 
     monkeypatch.setattr(run, "forward", spy)
     Run(args)
     assert seen == [True]
+
+
+def test_a_rehearsal_that_runs_out_of_memory_turns_checkpointing_on(args, monkeypatch, capsys):
+    def full(model, *rest):
+        if not model.model.language_model.layers[0].gradient_checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, *rest)
+
+    monkeypatch.setattr(run, "forward", full)
+    assert Run(args).args.gradient_checkpointing is True
+    assert "gradient checkpointing: on, an update does not fit without it" in capsys.readouterr().err
+    monkeypatch.setattr(run, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
+    with pytest.raises(UserError, match="out of memory in the update phase: lower --tokens_per_row"):
+        Run(args)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compile_false_compiles_nothing(args, monkeypatch, compiled):
+    def broken(*_):
+        raise ValueError("compiled")
+
+    monkeypatch.setattr(kernels, "compiled", lambda function, device: torch.compile(function, backend=broken))
+    args.compile, args.prompts_per_step = compiled, 4
+    try:
+        with pytest.raises(Exception, match="compiled") if compiled else contextlib.nullcontext():
+            Run(args)
+    finally:
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("phase, flag", [("rollout", "--rollout_prompts"), ("update", "--tokens_per_row")])
