@@ -5,8 +5,10 @@ in a run on several cards, and every response is as long as it may be. With `--l
 adapters in fp32, as each card of such a run has it. Runs on a CPU too, in the shape "tiny".
 """
 
+import contextlib
 import dataclasses
 import math
+import re
 import statistics
 import sys
 import time
@@ -18,7 +20,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Group, forward, generate, policy_loss, split_group, token_chooser  # noqa: E402
 from plumbing.arguments import TOY  # noqa: E402
-from plumbing.families import prepared  # noqa: E402
+from plumbing.families import compile_layers, prepared  # noqa: E402
 
 SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and two small ones:
     # hidden, mlp, layers, heads, kv heads, vocabulary, tied; vision: hidden, mlp, depth, heads
@@ -116,9 +118,38 @@ def token_bytes(model, prompts, args):
     return 2 * (size_of(layers) + text.vocab_size * text.hidden_size + cached * tokens)
 
 
+def token_flops(model, prompts, args):
+    """Of one more token of all responses, half of their length there: 2 a weight, and 4 D a token that it sees."""
+    text, layers = model.config.text_config, model.model.language_model.layers
+    weights = size_of(layers) + text.vocab_size * text.hidden_size
+    seen = sum(len(p.input_ids) + args.max_response_tokens / 2 for p in prompts)
+    return args.group_size * (2 * weights * len(prompts) + 4 * text.hidden_size * len(layers) * seen)
+
+
+KINDS = {"products": "gemm|cutlass|nvjet|cublas|xmma", "attention": "flash|fmha|attention"}  # the rest: elementwise
+
+
+def by_kind(kernels, wall):
+    """{kind: seconds} of kernels [(name, seconds)] that ran within `wall` seconds; the rest of these is idle."""
+    found = dict.fromkeys(["attention", "products", "elementwise"], 0.0)
+    for name, taken in kernels:
+        kind = next((kind for kind in list(found)[:2] if re.search(KINDS[kind], name, re.IGNORECASE)), "elementwise")
+        found[kind] += taken
+    return found | {"idle": max(0.0, wall - sum(found.values()))}
+
+
+def profiled(function):
+    """[(name, seconds)] of the kernels that a function runs on a GPU, once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        wait()
+    return [(event.key, event.self_device_time_total / 1e6) for event in profile.key_averages()]
+
+
 def report(model, size, prompt, args, repeats, groups=64, cards=8):
     """Prints what a step of `groups` prompts on each of `cards` cards takes, phase by phase."""
     device, G, T = model.device.type, args.group_size, args.max_response_tokens
+    compile_layers(model)
     autocast = torch.autocast(device, torch.bfloat16, enabled=bool(args.lora_rank))
     name, bandwidth, product, said = card(device, repeats)
     prompts = [dataclasses.replace(prompt, serial=i) for i in range(args.rollout_prompts)]
@@ -138,7 +169,7 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     first, kinds = sample(1, False), [False, True] if device == "cuda" else [False]
     sampling = {graphs: sample(T, graphs) for graphs in kinds}
     token = {graphs: (whole - first) / max(T - 1, 1) for graphs, whole in sampling.items()}
-    least = token_bytes(model, prompts, args) / bandwidth
+    least = max(token_bytes(model, prompts, args) / bandwidth, token_flops(model, prompts, args) / product)
 
     tokens = torch.randint(100, 400, (G, T), device=device)
     group = Group(prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(G), [""] * G)
@@ -156,7 +187,15 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
             loss, _ = policy_loss(logps, logps.detach(), torch.linspace(-1, 1, len(row.mask), device=device), row.mask)
             loss.backward()
 
-    scoring, updating = seconds(score, repeats), seconds(update, repeats)
+    scoring, updates = seconds(score, repeats), {}
+    for checkpointing in (True, False):  # the latter as a run does where memory allows
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        if not checkpointing:
+            model.activation_checkpointing_disable()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            updates[checkpointing] = seconds(update, repeats)
+    updating = min(updates.values())
+    kinds = by_kind(profiled(update), updating) if device == "cuda" else {}
     model.zero_grad()
     speed = sum(flops(model, row) for row in rows) / updating
     trained, parts = sum(p.numel() for p in model.parameters() if p.requires_grad), 1 if args.lora_rank else cards
@@ -176,9 +215,14 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     )
     for graphs, value in token.items():
         what = f"a token of {len(prompts) * G} responses{', as a CUDA graph' if graphs else ''}"
-        print(f"{what:46s}{1e3 * value:7.1f} ms   {value / least:.1f} x its bytes / bandwidth, {1e3 * least:.1f} ms")
+        print(f"{what:46s}{1e3 * value:7.1f} ms   {value / least:.1f} x its bytes or FLOP, {1e3 * least:.1f} ms")
     share = f", {speed / said:.0%} MFU by the data sheet" if said else ""
-    print(f"{'update of a group':46s}{1e3 * updating:7.0f} ms   {speed / product:.0%} of the large product{share}")
+    for checkpointing, value in updates.items():
+        what = f"update of a group, {'with' if checkpointing else 'without'} checkpointing"
+        print(f"{what:46s}{1e3 * value:7.0f} ms")
+    print(f"{'the faster of them':46s}{'':7s}      {speed / product:.0%} of the large product{share}")
+    for kind, value in kinds.items():
+        print(f"{f'  of the last, {kind}':46s}{1e3 * value:7.0f} ms   {value / sum(kinds.values()):.0%}")
     print(f"{'forward pass of a group':46s}{1e3 * scoring:7.0f} ms")
     what = "AdamW of the adapters" if args.lora_rank else f"AdamW of 1/{cards} of the weights"
     print(f"{what:46s}{1e3 * stepping:7.1f} ms")

@@ -57,6 +57,21 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(image_tokens, r
     assert gpu.flops(model, row) - 12 * seen * 64 * 2 == pytest.approx(want, rel=0.03)
 
 
+def test_kernels_by_kind():
+    names = ["sm90_xmma_gemm_bf16", "nvjet_tst_128x256", "void pytorch_flash::flash_bwd_kernel", "triton_poi_fused_mul"]
+    found = gpu.by_kind([(name, 2.0**i) for i, name in enumerate(names)], 20.0)
+    assert found == {"attention": 4.0, "products": 3.0, "elementwise": 8.0, "idle": 5.0}
+
+
+def test_operations_of_a_token_by_hand():
+    """RESULTS.md: 256 tokens of the 3B's shape are 1.58 TFLOP of products."""
+    model = gpu.random_model("tiny", "cpu")
+    prompt, args = prompt_of(model, 16), SharedArgs(group_size=4, max_response_tokens=100)
+    weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + 512 * 64
+    attention = 4 * 64 * 2 * (len(prompt.input_ids) + 50)
+    assert gpu.token_flops(model, [prompt, prompt], args) == 8 * (2 * weights + attention)
+
+
 def test_bytes_of_a_token_by_hand():
     model = gpu.random_model("tiny", "cpu")
     prompt, args = prompt_of(model, 16), SharedArgs(group_size=4, max_response_tokens=100)
@@ -74,7 +89,7 @@ def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys, rank):
     said = capsys.readouterr().out
     assert ("million of adapters" in said) == ("AdamW of the adapters" in said) == bool(rank)
     assert "2 prompts x 8, Lp = 79 of which 16 image tokens, Lr = 5" in said
-    assert "a step of 512 prompts x 8 on 8 such cards" in said and "x its bytes / bandwidth" in said
+    assert "a step of 512 prompts x 8 on 8 such cards" in said and "x its bytes or FLOP" in said
     assert said.splitlines()[-1].startswith("| tiny | CPU | ") and said.splitlines()[-1].count("|") == 10
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from random import Random
 
 import bench
 import datasets
@@ -15,11 +16,13 @@ import pytest
 import torch
 from helpers import ROOT, chooser, read_metrics, save_internvl, tiny_group
 from test_forward import states_and_gradients, with_boolean_mask
+from torch._dynamo.utils import counters
 
-from common import generate, load_model, load_processor, seeded
+from common import forward, generate, load_model, load_processor, seeded
 from plumbing import kernels
 from plumbing.arguments import TOY, SharedArgs
 from plumbing.data import Data
+from plumbing.families import compile_layers
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(
@@ -58,6 +61,27 @@ def test_segments_equal_the_boolean_mask(model, prompts, lengths):
     exact = differentiated(masked, bf16=False)
     assert error(differentiated(row, bf16=False), exact) < 1e-3
     assert error(differentiated(row, bf16=True), exact) < 2 * error(differentiated(masked, bf16=True), exact) + 1e-3
+
+
+def test_compiled_layers_share_few_graphs_and_give_what_plain_ones_give(model, prompts):
+    """100 rows of any length, with gradients and without, in bf16."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, random = load_model(TOY / "model").to(DEVICE).train(), Random(0)
+    compile_layers(compiled)
+    for i in range(100):
+        row = tiny_group(prompts[i % 8], [random.randint(1, 300) for _ in range(random.randint(1, 8))])
+        found = []
+        for one, stance in ((model, "force_eager"), (compiled, "default")):  # the head's is compiled for both
+            one.zero_grad()
+            with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(i % 3 > 0):
+                with torch.compiler.set_stance(stance):
+                    logps, entropy, _ = forward(one, row)
+                    if i % 3:
+                        (logps + entropy).sum().backward()
+            found.append([logps, entropy, *(p.grad.clone() for p in one.parameters() if p.grad is not None)])
+        assert error(found[1], found[0]) < 0.05  # bf16 rounds both
+    assert counters["stats"]["unique_graphs"] <= 10 and not counters["graph_break"]
 
 
 def window_by_window(query, key, value, cu, *_, scale, **__):
