@@ -65,11 +65,11 @@ class Run:
         self.accelerator = start_processes(args)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.rank == 0
-        args.gradient_checkpointing, why = on_main(lambda: choose_checkpointing(args, self.world_size))
-        self.say(f"{why}; {use_cores()}")
         self.metrics = Metrics(self.accelerator, self.output / "metrics.jsonl")
         self.seconds = {}  # of the phases of a step
         folder, state = checkpoints.find_checkpoint(args)
+        args.gradient_checkpointing, why = choose_checkpointing(args, self.world_size)
+        self.say(f"{why}; {use_cores()}")
         self.load_models(folder)
         self.load_data()
         self.make_optimizer()

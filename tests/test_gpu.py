@@ -74,11 +74,11 @@ def test_compiled_layers_share_few_graphs_and_give_what_plain_ones_give(model, p
         found = []
         for one, stance in ((model, "force_eager"), (compiled, "default")):  # the head's is compiled for both
             one.zero_grad()
-            with torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(i % 3 > 0):
-                with torch.compiler.set_stance(stance):
-                    logps, entropy, _ = forward(one, row)
-                    if i % 3:
-                        (logps + entropy).sum().backward()
+            bf16, gradients = torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(i % 3 > 0)
+            with bf16, gradients, torch.compiler.set_stance(stance):
+                logps, entropy, _ = forward(one, row)
+            if i % 3:
+                (logps + entropy).sum().backward()
             found.append([logps, entropy, *(p.grad.clone() for p in one.parameters() if p.grad is not None)])
         assert error(found[1], found[0]) < 0.05  # bf16 rounds both
     assert counters["stats"]["unique_graphs"] <= 10 and not counters["graph_break"]
