@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from scipy.special import bdtr
 from tqdm.auto import tqdm
 
 from common import load_model, load_processor, rollout
@@ -645,16 +646,6 @@ def all_right(rows, key):
     return sum(right) / len(right)
 
 
-def sign_test(better, worse):
-    """Two-sided p-value, exact, of as uneven a split of the rows that differ if both outcomes were as likely.
-
-    >>> sign_test(1, 9)
-    0.021484375
-    """
-    n = better + worse
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)
-
-
 def compare(first, second, resamples=10_000):
     """Lines that say how the second result folder differs from the first, on the same rows; raises UserError."""
     found = []
@@ -679,7 +670,8 @@ def compare(first, second, resamples=10_000):
         low, high = torch.stack([difference[pick].mean() for pick in picks]).quantile(
             torch.tensor([0.025, 0.975]).double()
         )
-        p = sign_test(int((difference > 0).sum()), int((difference < 0).sum()))
+        better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+        p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))  # the sign test, two-sided and exact
         interval = f"{difference.mean():+.1%} [{low:+.1%}, {high:+.1%}]"
         lines.append(f"{name:16s}{len(one):6d}{one.mean():9.1%}{two.mean():9.1%}{interval:>32s}  p = {p:.3g}")
     return lines

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.special import stdtrit
 from tqdm.auto import tqdm
 
 import pepo
@@ -48,7 +49,7 @@ from common import (
 from plumbing.arguments import EMBEDDED, SharedArgs, model_source
 from plumbing.checkpoints import trained_with
 from plumbing.commandline import UserError, cannot_write, check_numbers, flag, parse_args
-from plumbing.curves import draw_curves, read_runs, student
+from plumbing.curves import draw_curves, read_runs
 from plumbing.data import Data
 from plumbing.families import patches_of
 from plumbing.files import write_text
@@ -554,7 +555,7 @@ def interval(values):
     n = len(values)
     if n < 2:  # of one there is no interval, and of none no mean
         return {"mean": values.item() if n else None, "low": None, "high": None, "prompts": n}
-    mean, half = values.mean().item(), student(n - 1) * values.std().item() / math.sqrt(n)
+    mean, half = values.mean().item(), stdtrit(n - 1, 0.975) * values.std().item() / math.sqrt(n)
     return {"mean": mean, "low": mean - half, "high": mean + half, "prompts": n}
 
 

@@ -6,10 +6,8 @@ Not here: the flags themselves (arguments.py and a method's file).
 import argparse
 import dataclasses
 import math
-import os
 import re
 import sys
-import time
 from dataclasses import field
 from pathlib import Path
 
@@ -23,8 +21,6 @@ class UserError(SystemExit):
     def __init__(self, sentence):
         super().__init__(2)
         self.args = (sentence,)
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
-            time.sleep(3)  # what all processes would say the first one says; torchrun ends the others meanwhile
         tqdm.write(f"error: {sentence}", file=sys.stderr)  # not behind a bar
         sys.stderr.flush()
 

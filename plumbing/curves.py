@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
@@ -83,7 +84,7 @@ def pooled(seeds, name, window=1):
     values = running_mean(values, window)
     half = torch.zeros(len(steps), dtype=torch.float64)
     if len(found) > 1:
-        half = student(len(found) - 1) * values.std(0) / math.sqrt(len(found))
+        half = stdtrit(len(found) - 1, 0.975) * values.std(0) / math.sqrt(len(found))
     return steps, seconds.mean(0), values.mean(0), half
 
 
@@ -95,20 +96,6 @@ def running_mean(values, window):
     """
     total = pad(values.cumsum(-1), (window, 0))
     return (total[..., window:] - total[..., :-window]) / torch.arange(1, values.shape[-1] + 1).clamp(max=window)
-
-
-def student(degrees, cells=100_000):
-    """The 97.5 % quantile of Student's t: its density over t = sqrt(degrees) tan(angle), summed up to 0.95 of a half.
-
-    >>> [round(student(n), 3) for n in (1, 2, 4, 9)]
-    [12.706, 4.303, 2.776, 2.262]
-    """
-    width = math.pi / 2 / cells
-    density = ((torch.arange(cells, dtype=torch.float64) + 0.5) * width).cos() ** (degrees - 1)
-    share = density.cumsum(0) / density.sum()
-    cell = torch.searchsorted(share, 0.95).item()
-    angle = width * (cell + 1 - ((share[cell] - 0.95) / (share[cell] - share[cell - 1])).item())
-    return math.sqrt(degrees) * math.tan(angle)
 
 
 def draw_curves(runs, output, window=10):

@@ -3,16 +3,15 @@
 Not here: what is measured (run.py and the methods), and when a log is cut back to a checkpoint's step (checkpoints.py).
 """
 
+import contextlib
 import json
 import math
-import sys
 
 import torch
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from plumbing.commandline import UserError, cannot_write
-from plumbing.files import set_aside, write_text
+from plumbing.files import write_text
 
 
 class Metrics:
@@ -70,18 +69,10 @@ def means(sums):
 
 def restore_log(output, step):
     """metrics.jsonl as it was after `step`: later lines, and half a line at the end, are of a run that was killed."""
-    path, kept, broken = output / "metrics.jsonl", [], 0
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
+    path, kept = output / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             found = json.loads(line)
             if found["step"] < step or (found["step"] == step and "changed" not in found):  # that is written anew
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            broken += number < len(lines)
-    if broken:
-        set_aside(path)
-        tqdm.write(f"{broken} lines of {path} cannot be read: left out, the file is kept beside it", file=sys.stderr)
-    if not kept:
-        tqdm.write(f"{path} is missing or empty: it begins after step {step}", file=sys.stderr)
     write_text(path, "".join(f"{line}\n" for line in kept))

@@ -4,7 +4,6 @@ Not here: which columns matter and what a row becomes (data.py).
 """
 
 import glob
-import json
 import re
 import zlib
 from collections import defaultdict
@@ -106,29 +105,4 @@ def load_rows(name, split, revision="main", option="--data"):
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, StopIteration) or "no data" in str(error):
             raise UserError(f"{option} {name} has no rows: give a file with some.") from None
-        if mistake := mistake_in_json([file for file in files if KINDS.get(file.suffix) == "json"]):
-            raise UserError(f"{option} {mistake}: mend it.") from None
         raise UserError(cannot_open(option, name, error.__cause__ or error)) from None
-
-
-def mistake_in_json(files):
-    """What is wrong in which file and line: no JSON in UTF-8, or a column that changes its type; None where nothing."""
-    types = {}  # of the columns
-    for file in files:
-        content, said = file.read_bytes().removeprefix(b"\xef\xbb\xbf"), f"{file} is no JSON"
-        try:
-            if content.lstrip().startswith(b"["):
-                rows = json.loads(content)
-            else:
-                rows = []
-                for number, line in enumerate(content.splitlines(), 1):
-                    said = f"{file} is no JSON in UTF-8 in line {number}"
-                    rows.append(json.loads(line.strip() or b"{}"))
-        except ValueError as error:
-            return f"{said} ({error})"
-        for number, row in enumerate(rows):
-            for column, value in row.items() if isinstance(row, dict) else ():
-                kind = type(value).__name__
-                if value is not None and types.setdefault(column, kind) != kind:
-                    return f"{file} has {kind} in column {column} of row {number}, and {types[column]} in rows before"
-    return None

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from helpers import ROOT
@@ -129,18 +128,6 @@ def test_no_number_that_is_not_finite(value):
         if "float" in str(f.type) and "Literal" not in str(f.type):
             with pytest.raises(UserError, match=f"--{f.name} "):
                 SharedArgs(**{f.name: value})
-
-
-def test_under_torchrun_the_first_process_says_it_alone(monkeypatch, capsys):
-    waited = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("RANK", "0")
-    UserError("no")
-    assert not waited and capsys.readouterr().err == "error: no\n"
-    monkeypatch.setenv("RANK", "1")  # torchrun ends it while it waits
-    UserError("no")
-    assert waited == [3]
 
 
 def test_both_embedded_models_have_the_toys_defaults():

@@ -354,20 +354,14 @@ def test_two_runs_in_one_folder_at_a_time(tmp_path):
     assert (tmp_path / "run" / "metrics.1.jsonl").exists()  # and what the first one had logged is kept
 
 
-@pytest.mark.parametrize("log", [None, "", "\x00\udcff", '{"step": 1, "loss"\n{"step": 1, "reward": 0.5}\n', "[1]\n"])
-def test_a_log_that_is_missing_or_broken_is_kept_and_named(tmp_path, capsys, log):
+@pytest.mark.parametrize("log, steps", [(None, [2]), ('{"step": 1, "reward": 0.5}\n{"step": 1, "lo', [1, 2])])
+def test_a_log_that_is_missing_or_ends_in_half_a_line(tmp_path, log, steps):
     output = tmp_path / "run"
     grpo_run(output, "--steps", 1)
     (output / "metrics.jsonl").unlink()
     if log is not None:
-        (output / "metrics.jsonl").write_text(log, errors="surrogateescape")
-    lines = grpo_run(output, "--steps", 2, "--resume")
-    said = capsys.readouterr().err
-    if log and "loss" in log:
-        assert [line["step"] for line in lines] == [1, 2] and "1 lines of " in said and "cannot be read" in said
-        assert (output / "metrics.1.jsonl").read_text() == log
-    else:
-        assert [line["step"] for line in lines] == [2] and "is missing or empty: it begins after step 1" in said
+        (output / "metrics.jsonl").write_text(log)
+    assert [line["step"] for line in grpo_run(output, "--steps", 2, "--resume")] == steps
 
 
 def test_a_checkpoint_of_another_trainer_or_without_its_keys(tmp_path):

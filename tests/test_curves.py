@@ -9,7 +9,7 @@ from PIL import Image
 
 import grpo
 from plumbing.commandline import UserError
-from plumbing.curves import draw_curves, pooled, read_runs, series, student
+from plumbing.curves import draw_curves, pooled, read_runs, series
 
 
 def write_run(folder, accuracies, seconds=2.0):
@@ -82,10 +82,6 @@ def test_curves_that_cannot_be_written(tmp_path):
     run = write_run(tmp_path / "grpo", [0.4, 0.6])
     with pytest.raises(UserError, match="nowhere/curves.png could not be written"):
         draw_curves(read_runs([run]), tmp_path / "nowhere" / "curves")
-
-
-def test_student():
-    assert [round(student(n), 3) for n in (3, 5, 30)] == [3.182, 2.571, 2.042]
 
 
 def test_a_run_ends_with_its_curves(monkeypatch, tmp_path):

@@ -30,12 +30,12 @@ from queue import Queue
 import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
+from scipy.special import stdtr, stdtrit
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 from plumbing.arguments import EMBEDDED  # noqa: E402
 from plumbing.commandline import UserError  # noqa: E402
-from plumbing.curves import student  # noqa: E402
 from plumbing.files import write_text  # noqa: E402
 
 ARMS = {  # name: (arm of toy/arm.py and flags, the arm that it is compared with)
@@ -182,7 +182,9 @@ def late(name):
 def interval(values):
     """Mean and half width of its 95 % interval by Student's t."""
     values = torch.tensor(values, dtype=torch.float64)
-    half = student(len(values) - 1) * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    half = (
+        stdtrit(len(values) - 1, 0.975) * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    )
     return values.mean().item(), half
 
 
@@ -191,7 +193,7 @@ def differences(arm, base, measure):
     return [measure(arm[seed]) - measure(base[seed]) for seed in sorted(arm.keys() & base.keys())]
 
 
-def p_value(values, cells=100_000):
+def p_value(values):
     """Two-sided, of Student's t test that the mean of some values is 0; NaN where there is only one.
 
     >>> round(p_value([1.0, 2.0, 3.0]), 4)
@@ -201,9 +203,7 @@ def p_value(values, cells=100_000):
     if degrees < 1:
         return math.nan
     t = (values.mean() / values.std().clamp(min=1e-12) * math.sqrt(len(values))).abs().item()
-    angles = (torch.arange(cells, dtype=torch.float64) + 0.5) * math.pi / 2 / cells  # t = sqrt(degrees) tan(angle)
-    density = angles.cos() ** (degrees - 1)
-    return (density[angles > math.atan(t / math.sqrt(degrees))].sum() / density.sum()).item()
+    return 2 * float(stdtr(degrees, -t))
 
 
 def holm(values):

@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import torch
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
@@ -47,7 +48,6 @@ from common import (  # noqa: E402  # noqa: E402
 )
 from plumbing.arguments import EMBEDDED, TOY, SharedArgs, model_source  # noqa: E402
 from plumbing.commandline import UserError  # noqa: E402
-from plumbing.curves import student  # noqa: E402
 from plumbing.data import Data  # noqa: E402
 from plumbing.files import write_text  # noqa: E402
 from plumbing.kinds import KINDS  # noqa: E402
@@ -111,7 +111,7 @@ def jackknife(function, n):
     """`function(kept)` of all n batches, and the half width of its 95 % interval by leaving each out in turn."""
     every = torch.arange(n)
     left = torch.tensor([function(every[every != i]) for i in range(n)], dtype=torch.float64)
-    half = student(n - 1) * math.sqrt((n - 1) / n * (left - left.mean()).square().sum().item())
+    half = stdtrit(n - 1, 0.975) * math.sqrt((n - 1) / n * (left - left.mean()).square().sum().item())
     return [round(function(every), 6), round(half, 6)]
 
 
