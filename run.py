@@ -209,6 +209,9 @@ class Run:
                     torch.cuda.empty_cache()  # the update finds memory in one piece
         except torch.OutOfMemoryError as error:
             raise out_of_memory(name, error, self.args) from None
+        except torch._dynamo.exc.TorchDynamoException as error:  # a machine without a compiler, say
+            said = " ".join(str(error).split())[:160]
+            raise UserError(f"compiling failed ({said}): --compile false leaves it out.") from None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def draw_prompts(self):

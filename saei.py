@@ -167,9 +167,9 @@ def attack(group, run, args):
     if prompt.serial % args.measure_every == 0:
         with torch.no_grad():
             entropy = torch.cat(list(entropy_of(group, pictures, run, args)))
-        run.metrics.add("attack_entropy_before", first[0] * finite, finite)
+        run.metrics.add("attack_entropy_before", torch.where(finite, first[0], 0.0), finite)
         after = aggregate(entropy, first[1], "sequence", len(entropy))
-        run.metrics.add("attack_entropy_after", after * finite, finite)
+        run.metrics.add("attack_entropy_after", torch.where(finite, after, 0.0), finite)
     change = torch.stack([(x - origin).abs().max() for x, origin in zip(pictures, clean)]).max()
     run.metrics.add("attack_pixel_change", change, finite)
     if prompt.serial < args.save_images:

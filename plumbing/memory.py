@@ -86,7 +86,7 @@ def plan(args, gpus):
             "computing copy": by_layer if args.reshard_while_sampling and shards > 1 else whole_weights,
             "key-value cache": batch * prompt * text.num_hidden_layers * cached + grown,
             "attention": attention,
-            "logits": batch * G * text.vocab_size * 24,  # 2 x fp32, and 2 x fp64 to add up probabilities
+            "logits": batch * G * text.vocab_size * 16,  # the model's, in fp32, without banned tokens, probabilities
             "prompts": max(0, prefill - grown - attention),
         },
         "update": {

@@ -42,7 +42,7 @@ def test_the_parts_of_a_plan_by_hand(tmp_path):
         "computing copy": 2 * 8_292_166_656,
         "key-value cache": 32 * 2048 * 28 * token + 32 * 8 * 2048 * 29 * token,
         "attention": 32 * 8 * 28 * (2048 + 2048) * 12,
-        "logits": 32 * 8 * 152_064 * 24,
+        "logits": 32 * 8 * 152_064 * 16,
         "prompts": 0,
     }
     layer, block = 233_057_792, 19_702_200

@@ -259,7 +259,11 @@ def test_compile_false_compiles_nothing(args, monkeypatch, compiled):
     monkeypatch.setattr(kernels, "compiled", lambda function, device: torch.compile(function, backend=broken))
     args.compile, args.prompts_per_step = compiled, 4
     try:
-        with pytest.raises(Exception, match="compiled") if compiled else contextlib.nullcontext():
+        with (
+            pytest.raises(UserError, match="compiling failed .*--compile false")
+            if compiled
+            else contextlib.nullcontext()
+        ):
             Run(args)
     finally:
         torch.compiler.set_stance("default")

@@ -213,11 +213,11 @@ def test_a_gradient_that_is_not_finite_leaves_the_clean_picture(monkeypatch):
         gradient = torch.ones_like(pictures[0])
         gradient[0, 0, 0] = torch.inf if not calls else 1
         calls.append(1)
-        return torch.tensor(1.0), [gradient], group.mask
+        return torch.tensor(torch.nan), [gradient], group.mask
 
     monkeypatch.setattr(saei, "entropy_gradient", bad_once)
     assert torch.equal(attack(group, run, Args(iterations=2)).pixel_values, group.prompt.pixel_values)
-    assert run.log["attack_failed"] == [1.0] and run.log["attack_entropy_after"] == [0.0]
+    assert run.log["attack_failed"] == [1.0] and run.log["attack_entropy_before"] == [0.0]
 
 
 def test_text_only_prompts_are_not_attacked():

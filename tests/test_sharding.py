@@ -107,9 +107,18 @@ def test_two_processes_equal_one(tmp_path, alone, finished, flags):
 
 
 def test_two_processes_with_compiled_layers(tmp_path, alone, finished):
-    """Traced as on a GPU, after sharding: hooks of FSDP2 outside, checkpoints inside."""
+    """Traced as on a GPU, after sharding: before it, transformers would no longer checkpoint, and not say so."""
     flags = ["--eval_rows", 0, "--gradient_checkpointing", "--steps", 1]
-    traced = "import tracing; tracing.use(patch)"
+    traced = """
+import tracing
+from plumbing import kernels
+from torch.distributed.fsdp import FSDPModule
+tracing.use(patch)
+def compiled(function, device, trace=kernels.compiled):
+    assert isinstance(getattr(function, "__self__", None), FSDPModule | None)
+    return trace(function, device)
+patch(kernels, "compiled", compiled)
+"""
     assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags, patch=traced))
 
 

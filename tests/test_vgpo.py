@@ -1,13 +1,14 @@
 """VGPO's focus, compensation and factors: hand-computed numbers, loops, and what may not change them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import SHAPES, plain_states, tiny_group, tiny_model, tiny_prompt
 
 from common import forward
-from vgpo import Args, compensate, late_gate, rollout_factors, row_focus, token_factors, visual_focus
+from vgpo import Args, compensate, late_gate, rollout_factors, row_focus, set_weights, token_factors, visual_focus
 
 
 def lengths(*numbers, width=None):
@@ -131,3 +132,21 @@ def test_focus_on_a_packed_row_equals_that_on_padded_rows(family, images):
     want = visual_focus(layers[-1], image_layers[-1])
     assert torch.allclose(focus[group.mask], want[group.mask], atol=2e-5) and not focus.requires_grad
     assert (focus[group.mask] != 0).all() == bool(SHAPES[images])
+
+
+@pytest.mark.parametrize(
+    "totals, want",
+    [
+        ([3.0, 2.0, 1.0], -0.8486),  # alpha 1.5, 1, 0.9: -0.8333 of products over 0.4546 x 2.1602
+        ([1.0, 2.0, 3.0], 0.9843),  # alpha 0.9, 1, 1.5
+        ([1.0, 1.0, 1.0], math.nan),  # alpha 1 for all
+    ],
+)
+def test_the_correlation_of_alpha_and_length_by_hand(totals, want):
+    """Focus adds up to `totals` over 1, 2 and 4 tokens; where all alpha are equal, nothing is logged."""
+    group, log = tiny_group(tiny_prompt(tiny_model("qwen2_5_vl"), []), [1, 2, 4]), {}
+    group.scores = (torch.tensor(totals) / torch.tensor([1.0, 2.0, 4.0]))[:, None] * group.mask
+    run = SimpleNamespace(metrics=SimpleNamespace(add=lambda name, *pair: log.update({name: pair})))
+    set_weights([group], run, Args(strength=0.0))
+    value, weight = (float(x) for x in log["rollout_factor_length_correlation"])
+    assert (value, weight) == ((0, 0) if math.isnan(want) else (pytest.approx(want, abs=1e-4), 1))
