@@ -12,14 +12,9 @@ from types import MethodType
 
 import torch
 from torch.nn.functional import linear, unfold
+from transformers import vision_utils
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.utils import cached_file
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 from plumbing import kernels
 from plumbing.commandline import UserError
@@ -65,14 +60,16 @@ def places_of_patches(tower, pixels, inputs):
     Qwen-VL's tower would read the grid from the GPU, and the host would wait for it.
     """
     grid, config = inputs["grid_thw"], tower.config
-    made = {"position_ids": get_vision_position_ids(grid, config.spatial_merge_size)}
-    made["cu_seqlens"] = get_vision_cu_seqlens(grid)
+    made = {"position_ids": vision_utils.get_vision_position_ids(grid, config.spatial_merge_size)}
+    made["cu_seqlens"] = vision_utils.get_vision_cu_seqlens(grid)
     if hasattr(config, "window_size"):
         window = {name: getattr(config, name) for name in ("spatial_merge_size", "window_size", "patch_size")}
-        made["window_index"], made["cu_window_seqlens"] = get_vision_window_index(grid, **window)
+        made["window_index"], made["cu_window_seqlens"] = vision_utils.get_vision_window_index(grid, **window)
     if hasattr(tower, "interpolation_mode"):
         table = tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners
-        interpolated = get_vision_interpolation_indices_and_weights(grid, *table, config.spatial_merge_size)
+        interpolated = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid, *table, config.spatial_merge_size
+        )
         made["interp_indices"], made["interp_weights"] = interpolated
     longest = {"max_seqlen": "cu_seqlens", "max_window_seqlen": "cu_window_seqlens"}
     longest = {name: int(made[ends].diff().max()) for name, ends in longest.items() if ends in made}

@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; files of one floor may not import each other
 ]
 OF_PLUMBING = ["commandline kinds kernels", "arguments families files rewards", "rows pictures answers adapters"]
 OF_PLUMBING += ["data memory stream", "sharding metrics", "checkpoints curves"]
-LINES = {"common.py": 800, "run.py": 445, "README.md": 200, "CONTRIBUTING.md": 60, "plumbing": 270, "methods": 290}
+LINES = {"common.py": 800, "run.py": 445, "README.md": 200, "CONTRIBUTING.md": 60, "plumbing": 260, "methods": 290}
 METHODS = FLOORS[3]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("toy/*.py")])
 
