@@ -67,10 +67,8 @@ def places_of_patches(tower, pixels, inputs):
         made["window_index"], made["cu_window_seqlens"] = vision_utils.get_vision_window_index(grid, **window)
     if hasattr(tower, "interpolation_mode"):
         table = tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners
-        interpolated = vision_utils.get_vision_interpolation_indices_and_weights(
-            grid, *table, config.spatial_merge_size
-        )
-        made["interp_indices"], made["interp_weights"] = interpolated
+        found = vision_utils.get_vision_interpolation_indices_and_weights(grid, *table, config.spatial_merge_size)
+        made["interp_indices"], made["interp_weights"] = found
     longest = {"max_seqlen": "cu_seqlens", "max_window_seqlen": "cu_window_seqlens"}
     longest = {name: int(made[ends].diff().max()) for name, ends in longest.items() if ends in made}
     return pixels, inputs | longest | {name: kernels.send(value, pixels[0].device) for name, value in made.items()}
