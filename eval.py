@@ -504,20 +504,14 @@ class Evaluation:
 
     def ask(self, prompts):
         """Groups of responses; a batch that runs out of memory is cut in two, and counted."""
+        args = self.args
         try:
-            return rollout(
-                self.model,
-                self.processor.tokenizer,
-                prompts,
-                self.args,
-                "evaluation",
-                temperature=self.args.temperature,
-            )
+            tokenizer = self.processor.tokenizer
+            return rollout(self.model, tokenizer, prompts, args, "evaluation", temperature=args.temperature)
         except torch.OutOfMemoryError:
             if len(prompts) == 1:
-                raise UserError(
-                    "one prompt is too much: lower --samples, --max_response_tokens or --max_pixels."
-                ) from None
+                said = "one prompt is too much: lower --samples, --max_response_tokens or --max_pixels."
+                raise UserError(said) from None
         self.retries += 1
         torch.cuda.empty_cache()
         half = len(prompts) // 2

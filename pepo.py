@@ -53,11 +53,11 @@ class Args(SharedArgs):
 
 
 @torch.no_grad()
-def visual_similarity(layer_hidden, layer_image_hidden, image_mask=None):
+def visual_similarity(layer_hidden, layer_image_hidden):
     """Mean over layers of the cosine between a token's state and the image's: mean_l u(h) . mean_n u(v), in fp32.
 
-    Args: iterables over layers of (B, T, D) and (B or 1, N, D); `image_mask` (B or 1, N), None: all N.
-    Returns (B, T) in [-1, 1]; 0 where there is no image and where a state is 0.
+    Args: iterables over layers of (B, T, D) and (B or 1, N, D). Returns (B, T) in [-1, 1]; 0 where there is no image
+    and where a state is 0.
 
     >>> tokens, image = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
     >>> visual_similarity([tokens], [image])
@@ -65,9 +65,7 @@ def visual_similarity(layer_hidden, layer_image_hidden, image_mask=None):
     """
     total, layers = 0.0, 0
     for hidden, image in zip(layer_hidden, layer_image_hidden, strict=True):
-        valid = torch.ones_like(image[..., 0], dtype=torch.bool) if image_mask is None else image_mask
-        image = normalize(torch.where(valid[..., None], image, 0).float(), dim=-1)  # (B, N, D)
-        prior = image.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]  # (B, 1, D)
+        prior = normalize(image.float(), dim=-1).sum(1, keepdim=True) / max(image.shape[1], 1)  # (B, 1, D)
         total = total + (normalize(hidden.float(), dim=-1) * prior).sum(-1)  # (B, T)
         layers += 1
     return total / layers

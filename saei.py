@@ -15,10 +15,10 @@ break; see it by `--iterations 2 --epsilon 0.0157`, as by default all steps toge
 
 No code has been released. Stated: the above, n1 = n2 = 6, step 2/255, one step, no random start. Where the paper is
 silent, our choices:
-  1. Tokens are ranked in each response (`--rank_scope`), by an ascending stable sort; fewer than 3 tokens are all kept.
+  1. Tokens are ranked in each response, by an ascending stable sort; fewer than 3 tokens are all kept.
   2. The step is taken on the picture as the vision tower gets it, after resizing, in [0, 1], in fp32, clamped there.
-  3. Old log-probs are those of the clean picture (`--old_logps_image`), so that the ratio begins at 1. That half of
-     the group was sampled from another picture is left uncorrected, by design, as in NoisyRollout.
+  3. Old log-probs are those of the clean picture, so that the ratio begins at 1. That half of the group was sampled
+     from another picture is left uncorrected, by design, as in NoisyRollout.
   4. Without a picture, or where the gradient is not finite (counted), all responses are sampled from the clean prompt.
 
 The fair comparison is GRPO with n1 + n2 responses, which `--step 0` is, to the bit. The attack costs a forward and a
@@ -28,9 +28,9 @@ backward pass over n1 responses, in which no parameter gets a gradient.
     torchrun --nproc_per_node=8 saei.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs, 60 steps of 512 prompts
 """
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -54,8 +54,6 @@ class Args(SharedArgs):
     step: float = flag(2 / 255, "of the attack, on pixels in [0, 1]; 0: GRPO with n1 + n2 responses", least=-1, most=1)
     iterations: int = flag(1, "steps of the attack", above=0)
     epsilon: float | None = flag(None, "largest change of a pixel over all steps (default: one step)", least=0)
-    rank_scope: Literal["response", "group"] = flag("response", "the middle third of each response, or of all n1")
-    old_logps_image: Literal["clean", "attacked"] = flag("clean", "the picture of the second half's old log-probs")
     measure_every: int = flag(16, "log the entropy after the attack of one in so many prompts", above=0)
     save_images: int = flag(0, "write so many pictures, clean, attacked and 10 x their difference", least=0)
 
@@ -121,27 +119,36 @@ def unpatchify(pixel_values, grid, image_processor):
     return (picture * 255).round() / 255
 
 
+@contextlib.contextmanager
+def frozen(model):
+    """No parameter gets a gradient inside: a compiled layer would compute those of its weights, asked for or not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
 def entropy_of(group, pictures, run, args):
-    """Yields the entropy (B, T) of a group's responses under these pictures, row by row."""
+    """Yields the entropy (B, T) of a group's responses under these pictures, row by row, and the row's mask."""
     for row in split_group(group, args.tokens_per_row):
         row = with_picture(row, lambda _: torch.cat([patchify(x, run.processor.image_processor) for x in pictures]))
-        yield forward(run.model, row, args.temperature)[1]
+        yield forward(run.model, row, args.temperature)[1], row.mask
 
 
 def entropy_gradient(group, pictures, run, args):
-    """H, its gradient by each picture (3, H, W), and the tokens it is made of (G, T). No parameter gets a gradient."""
+    """H, its gradient by each picture (3, H, W), and the tokens it is made of (G, T)."""
     leaves = [picture.clone().requires_grad_() for picture in pictures]
-    H, gradients, kept, mask = 0.0, [0.0] * len(leaves), [], group.mask
-    if args.rank_scope == "group":
-        with torch.no_grad():
-            entropy = torch.cat(list(entropy_of(group, pictures, run, args)))
-        mask = middle_third(entropy.flatten()[None], mask.flatten()[None]).view_as(mask)
-    for entropy in entropy_of(group, leaves, run, args):  # a row's graph is gone before the next one's is built
-        mask_of_row = mask[sum(map(len, kept)) :][: len(entropy)]
-        kept.append(middle_third(entropy, mask_of_row) if args.rank_scope == "response" else mask_of_row)
-        share = aggregate(entropy, kept[-1], "sequence", len(mask))  # of the mean over responses of means over tokens
-        gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(share, leaves))]
-        H += share.detach()
+    H, gradients, kept = 0.0, [0.0] * len(leaves), []
+    with frozen(run.model):
+        for entropy, mask in entropy_of(group, leaves, run, args):  # a row's graph is gone before the next is built
+            kept.append(middle_third(entropy, mask))
+            share = aggregate(entropy, kept[-1], "sequence", len(group.mask))  # of the mean over the group's responses
+            gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(share, leaves))]
+            H += share.detach()
     return H, gradients, torch.cat(kept)
 
 
@@ -166,7 +173,7 @@ def attack(group, run, args):
     pictures = [torch.where(finite, x, origin) for x, origin in zip(pictures, clean)]
     if prompt.serial % args.measure_every == 0:
         with torch.no_grad():
-            entropy = torch.cat(list(entropy_of(group, pictures, run, args)))
+            entropy = torch.cat([entropy for entropy, _ in entropy_of(group, pictures, run, args)])
         run.metrics.add("attack_entropy_before", torch.where(finite, first[0], 0.0), finite)
         after = aggregate(entropy, first[1], "sequence", len(entropy))
         run.metrics.add("attack_entropy_after", torch.where(finite, after, 0.0), finite)
@@ -203,11 +210,6 @@ def join(clean, attacked):
     return group
 
 
-def attacked_view(row, pictures):
-    """The row under the attacked pictures of its prompt; itself where it has none."""
-    return with_picture(row, lambda clean: pictures.get(row.prompt.serial, clean))
-
-
 def note_sampled(groups, run, args):
     """Logs accuracy and length of the two halves."""
     for group in groups:
@@ -229,7 +231,6 @@ def main():
     args = parse_args(Args)
     run = Run(args)
     for step in run.steps():
-        pictures = {}  # attacked, by the number of their prompt
         with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
             while prompts := run.draw_prompts():
                 clean = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1))
@@ -237,7 +238,6 @@ def main():
                     prompts = [attack(group, run, args) for group in clean]
                 attacked = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1, None))
                 groups = [join(*halves) for halves in zip(clean, attacked)]
-                pictures |= {prompt.serial: prompt.pixel_values for prompt in prompts}
                 run.reward_groups(groups)
                 note_sampled(groups, run, args)
                 run.add_groups(groups)
@@ -248,11 +248,8 @@ def main():
 
         with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in rows:
-                if args.updates_per_step > 1 or args.old_logps_image == "attacked":
+                if args.updates_per_step > 1:
                     row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)
-                if args.old_logps_image == "attacked":
-                    logps, _, _ = forward(run.model, attacked_view(row, pictures), args.temperature)  # (B, T)
-                    row.old_logps = torch.where(row.scores > 0, logps, row.old_logps)
                 if args.kl_coef:
                     row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
 

@@ -53,21 +53,19 @@ class Args(SharedArgs):
 
 
 @torch.no_grad()
-def visual_focus(hidden, image_hidden, image_mask=None, floor=-1.0):
+def visual_focus(hidden, image_hidden, floor=-1.0):
     """Visual focus (eq. 4): the cosine of a token's state and the image's mean state, from [floor, 1] to [0, 1].
 
-    Args: hidden (B, T, D); image_hidden (B or 1, N, D); image_mask (B or 1, N), None: all N. Returns (B, T), fp32, 0
-    where there is no image.
+    Args: hidden (B, T, D); image_hidden (B or 1, N, D). Returns (B, T), fp32, 0 where there is no image.
 
     >>> tokens, image = torch.tensor([[[3.0, 4.0], [0.0, -2.0]]]), torch.tensor([[[2.0, 1.0], [0.0, 1.0]]])
     >>> visual_focus(tokens, image)  # mu = (1, 1), cosines 0.99 and -0.71
     tensor([[0.9950, 0.1464]])
     """
-    valid = torch.ones_like(image_hidden[..., 0], dtype=torch.bool) if image_mask is None else image_mask  # (B, N)
-    count = valid.sum(1)[:, None, None]  # (B, 1, 1)
-    mean = torch.where(valid[..., None], image_hidden, 0).float().sum(1, keepdim=True) / count.clamp(min=1)  # (B, 1, D)
-    cosine = cosine_similarity(hidden.float(), mean, dim=-1)  # (B, T)
-    return torch.where(count[..., 0] > 0, (cosine - floor) / (1 - floor), 0.0)
+    if image_hidden.shape[1] == 0:
+        return torch.zeros_like(hidden[..., 0], dtype=torch.float)
+    mean = image_hidden.float().mean(1, keepdim=True)  # (B, 1, D)
+    return (cosine_similarity(hidden.float(), mean, dim=-1) - floor) / (1 - floor)
 
 
 def late_gate(focus, mask, start=0.5, top=0.2):

@@ -110,9 +110,8 @@ def read_config(folder):
     default = vars(LoraConfig())
     more = [name for name, value in vars(config).items() if name not in PLAIN and value != default.get(name)]
     more += [name for name, value in said.items() if name not in default and value]  # of a newer PEFT
-    more += (
-        [] if said.get("init_lora_weights") in (True, False, "gaussian") else ["init_lora_weights"]
-    )  # of the base too
+    known = (True, False, "gaussian")  # others change the base too
+    more += [] if said.get("init_lora_weights") in known else ["init_lora_weights"]
     more += [] if said.get("peft_type") == "LORA" else ["peft_type"]
     more += [] if isinstance(config.base_model_name_or_path, str) else ["base_model_name_or_path"]
     if more:

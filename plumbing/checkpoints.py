@@ -45,13 +45,6 @@ class State:
     script: str
     arguments: dict
 
-    def __post_init__(self):
-        numbers = (self.step, self.updates, self.position, self.processes)
-        counts = all(type(number) is int and number >= 0 for number in numbers)
-        known = isinstance(self.history, dict) and {"first_eval", "last_eval", "seconds"} == set(self.history)
-        if not (counts and known and isinstance(self.arguments, dict)):
-            raise ValueError("its trainer_state.json holds other values than a run writes")
-
 
 def read_state(folder):
     """The State of a checkpoint; raises UserError where it is not whole."""
@@ -71,13 +64,9 @@ def trained_with(model):
 
 
 def newest(output):
-    """The checkpoint to go on from: what `last` points to; the latest step-N where links were not copied; or None."""
-    last = output / "last"
-    if last.is_symlink() and last.exists():
-        return last.resolve()
-    if last.exists():
-        own = f"step-{read_state(last).step}"
-        raise UserError(f"{last} is a folder, not a link to {own}: rename it to {own}, or remove it if that is there.")
+    """The checkpoint to go on from: what `last` is or points to; the latest step-N where there is none; or None."""
+    if (output / "last").exists():
+        return (output / "last").resolve()
     steps = steps_in(output)
     return steps[max(steps)] if steps else None
 
@@ -211,6 +200,8 @@ def save_checkpoint(folder, model, processor_files, optimizer, parameters, state
         beside.rename(folder)
         last.unlink(missing_ok=True)
         last.symlink_to(folder.name)
+        if not folder.with_name("last").is_symlink():
+            set_aside(folder.with_name("last"))  # a run that was copied without links goes on from a folder
         last.replace(folder.with_name("last"))
 
     once = {} if lora else dict(model.named_parameters())  # a head that is the embeddings stands here once

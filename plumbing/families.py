@@ -195,9 +195,7 @@ def picture_inputs(model, prompts):
     prompts = [x for x in prompts if x.image_grid_thw is not None]
     if not prompts:
         return {}
-    pixels = torch.cat(
-        [kernels.send(x.pixel_values, model.device) for x in prompts]
-    )  # a method may have made some there
+    pixels = torch.cat([kernels.send(x.pixel_values, model.device) for x in prompts])  # or made there by a method
     grid = torch.cat([x.image_grid_thw for x in prompts])
     if not is_internvl(model.config):
         return {"pixel_values": pixels, "image_grid_thw": grid}

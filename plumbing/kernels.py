@@ -15,9 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-if importlib.util.find_spec(
-    "flash_attn_interface"
-):  # the package flash-attn 3, in place of torch's own flash attention
+if importlib.util.find_spec("flash_attn_interface"):  # the package flash-attn 3, in place of torch's own
     activate_flash_attention_impl("FA3")
 
 HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 bytes = 0.3 GB

@@ -183,9 +183,8 @@ def refuse_uneven(args, processes):
 
 def out_of_memory(phase, error, args):
     """The sentence for a card that is full, with the flags to turn."""
-    flags = "--tokens_per_row, then --max_pixels" + ", or give --gradient_checkpointing" * (
-        not args.gradient_checkpointing
-    )
+    flags = "--tokens_per_row, then --max_pixels"
+    flags += "" if args.gradient_checkpointing else ", or give --gradient_checkpointing"
     if phase == "rollout":
         flags = "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
     return UserError(f"out of memory in the {phase} phase: lower {flags} ({str(error)[:120]}).")

@@ -80,8 +80,6 @@ def load_reward(spec):
     def rewards(problems, responses, answers):
         with told(f"--reward {spec} failed ({{}})."):
             values = function(list(problems), list(responses), list(answers))
-            if isinstance(values, dict | str | bytes | set | frozenset):
-                raise TypeError(f"it returned a {type(values).__name__}, not a list of numbers")
             values = [float(value) for value in values]
         if len(values) != len(responses):
             raise UserError(

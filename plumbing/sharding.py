@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType
+from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
@@ -33,10 +33,8 @@ def start_processes(args):
         raise UserError("weights are sharded here by FSDP2: start with torchrun, or accelerate without DeepSpeed.")
     trackers = args.report_to.split(",") if args.report_to else []
     for tracker in trackers:
-        if tracker not in map(str, LoggerType):
-            raise UserError(f"--report_to {tracker} is none of {', '.join(sorted(map(str, LoggerType)))}.")
-        if tracker != "all" and tracker not in map(str, get_available_trackers()):
-            raise UserError(f"--report_to {tracker} is not installed: pip install {tracker}, or leave it out.")
+        if tracker not in (installed := [*map(str, get_available_trackers()), "all"]):
+            raise UserError(f"--report_to {tracker} is none of those that are installed: {', '.join(installed)}.")
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and gpu)
     accelerator = Accelerator(
         cpu=not gpu,

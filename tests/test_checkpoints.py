@@ -334,12 +334,11 @@ def test_links_that_were_not_copied(tmp_path, capsys):
     assert "going on after step 2, from " in capsys.readouterr().err and (output / "last").resolve().name == "step-3"
     (output / "last").unlink()
     shutil.copytree(output / "step-3", output / "last")  # cp -rL
-    before = weights(output / "last")
-    with pytest.raises(UserError, match="last is a folder, not a link to step-3: rename it to step-3, or remove it if"):
-        grpo_run(output, "--steps", 4, "--resume")
     with pytest.raises(UserError, match="holds a run: --resume goes on"):
         grpo_run(output, "--steps", 4)
-    assert same(before, weights(output / "last")) and same(before, weights(output / "step-3"))
+    grpo_run(output, "--steps", 4, "--resume")
+    assert (output / "last").resolve().name == "step-4"
+    assert same(weights(output / "last.1"), weights(output / "step-3"))  # set aside: nothing is lost
 
 
 def test_two_runs_in_one_folder_at_a_time(tmp_path):
@@ -371,12 +370,6 @@ def test_a_checkpoint_of_another_trainer_or_without_its_keys(tmp_path):
         grpo_run(tmp_path / "run", "--steps", 2, "--resume")
     with pytest.raises(UserError, match="is not a whole checkpoint"):
         trained_with(tmp_path / "run/last")
-    state = {"step": 1, "updates": 1, "position": 2, "contents": "", "processes": 1, "script": "grpo", "arguments": {}}
-    state["history"] = {"first_eval": None, "last_eval": None, "seconds": 0.0}
-    for name, value in {"step": "1", "updates": None, "position": 1.5, "history": {}, "arguments": None}.items():
-        (tmp_path / "run/last/trainer_state.json").write_text(json.dumps(state | {name: value}))
-        with pytest.raises(UserError, match="holds other values than a run writes"):
-            grpo_run(tmp_path / "run", "--steps", 2, "--resume")
     (tmp_path / "run/last/trainer_state.json").write_text('{"global_step": 3}')
     assert trained_with(tmp_path / "run/last") == trained_with("toy") == {}
 

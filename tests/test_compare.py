@@ -80,11 +80,6 @@ def test_p_values_and_their_correction():
 def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
     for argv, text, sentence in (
-        (["x", "--report"], json.dumps(record("GRPO", 0, (0.5, 0.5))) + '\n{"arm": "GR', "is broken in line 2"),
-        (["x", "--report"], json.dumps(record("GRPO2", 0, (0.5, 0.5))), "has a run of GRPO2 in toy-faint"),
-        (["x", "--report"], json.dumps(record("GRPO", 0, (0.5, 0.5), world="mine")), "has a run of GRPO in mine"),
-        (["x", "--report"], "[]", "has no run in line 1"),
-        (["x", "--report"], '{"accuracy": []}', "has no run in line 1"),
         (["x", "--jobs", "0"], "", "--jobs 0 must be above 0"),
         (["x", "--seeds", "0"], "", "--seeds 0 must be above 0"),
     ):

@@ -17,8 +17,11 @@ from helpers import (
     weights,
 )
 from helpers import train as trained_by
+from test_saei import pictures_of, random_pictures
 from torch._dynamo.utils import counters
+from torch.profiler import profile
 
+import saei
 from common import forward, generate, seeded
 from plumbing import kernels
 from plumbing.adapters import adapters_of, add_adapters
@@ -121,3 +124,22 @@ def test_every_script_trains_the_same(traced, tmp_path):
         if not flags:
             assert_same_training(*(weights(tmp_path / f"{i}-{how}" / "last") for how in ("compiled", "plain")))
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 3
+
+
+def test_the_attack_computes_no_gradient_of_a_weight(traced, monkeypatch):
+    """A compiled layer has one backward graph: without `frozen` it would multiply for weights that nobody asks for."""
+    group, run = random_pictures(tiny_model("qwen2_5_vl"), [(4, 6)])
+
+    def attacked():
+        with profile(with_flops=True) as found:
+            _, (gradient,), _ = saei.entropy_gradient(group, *pictures_of(group, run), run, saei.Args())
+        return sum(event.flops for event in found.key_averages() if event.key in ("aten::mm", "aten::addmm")), gradient
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "compiled", lambda function, device: function)
+        flops, gradient = attacked()
+    compile_layers(run.model)
+    attacked()  # compiling counts as well
+    compiled_flops, compiled_gradient = attacked()
+    assert 0 < compiled_flops == flops and torch.allclose(compiled_gradient, gradient, atol=1e-6)
+    assert all(p.requires_grad for p in run.model.parameters())

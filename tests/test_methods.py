@@ -19,7 +19,7 @@ MAY_DIFFER = {  # lines of grpo.py that a method replaces
     "vepo": [OLD[1], *FORWARD, LOSS],
     "prpo": [OLD[1], *FORWARD, *ADVANTAGES],
     "pepo": [OLD[1], *FORWARD, *ADVANTAGES],
-    "saei": [SAMPLING, OLD[0]],
+    "saei": [SAMPLING],
     "vgpo": [*OLD, *FORWARD, *ADVANTAGES],
 }
 OFF = {
@@ -95,7 +95,7 @@ def test_a_constant_out_of_its_range_gets_a_sentence(tmp_path, capsys, name, fla
 
 
 ARMS = [("vepo", []), ("vepo", ["--select", "random"]), ("vgpo", []), ("pepo", ["--weight_schedule", "constant"])]
-ARMS += [("saei", ["--step", 0.2]), ("saei", ["--step", 0.2, "--rank_scope", "group"])]
+ARMS += [("saei", ["--step", 0.2])]
 ARMS += [("prpo", STRONG), ("prpo", ["--shuffle", *STRONG])]
 
 

@@ -132,7 +132,7 @@ METHOD_FLAGS = ["--eval_rows", 0, "--tokens_per_row", 130, "--temperature", 1.3]
 def test_each_method_on_two_processes(tmp_path, alone, finished, method, updates):
     flags = [*METHOD_FLAGS, "--updates_per_step", updates]
     if method == "saei":  # with 2 prompts a step the first process begins with a text-only prompt alone
-        flags += [*SAEI, "--old_logps_image", "attacked", "--prompts_per_step", 2]
+        flags += [*SAEI, "--prompts_per_step", 2]
     assert_equal(alone(*flags, script=method), finished(2, tmp_path / "two", *flags, script=method))
 
 

@@ -26,10 +26,6 @@ def test_focus_by_hand():
 
 def test_focus_without_an_image_is_zero():
     assert visual_focus(torch.randn(2, 3, 4), torch.empty(1, 0, 4)).tolist() == [[0, 0, 0]] * 2
-    image_mask = torch.tensor([[False, False], [True, False]])
-    image = torch.randn(2, 2, 4).masked_fill(~image_mask[..., None], torch.nan)
-    focus = visual_focus(torch.randn(2, 3, 4), image, image_mask)
-    assert (focus[0] == 0).all() and focus[1].isfinite().all() and (focus[1] != 0).all()
 
 
 def test_compensation_by_hand():
