@@ -2,10 +2,10 @@
 
     model loading -> rollout -> reward -> packed forward -> what methods share -> advantages and policy loss
 
-No method lives here, and nothing of a run: what a script's `main` calls by name is in run.py, what neither shows in
+No method lives here, and nothing of a run: what a script's `main` calls by name is in trainer.py, what neither shows in
 plumbing/. Shapes, the same everywhere: P prompts in a step, G responses to each (a group), B responses in a row or
 batch, T tokens of the longest response (up to and including its end-of-turn token), L tokens of a packed row, D hidden
-size, V vocabulary. The one idea that makes it fast: the G responses to a prompt share its long, picture-heavy prefix,
+size, V vocabulary. The one idea that makes it fast: the G responses to a prompt share its long, image-heavy prefix,
 so all that follows sampling runs on ONE row [prompt | response 1 | ... | response G] per group, and sampling computes
 the prompt once.
 """
@@ -29,15 +29,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from plumbing import kernels
-from plumbing.adapters import add_adapters, load_adapters, places, without_adapters
-from plumbing.answers import Checker
-from plumbing.arguments import model_source
-from plumbing.commandline import UserError, cannot_open
+from plumbing.adapters import add_adapters, load_adapters, resolve_model, without_adapters
+from plumbing.answers import Checker, extract_answer, load_reward
+from plumbing.arguments import UserError, cannot_open, model_source
 from plumbing.data import Prompt, prompt_text
-from plumbing.families import grey_picture, known_family, limit_pixels, picture_inputs, prepared, vision
+from plumbing.families import grey_image, image_inputs, known_family, limit_pixels, patch_attention, vision
 from plumbing.kernels import HEAD_CHUNK
-from plumbing.rewards import extract_answer, load_reward
-from plumbing.sharding import inside, is_sharded, on_any_process, on_main, shard
+from plumbing.sharding import is_sharded, on_any_process, on_main, shard, with_full_params
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and processor
@@ -51,7 +49,7 @@ def image_only(cls):
 
 def load_config(name, revision="main"):
     """The configuration of a model of a known family, never by code that comes with it. Raises UserError for others."""
-    source, _, revision, _ = places(name, revision)
+    source, _, revision, _ = resolve_model(name, revision)
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever transformers says of a folder that is no model
@@ -68,10 +66,10 @@ def load_config(name, revision="main"):
 def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
     """Tokenizer and image processor of a model behind the interface of its own processor class.
 
-    `min_pixels` and `max_pixels`: area of a picture after resizing; None keeps the model's own. Raises UserError, also
+    `min_pixels` and `max_pixels`: area of an image after resizing; None keeps the model's own. Raises UserError, also
     where tokenizer, chat template and model do not fit together.
     """
-    config, (source, _, revision, _) = load_config(name, revision), places(name, revision)
+    config, (source, _, revision, _) = load_config(name, revision), resolve_model(name, revision)
     options = {"revision": revision, "trust_remote_code": False}
     try:
         cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
@@ -90,7 +88,7 @@ def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
         raise UserError(f"--model {name} has no chat template that works ({error}): take a whole copy of it.") from None
     if ids.count(config.image_token_id) != 1 or "1 + 1" not in tokenizer.decode(ids):
         raise UserError(
-            f"--model {name} has a tokenizer or chat template that loses text or picture of a question: tokenizer.json "
+            f"--model {name} has a tokenizer or chat template that loses text or image of a question: tokenizer.json "
             f"and chat_template.jinja must be the model's own."
         )
     if (largest := max(tokenizer.get_vocab().values())) >= config.text_config.vocab_size:
@@ -125,12 +123,12 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
     options = {"dtype": dtype, "attn_implementation": {"text_config": "shared_prefix"}, "trust_remote_code": False}
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", in each process
     auto = transformers.AutoModelForImageTextToText
-    _, source, revision, adapters = places(name, revision)
+    _, source, revision, adapters = resolve_model(name, revision)
     config = load_config(source, revision)  # that of the weights: beside adapters may be another
     try:
         if meta:
             with torch.device("meta"):
-                return prepared(auto.from_config(config, **options))
+                return patch_attention(auto.from_config(config, **options))
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, found = auto.from_pretrained(source, config=config, revision=revision, **options)
     except Exception as error:  # whatever transformers says of a damaged file, or of a number in a config
@@ -143,7 +141,7 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
         raise UserError(f"--model {source} is damaged, or no model of its config.json: of its tensors {said}.")
     if config.tie_word_embeddings != (model.lm_head.weight is model.get_input_embeddings().weight):
         raise UserError(f"--model {source}: its head is not its embeddings, tie_word_embeddings must say so: false.")
-    return prepared(load_adapters(model, adapters, dtype) if adapters else model)
+    return patch_attention(load_adapters(model, adapters, dtype) if adapters else model)
 
 
 def trained_model(args, accelerator, checkpoint=None):
@@ -154,7 +152,7 @@ def trained_model(args, accelerator, checkpoint=None):
     """
     lora, source = bool(args.lora_rank), (model_source(args), args.model_revision)
     if checkpoint:  # with adapters: their base, as they name it
-        source = places(checkpoint / "adapter")[1:3] if lora else (checkpoint, "main")
+        source = resolve_model(checkpoint / "adapter")[1:3] if lora else (checkpoint, "main")
     dtype = torch.bfloat16 if lora and accelerator.mixed_precision == "bf16" else torch.float32
     model = load_model(*source, meta=accelerator.num_processes > 1 and not lora, dtype=dtype).train()
     if lora:
@@ -163,7 +161,7 @@ def trained_model(args, accelerator, checkpoint=None):
         torch.nn.ModuleList(vision(model)[0]).requires_grad_(False)
     if args.gradient_checkpointing:
         checkpoint_layers(model)
-    return model.to(accelerator.device) if lora else spread(model, source, accelerator)
+    return model.to(accelerator.device) if lora else to_device_or_shard(model, source, accelerator)
 
 
 def checkpoint_layers(model):
@@ -180,10 +178,10 @@ def reference_model(args, accelerator, model):
     reference = load_model(*source, meta=accelerator.num_processes > 1).eval().requires_grad_(False)
     if accelerator.num_processes == 1 and accelerator.mixed_precision == "bf16":
         kernels.products_in_bf16(reference)
-    return spread(reference, source, accelerator)
+    return to_device_or_shard(reference, source, accelerator)
 
 
-def spread(model, source, accelerator):
+def to_device_or_shard(model, source, accelerator):
     """The model on this process's device; of several processes each holds a part, and the main one loads the whole."""
     if accelerator.num_processes > 1:
         whole = on_main(lambda: load_model(*source))
@@ -212,6 +210,7 @@ class Group:
     accuracy: torch.Tensor | None = None  # (G,)
     format: torch.Tensor | None = None  # (G,)
     advantages: torch.Tensor | None = None  # (G,)
+    zero_advantage: bool = False  # all rewards are equal: no gradient
     loss_mask: torch.Tensor | None = None  # (G, T) tokens that the loss counts
     old_logps: torch.Tensor | None = None  # (G, T)
     ref_logps: torch.Tensor | None = None  # (G, T)
@@ -232,40 +231,40 @@ class Group:
         return row
 
 
-ROOM = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between
+CACHE_STEP = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between
 
 
 class SharedPrefixCache(transformers.DynamicCache):
-    """Keys and values of P prompts (a usual padded cache), and of the G responses to each, which have room to grow.
+    """Keys and values of P prompts (a usual padded cache), and of the G responses to each, which grow.
 
     The prompts' part is computed once, some prompts at a time, and never copied while responses grow. The responses'
-    part is written at `written`, a tensor, and read up to `room`, a number that seldom changes; 0 as long as prompts
+    part is written at `written`, a tensor, and read up to `capacity`, a number that seldom changes; 0 while prompts
     come.
     """
 
     def __init__(self, layers, device):
         super().__init__()
-        self.prefix, self.suffix, self.room = [[] for _ in range(layers)], [None] * layers, 0
+        self.prefix, self.suffix, self.capacity = [[] for _ in range(layers)], [None] * layers, 0
         self.written = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
 
     def update(self, keys, values, layer, *args, **kwargs):
         keys = keys.to(values.dtype)  # autocast computes rotary embeddings in fp32
-        if not self.room:  # some of the prompts: (p, heads, Lp, d)
+        if not self.capacity:  # some of the prompts: (p, heads, Lp, d)
             self.prefix[layer].append((keys, values))
             return keys, values
         for suffix, new in zip(self.suffix[layer], (keys, values)):  # one more token of each response: (P, heads, G, d)
             suffix.index_copy_(3, self.written, new[:, :, :, None])
         return list(zip(self.prefix[layer], self.suffix[layer]))
 
-    def grow(self, group_size, room):
-        """Makes room for so many tokens of each response, when all prompts are there."""
-        more = room - self.room
+    def grow(self, group_size, capacity):
+        """Makes space for so many tokens of each response, when all prompts are there."""
+        more = capacity - self.capacity
         for i, prefix in enumerate(self.prefix):  # one layer at a time is there twice, here and below
-            if not self.room:
+            if not self.capacity:
                 self.prefix[i] = prefix = tuple(map(torch.cat, zip(*prefix)))
                 self.suffix[i] = tuple(x.new_zeros(*x.shape[:2], group_size, 0, x.shape[3]) for x in prefix)
             self.suffix[i] = tuple(pad(x, (0, 0, 0, more)) for x in self.suffix[i])
-        self.room = room
+        self.capacity = capacity
 
     def select(self, prompts):
         """Forgets all prompts but these, when the others' responses have all ended."""
@@ -278,7 +277,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     """Attention of G response tokens per prompt to the prompt's keys, shared, and to their own response's keys.
 
     query (P, H, G, d); key and value: (prefix (P, H', Lp, d), suffix (P, H', G, t, d)) from `SharedPrefixCache`, H' the
-    key-value heads, t its room; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors
+    key-value heads, t its capacity; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors
     take the usual path (prefill), or, with `segments` from `pack`, that of a packed row.
     """
     if segments:  # of a packed row
@@ -328,8 +327,8 @@ def banned_tokens(model, tokenizer):
     return banned.to(model.device)
 
 
-def token_chooser(banned, temperature, top_p, top_k):
-    """`choose(logits (B, V), uniforms (B,)) -> (B,)`: inverse-transform sampling after generate's own warpers; never a
+def make_sampler(banned, temperature, top_p, top_k):
+    """`sample(logits (B, V), uniforms (B,)) -> (B,)`: inverse-transform sampling after generate's own warpers; never a
     token that is `banned` (V,). In fp64, in two levels: which 128 tokens, and which of these."""
     warpers = []
     if temperature != 1.0 and temperature > 0:
@@ -340,123 +339,173 @@ def token_chooser(banned, temperature, top_p, top_k):
         warpers.append(transformers.TopPLogitsWarper(top_p))
     warp = transformers.LogitsProcessorList(warpers)
 
-    def choose(logits, uniforms):
+    def sample(logits, uniforms):
         logits = warp(None, logits.float().masked_fill(banned, -torch.inf))
         if temperature == 0:
             return logits.argmax(-1)
         parts = pad(logits.softmax(-1), (0, -logits.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (B, V / 128, 128)
         sums = pad(parts.sum(-1, dtype=torch.double).cumsum(-1), (1, 0))  # (B, V / 128 + 1)
         target = uniforms[:, None] * sums[:, -1:]  # (B, 1)
-        part = torch.searchsorted(sums, target, right=True) - 1  # (B, 1)
+        part = (torch.searchsorted(sums, target, right=True) - 1).clamp(max=parts.shape[1] - 1)  # (B, 1)
         own = parts.take_along_dim(part[..., None], 1)[:, 0].double().cumsum(-1)  # (B, 128)
         rest = (target - sums.gather(1, part)).minimum(own[:, -1:] * (1 - 1e-15))  # below the last token that may be
-        return (128 * part + torch.searchsorted(own, rest, right=True))[:, 0]
+        token = 128 * part + torch.searchsorted(own, rest, right=True)
+        return token[:, 0].clamp(max=logits.shape[-1] - 1)  # of a model that computes NaN
 
-    return choose
+    return sample
+
+
+class Batch:
+    """P prompts, computed and stored once, and the state of decoding G responses to each.
+
+    Args: `capacity`: the cache grows by so many tokens; `prefill_tokens`: prompts are computed so many tokens at a
+    time, or one by one; `sharded`: weights stay sharded and are gathered layer by layer, so all processes go on as
+    long as one of them does; `graphs`: the kernels of a token are recorded as a CUDA graph, and replayed.
+    """
+
+    def __init__(
+        self, model, prompts, group_size, pad_id, capacity=CACHE_STEP, prefill_tokens=1, sharded=False, graphs=False
+    ):
+        self.model, self.prompts, self.group_size, self.sharded = model, prompts, group_size, sharded
+        self.capacity, self.prefill_tokens, device = capacity, prefill_tokens, model.device
+        width = kernels.aligned(max(len(p.input_ids) for p in prompts), device)
+        missing = [width - len(p.input_ids) for p in prompts]  # padding on the left
+        self.ids = torch.stack([pad(p.input_ids, (n, 0), value=pad_id) for p, n in zip(prompts, missing)]).to(device)
+        self.positions = torch.stack([pad(p.position_ids, (n, 0)) for p, n in zip(prompts, missing)], 1).to(device)
+        self.real = torch.stack([torch.arange(width) >= n for n in missing]).to(device)  # (P, Lp)
+        self.cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, device)
+        self.active = torch.arange(len(prompts), device=device)  # prompts with a response that has not ended
+        self.after = self.positions.amax((0, 2)) + 1  # (P,) the position of a response's first token
+        self.tokens, self.step, self.record = 0, None, kernels.recorded if graphs else partial
+        self.check_every = kernels.tokens_between_checks(device)
+        self.decode_step = self.decode_once if sharded else kernels.compiled(self.decode_once, device)
+
+    def next_logits(self, prompts, ids, mask, positions):
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs |= image_inputs(self.model, prompts)
+
+        def compute(model):
+            if self.sharded and prompts and "pixel_values" not in inputs:
+                grey_image(model)
+            hidden = model.model(**inputs, past_key_values=self.cache, use_cache=True).last_hidden_state
+            return model.lm_head(hidden[:, -1:] if prompts else hidden)
+
+        if prompts or self.sharded:  # compiled one by one, each layer would be a graph: the cache goes by their number
+            with torch.compiler.set_stance("force_eager"):
+                return with_full_params(self.model, compute) if self.sharded else compute(self.model)
+        return compute(self.model)
+
+    def prefill(self):
+        """Logits (P * G, V) of the first token of each response; the prompts are computed some at a time."""
+        P, width = self.ids.shape
+        size = P if self.sharded else max(1, self.prefill_tokens // width)  # sharded: as often on all processes
+        parts = [slice(start, start + size) for start in range(0, P, size)]
+        inputs = [(self.ids[p], self.real[p], self.positions[:, p].squeeze(0)) for p in parts]
+        logits = torch.cat([self.next_logits(self.prompts[p], *x) for p, x in zip(parts, inputs)])  # (P, 1, V)
+        return logits[:, 0].repeat_interleave(self.group_size, 0)
+
+    def decode_once(self, tokens, real, after):  # waits for no value of a tensor, so that it can be recorded
+        cache, G = self.cache, self.group_size
+        own = (torch.arange(cache.capacity, device=tokens.device) <= cache.written).expand(len(tokens), -1)
+        sees = torch.cat([real, own], 1)[:, None, None]  # (P, 1, 1, Lp + capacity)
+        at = (after + cache.written)[:, None].expand(len(self.positions), -1, G).squeeze(0)
+        return self.next_logits([], tokens, sees, at).flatten(0, 1)
+
+    def decode(self, tokens):
+        """Logits (P * G, V) of the tokens after these, (P, G); grows the cache, and records a graph of a new shape."""
+        if self.tokens % self.capacity == 0:
+            self.cache.grow(self.group_size, self.tokens + self.capacity)
+            self.step = None
+        if self.step is None:  # the last graph is freed before the next one takes memory
+            self.static_input = tokens.clone()
+            self.step = self.record(self.decode_step, self.static_input, self.real, self.after)
+        self.static_input.copy_(tokens)
+        logits = self.step()
+        self.cache.written += 1
+        self.tokens += 1
+        return logits
+
+    def prune(self, ended):
+        """Whether a response goes on; once half of the prompts have only ended (P, G) responses, they leave the batch.
+
+        Looks at every `check_every`-th token: the host has to wait for the GPU to see it.
+        """
+        if self.tokens == 0 or self.tokens % self.check_every:
+            return True
+        still_active = (~ended[self.active].all(1)).nonzero()[:, 0]
+        if 0 < len(still_active) <= len(self.active) // 2:
+            self.active, self.real, self.after = (x[still_active] for x in (self.active, self.real, self.after))
+            self.cache.select(still_active)
+            self.step = None
+        return on_any_process(len(still_active), self.sharded, ended.device)
 
 
 @torch.no_grad()
 def generate(
-    model, prompts, group_size, choose, uniforms, eos, pad_id, room=ROOM, prefill_tokens=1, sharded=False, graphs=False
+    model,
+    prompts,
+    group_size,
+    sample,
+    uniforms,
+    eos,
+    pad_id,
+    capacity=CACHE_STEP,
+    prefill_tokens=1,
+    sharded=False,
+    graphs=False,
 ):
     """G responses to each of P prompts, in one batch.
 
-    Args: `uniforms` (P * G, T) in [0, 1), one for each token to come; `choose` from `token_chooser`; `room`: the cache
-    grows by so many tokens; `prefill_tokens`: prompts are computed so many tokens at a time, or one by one; `sharded`:
-    weights are gathered layer by layer, so that all processes go on as long as one of them does; `graphs`: a token's
-    kernels are recorded whenever a shape has changed, and replayed.
+    Args: `sample` from `make_sampler`; `uniforms` (P * G, T) in [0, 1), one for each token to come; `eos`: tokens that
+    end a response; options: see `Batch`.
     Returns responses (P * G, t) and their mask, True up to and including the first of the `eos` tokens.
     """
-    P, G, T, device = len(prompts), group_size, uniforms.shape[1], model.device
-    width = kernels.aligned(max(len(p.input_ids) for p in prompts), device)
-    ids = torch.stack([pad(p.input_ids, (width - len(p.input_ids), 0), value=pad_id) for p in prompts]).to(device)
-    positions = torch.stack([pad(p.position_ids, (width - len(p.input_ids), 0)) for p in prompts], 1).to(device)
-    real = torch.stack([torch.arange(width) >= width - len(p.input_ids) for p in prompts]).to(device)  # (P, Lp)
-    cache = SharedPrefixCache(model.config.text_config.num_hidden_layers, device)
-
-    def next_logits(prompts, ids, mask, positions):
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **picture_inputs(model, prompts)}
-
-        def compute(model):
-            if sharded and prompts and "pixel_values" not in inputs:
-                grey_picture(model)
-            hidden = model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-            return model.lm_head(hidden[:, -1:] if prompts else hidden)
-
-        if prompts or sharded:  # layers compiled one by one would make a graph each: the cache goes by their number
-            with torch.compiler.set_stance("force_eager"):
-                return inside(model, compute) if sharded else compute(model)
-        return compute(model)
-
-    size = P if sharded else max(1, prefill_tokens // width)  # sharded weights are gathered as often by all processes
-    parts = [slice(start, start + size) for start in range(0, P, size)]
-    inputs = [(ids[p], real[p], positions[:, p].squeeze(0)) for p in parts]
-    logits = torch.cat([next_logits(prompts[p], *x) for p, x in zip(parts, inputs)])  # (P, 1, V)
-    logits = logits[:, 0].repeat_interleave(G, 0)  # (P * G, V)
-    after = positions.amax((0, 2)) + 1  # (P,) the position of a response's first token
-
-    def decode(tokens, real, after):  # waits for no value of a tensor, so that it can be recorded
-        own = (torch.arange(cache.room, device=device) <= cache.written).expand(len(tokens), -1)
-        sees = torch.cat([real, own], 1)[:, None, None]  # (P, 1, 1, Lp + room)
-        at = (after + cache.written)[:, None].expand(len(positions), -1, G).squeeze(0)
-        return next_logits([], tokens, sees, at).flatten(0, 1)
-
-    responses = torch.full((P, G, T), pad_id, device=device)
-    uniforms, eos = uniforms.view(P, G, -1).to(device), torch.tensor(eos, device=device)
-    ended = torch.zeros(P, G, dtype=torch.bool, device=device)
-    alive = torch.arange(P, device=device)  # prompts in the batch: those whose responses have all ended leave it
-    decode = decode if sharded else kernels.compiled(decode, device)
-    record = kernels.recorded if graphs else partial
-    between, step = kernels.tokens_between_checks(device), None
-    for t in range(T):
-        tokens = choose(logits, uniforms[alive, :, t].flatten()).view(-1, G)
-        responses[alive, :, t] = torch.where(ended[alive], pad_id, tokens)
-        ended[alive] |= torch.isin(tokens, eos)
-        if t + 1 == T:
+    batch = Batch(model, prompts, group_size, pad_id, capacity, prefill_tokens, sharded, graphs)
+    uniforms, eos = (
+        uniforms.to(model.device).unflatten(0, (len(prompts), group_size)),
+        torch.tensor(eos).to(model.device),
+    )
+    responses = torch.full(uniforms.shape, pad_id, device=model.device)  # (P, G, T)
+    ended = torch.zeros(uniforms.shape[:2], dtype=torch.bool, device=model.device)  # (P, G)
+    logits = batch.prefill()
+    for t in range(uniforms.shape[2]):
+        active = batch.active
+        tokens = sample(logits, uniforms[active, :, t].flatten()).view(-1, group_size)
+        responses[active, :, t] = torch.where(ended[active], pad_id, tokens)
+        ended[active] |= torch.isin(tokens, eos)
+        if t + 1 == uniforms.shape[2] or not batch.prune(ended):
             break
-        changed = t % room == 0
-        if t > 0 and t % between == 0:  # between two recordings, nowhere else does the host wait for the device
-            going = (~ended[alive].all(1)).nonzero()[:, 0]
-            if not on_any_process(len(going), sharded, device):
-                break
-            if 0 < len(going) <= len(alive) // 2:
-                alive, tokens, real, after = alive[going], tokens[going], real[going], after[going]
-                cache.select(going)
-                changed = True
-        if t % room == 0:
-            cache.grow(G, t + room)
-        if changed:
-            feed, step = tokens.clone(), None  # the graph before is gone when the next one takes memory
-            step = record(decode, feed, real, after)
-        feed.copy_(tokens)
-        logits = step()
-        cache.written += 1
+        logits = batch.decode(responses[batch.active, :, t])
     responses = responses[:, :, : t + 1].flatten(0, 1)
     is_end = torch.isin(responses, eos)
     return responses, (is_end.cumsum(1) - is_end.long()) == 0
 
 
-def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature=None, room=None):
+def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature=None, capacity=None):
     """G responses to each prompt, as a list of `Group`s, or a part of these G; equal for any batch and any processes.
 
     Every token's random number comes from --seed, the step and the prompt (its row, and its number in the stream).
-    `room`: the cache grows by so many tokens; None: by 128, or by as many as a response may have.
+    `capacity`: the cache grows by so many tokens; None: by 128, or by as many as a response may have.
     """
     G = len(range(args.group_size)[part])
     temperature = args.temperature if temperature is None else temperature
-    choose = token_chooser(banned_tokens(model, tokenizer), temperature, args.top_p, args.top_k)
+    sample = make_sampler(banned_tokens(model, tokenizer), temperature, args.top_p, args.top_k)
     eos, groups = end_tokens(model, tokenizer), []
     not_text = {*eos, tokenizer.pad_token_id}
     training, _ = model.training, model.eval()
-    sampling = {"eos": eos, "pad_id": tokenizer.pad_token_id, "room": room or min(ROOM, args.max_response_tokens)}
+    sampling = {
+        "eos": eos,
+        "pad_id": tokenizer.pad_token_id,
+        "capacity": capacity or min(CACHE_STEP, args.max_response_tokens),
+    }
     sampling |= {"prefill_tokens": args.tokens_per_row, "graphs": args.cuda_graphs}
     sampling["sharded"] = args.reshard_while_sampling and is_sharded(model)
     for start in range(0, len(prompts), args.rollout_prompts):
         batch = prompts[start : start + args.rollout_prompts]
         size = (args.group_size, args.max_response_tokens)
-        tables = [torch.rand(size, generator=seeded(args.seed, step, p.index, p.serial)) for p in batch]
+        tables = [torch.rand(size, generator=seeded(args.seed, step, p.index, p.prompt_id)) for p in batch]
         uniforms = torch.cat([table[part] for table in tables])
-        responses, mask = generate(model, batch, G, choose, uniforms, **sampling)
+        responses, mask = generate(model, batch, G, sample, uniforms, **sampling)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
         written = [tokens[:length] for tokens, length in zip(responses.tolist(), mask.sum(1).tolist())]
         for i, prompt in enumerate(batch):
@@ -490,7 +539,7 @@ class Reward:
         self.custom = load_reward(args.reward) if args.reward else None
 
     def __call__(self, groups):
-        """Sets accuracy, format and rewards (G,) of each group; returns the rewards (P, G)."""
+        """The groups, with accuracy, format and rewards (G,)."""
         args = self.args
         for group in groups:
             group.accuracy = torch.tensor([float(self.check(text, group.prompt.answer)) for text in group.texts])
@@ -501,12 +550,31 @@ class Reward:
             rewards = torch.tensor(self.custom(*map(list, zip(*rows)))).view(len(groups), -1)  # (P, G)
             for group, group_rewards in zip(groups, rewards):
                 group.rewards = group_rewards
-        return torch.stack([group.rewards for group in groups])
+        return groups
+
+
+def stack_rewards(groups, group_size):
+    """(P, G) rewards of groups; (0, G) of none."""
+    return torch.stack([g.rewards for g in groups]) if groups else torch.zeros(0, group_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward: one packed row per group
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def pack_rows(groups, advantages, args):
+    """Packed rows, one per group, or more if a group is longer than --tokens_per_row, with advantages and loss_mask.
+
+    advantages (P, G). Groups of equal rewards become rows too: their tokens count in the loss's denominator.
+    """
+    rows = []
+    for group, group_advantages in zip(groups, advantages):
+        group.zero_advantage = not group_advantages.any()
+        group.advantages = group_advantages.to(group.mask.device)
+        group.loss_mask = group.mask & ~group.truncated[:, None] if args.drop_truncated else group.mask
+        rows += split_group(group, args.tokens_per_row)
+    return rows
 
 
 def split_group(group, budget):
@@ -521,18 +589,18 @@ def split_group(group, budget):
     return [*rows, group[start:]]
 
 
-def filler(group):
-    """A row that counts nothing, of a group's first response: for a process that has none while others have."""
+def dummy_row(group):
+    """A row of weight 0, of a group's first response: for a process that has no row left while others have."""
     row = group[:1]
     zeros = torch.zeros(row.mask.shape, device=row.mask.device)
-    row.prompt, row.advantages = dataclasses.replace(row.prompt, serial=-1), zeros[:, 0]
+    row.prompt, row.advantages = dataclasses.replace(row.prompt, prompt_id=-1), zeros[:, 0]
     row.loss_mask = zeros.bool()
     row.old_logps = row.ref_logps = row.scores = row.weights = zeros
     return row
 
 
-def longest(prompt, args):
-    """The longest row that the settings allow to a prompt: to see, before the first step, whether it fits."""
+def longest_row(prompt, args):
+    """The longest row that the settings allow for a prompt: to see, before the first step, whether it fits."""
     G, T = args.group_size, args.max_response_tokens
     tokens, mask = torch.zeros(G, T, dtype=torch.long), torch.ones(G, T, dtype=torch.bool)
     group = Group(prompt, tokens, mask, truncated=torch.ones(G), texts=[""] * G)
@@ -582,39 +650,39 @@ def unpack(values, row):
     return out.index_copy(0, pack(row, values.device)["written"], values).view(*row.mask.shape, *values.shape[1:])
 
 
-def forward(model, row, temperature=1.0, watch=None):
+def forward(model, row, temperature=1.0, layer_hook=None):
     """Log-probs and entropies of a row's response tokens, from one packed forward pass.
 
-    `watch`: called with the row's detached hidden states (L, D) before each layer, from the embeddings on, and after
+    `layer_hook`: called with the row's detached hidden states (L, D) before each layer, the embeddings first, and after
     the final norm. Returns logps (G, T) and entropy (G, T) in nats, over the full vocabulary at the sampling
     temperature, that is, before top_k and top_p cut it; hidden (L, D), the whole row's states after the final norm.
     """
     packed = pack(row, model.device)
 
     def compute(model):
-        pictures = picture_inputs(model, [row.prompt])
-        nothing = 0 * grey_picture(model) if is_sharded(model) and not pictures else 0  # in the backward pass too
-        with watched(model.model.language_model.layers, watch):
-            hidden = model.model(**packed["inputs"], **pictures, use_cache=False).last_hidden_state[0] + nothing
-        if watch:
-            watch(hidden.detach())
+        images = image_inputs(model, [row.prompt])
+        nothing = 0 * grey_image(model) if is_sharded(model) and not images else 0  # in the backward pass too
+        with layer_hooks(model.model.language_model.layers, layer_hook):
+            hidden = model.model(**packed["inputs"], **images, use_cache=False).last_hidden_state[0] + nothing
+        if layer_hook:
+            layer_hook(hidden.detach())
         return *token_logps(
             hidden.index_select(0, packed["read"]), model.lm_head.weight, packed["targets"], temperature
         ), hidden
 
-    logps, entropy, hidden = inside(model, compute)
+    logps, entropy, hidden = with_full_params(model, compute)
     return unpack(logps, row), unpack(entropy, row), hidden
 
 
 @contextlib.contextmanager
-def watched(layers, watch):
-    """Calls `watch` with what each layer reads; not again when the backward pass recomputes a layer."""
-    hooks = [layer.register_forward_pre_hook(lambda _, args: watch(args[0][0].detach())) for layer in layers if watch]
+def layer_hooks(layers, hook):
+    """Calls `hook`, if any, with what each layer reads; not again when the backward pass recomputes a layer."""
+    handles = [layer.register_forward_pre_hook(lambda _, args: hook(args[0][0].detach())) for layer in layers if hook]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def response_and_image_states(hidden, row):
@@ -657,16 +725,16 @@ def compare_logits(function, model, row, *hidden, temperature=1.0, chunk=HEAD_CH
         ]
         return [torch.cat(part) for part in zip(*parts)]
 
-    return [unpack(value, row) for value in inside(model, compute)]
+    return [unpack(value, row) for value in with_full_params(model, compute)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What several methods share: perturbed pictures, and scores of tokens
+# What several methods share: perturbed images, and scores of tokens
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def with_picture(row, change):
-    """The row with `change(pixel_values)` instead of its pictures; itself where it has none."""
+def with_image(row, change):
+    """The row with `change(pixel_values)` instead of its images; itself where it has none."""
     if row.prompt.pixel_values is None:
         return row
     changed = copy.copy(row)  # with what `pack` made of it
@@ -677,7 +745,7 @@ def with_picture(row, change):
 def still_noise(pixel_values, generator):
     """Standard normal noise for pixel_values (patches, 3 x 2 x p x p): channel, time, height and width of a patch.
 
-    A still picture stands there twice, and both get the same noise.
+    A still image stands there twice, and both get the same noise.
     """
     noise = torch.randn(len(pixel_values), 3, 1, pixel_values.shape[1] // 6, generator=generator)
     return noise.expand(-1, -1, 2, -1).flatten(1)
@@ -685,7 +753,7 @@ def still_noise(pixel_values, generator):
 
 def token_uniforms(row, seed, step):
     """Uniform numbers (G, T) in [0, 1) that depend on seed, step, prompt and response alone."""
-    keys = [(seed, step, row.prompt.index, row.prompt.serial, text) for text in row.texts]
+    keys = [(seed, step, row.prompt.index, row.prompt.prompt_id, text) for text in row.texts]
     return torch.stack([torch.rand(row.mask.shape[1], generator=seeded(*key)) for key in keys]).to(row.mask.device)
 
 

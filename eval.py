@@ -31,18 +31,23 @@ from scipy.special import bdtr
 from tqdm.auto import tqdm
 
 from common import load_model, load_processor, rollout
-from plumbing.adapters import places
-from plumbing.answers import Checker, letters, parts, plain
-from plumbing.arguments import EMBEDDED, INSTRUCTION, check_together, model_source, without_links
-from plumbing.checkpoints import trained_with
-from plumbing.commandline import UserError, check_numbers, flag, parse_args
-from plumbing.data import Data, plain_text, some_of
+from plumbing.adapters import resolve_model
+from plumbing.answers import Checker, extract_answer, letters, parts, plain
+from plumbing.arguments import (
+    EMBEDDED,
+    INSTRUCTION,
+    UserError,
+    check_numbers,
+    check_together,
+    flag,
+    model_source,
+    parse_args,
+    without_links,
+)
+from plumbing.checkpoints import locked, trained_with, write_text
+from plumbing.data import Data, Unusable, image_folders, listed, load_rows, plain_text, refuse_output_among, some_of
 from plumbing.families import limit_pixels
-from plumbing.files import locked, write_text
 from plumbing.kernels import use_cores
-from plumbing.pictures import Unusable, listed
-from plumbing.rewards import extract_answer
-from plumbing.rows import load_rows, picture_folders, refuse_output_among
 from plumbing.sharding import PATIENCE, on_main
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -62,24 +67,20 @@ class Args:
     image_column: str | None = flag(None, "of your own data (default: as in training, else images or image)")
     problem_column: str | None = flag(None, "the same (default: problem, question or query)")
     answer_column: str | None = flag(None, "the same (default: answer, solution or ground_truth)")
-    rows: int = flag(-1, "of each benchmark, a random choice by --seed; -1: all", least=-1)
-    samples: int = flag(1, "responses to each prompt; more than 1: their mean, and whether any is right", above=0)
-    temperature: float = flag(0.0, "0: greedy", least=0, most=100)
-    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", above=0, most=1)
-    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", least=0)
+    rows: int = flag(-1, "of each benchmark, a random choice by --seed; -1: all", min=-1)
+    samples: int = flag(1, "responses to each prompt; more than 1: their mean, and whether any is right", gt=0)
+    temperature: float = flag(0.0, "0: greedy", min=0, max=100)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", gt=0, max=1)
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", min=0)
     instruction: str | None = flag(None, "sentence that follows every question (default: that of training)")
-    max_prompt_tokens: int | None = flag(
-        None, "longer prompts are not asked, and count as wrong (default: 8192)", above=0
-    )
+    max_prompt_tokens: int | None = flag(None, "longer prompts are not asked, and count as wrong (default: 8192)", gt=0)
     max_response_tokens: int | None = flag(
-        None, "a response is cut after so many tokens (default: as in training; toy: 64, else: 2048)", above=0
+        None, "a response is cut after so many tokens (default: as in training; toy: 64, else: 2048)", gt=0
     )
-    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: as in training)", above=0)
-    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: as in training)", above=0)
-    rollout_prompts: int = flag(128, "responses sampled together on each process; halved if memory runs out", above=0)
-    check_seconds: float = flag(
-        3.0, "an answer that takes the maths checker longer than this is wrong", above=0, most=3600
-    )
+    min_pixels: int | None = flag(None, "smaller images are enlarged to this (default: as in training)", gt=0)
+    max_pixels: int | None = flag(None, "larger images are shrunk to this (default: as in training)", gt=0)
+    rollout_prompts: int = flag(128, "responses sampled together on each process; halved if memory runs out", gt=0)
+    check_seconds: float = flag(3.0, "an answer that takes the maths checker longer than this is wrong", gt=0, max=3600)
     seed: int = flag(0, "of sampled tokens and of the choice of --rows")
     output: str | None = flag(None, "folder of everything that is written (default: runs/eval/<model>)")
     resume: bool = flag(False, "go on with what a stopped evaluation wrote to --output")
@@ -91,7 +92,7 @@ class Args:
     def __post_init__(self):
         given, self.model = self.model, without_links(self.model)
         self.trained = trained = trained_with(self.model)  # a checkpoint of ours knows how it was trained
-        folder, base, _, _ = places(model_source(self))  # adapters may be of a toy, too
+        folder, base, _, _ = resolve_model(model_source(self))  # adapters may be of a toy, too
         toys = {str(path / "model"): name for name, path in EMBEDDED.items()}
         toy = trained["model"] if trained.get("model") in EMBEDDED else toys.get(str(base))
         usual = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
@@ -149,7 +150,7 @@ def choose(problem, options):
         raise Unusable(f"has {len(options)} options, more than there are letters")
     lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options)]
     if [str(option) for option in options] == list(LETTERS[: len(options)]):
-        lines = []  # the picture shows them
+        lines = []  # the image shows them
     return "\n".join([problem, *lines, "Answer with the letter of the right option."])
 
 
@@ -306,7 +307,7 @@ class Questions(Data):
         self.name, self.args, self.processor, self.model = source, args, processor, model
         self.read, self.split, self.title = benchmark.read, split, f"{name} ({split})"
         self.rows = load_rows(source, split, benchmark.revision, self.option)
-        self.folders = picture_folders(source, split)
+        self.folders = image_folders(source, split)
         self.measure()
 
     def question(self, index):
@@ -537,7 +538,7 @@ class Evaluation:
             for start in range(0, len(left), size):
                 batch = left[start : start + size]
                 asked = [(part, index) for part, index in batch if index in askable[part]]
-                prompts = [dataclasses.replace(parts[part].prompt(index), serial=part) for part, index in asked]
+                prompts = [dataclasses.replace(parts[part].prompt(index), prompt_id=part) for part, index in asked]
                 groups = dict(zip(asked, self.ask(prompts) if prompts else []))
                 for part, index in batch:
                     source = {"part": part, "data": parts[part].title, "index": index}
@@ -719,7 +720,7 @@ def main():
         write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
         print(table(results))
-        pixels = "pictures of {:,} to {:,} pixels".format(*limit_pixels(evaluation.model.config, evaluation.processor))
+        pixels = "images of {:,} to {:,} pixels".format(*limit_pixels(evaluation.model.config, evaluation.processor))
         revisions = ", ".join(sorted(set(evaluation.protocol["revisions"].values())))
         asked = ", ".join(data.title for parts in evaluation.parts.values() for data in parts)
         print(f"{asked}, data revision {revisions}")

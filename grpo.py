@@ -17,14 +17,14 @@ Deviations from the paper, as the field trains today:
     python grpo.py --clip_high 0.28 --filter_groups --drop_truncated                # DAPO
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import parse_args
-from run import Run
+from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
+from plumbing.arguments import SharedArgs, parse_args
+from trainer import Trainer
 
 
 @dataclass
@@ -34,45 +34,52 @@ class Args(SharedArgs):
 
 def main():
     args = parse_args(Args)
-    run = Run(args)
-    for step in run.steps():
-        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw_prompts():
-                groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward_groups(groups)
-                run.add_groups(groups)
+    trainer = Trainer(args)
+    model, clip = trainer.model, (args.clip_low, args.clip_high)
+    for step in trainer.steps():
+        groups = []  # P prompts of this process, each with G responses and their rewards
+        with trainer.phase("rollout"):
+            while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
+                sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
+                sampled = trainer.reward(sampled)  # with rewards (G,)
+                groups = trainer.keep_groups(groups, sampled)
 
-        rewards = run.rewards()  # (P, G)
+        rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.pack_rows(advantages)  # one packed row per group
+        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
 
-        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
-            for row in rows:
+        with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
+            for row in trainer.with_gradient(rows):
                 if args.updates_per_step > 1:
-                    row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)
+                    row.old_logps, _, _ = forward(model, row, args.temperature)  # (B, T)
                 if args.kl_coef:
-                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+                    row.ref_logps, _, _ = forward(trainer.reference, row, args.temperature)  # (B, T)
 
-        with run.phase("update"):
-            for minibatch in run.minibatches(rows):
-                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
-                for row in minibatch:
-                    logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
+        with trainer.phase("update"):
+            for minibatch in trainer.minibatches(rows):
+                denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
+                for row in trainer.with_gradient(minibatch):
+                    logps, entropy, _ = forward(model, row, args.temperature)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
+                        logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, args.aggregation, denominator)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, args.aggregation, denominator)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    run.backward(loss, info, row, mask)
-                run.update()
+                    loss.backward()
+                    trainer.record(loss, info, mask)
+                grad_norm = trainer.clip_gradients()  # over all processes; clipped to --max_grad_norm
+                if math.isfinite(grad_norm):  # otherwise this update is skipped
+                    trainer.optimizer.step()
+                trainer.scheduler.step()
+                trainer.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

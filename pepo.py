@@ -1,7 +1,7 @@
 """PEPO: perception-exploration policy optimisation (arXiv 2603.22847).
 
-Good reasoning with a picture goes back and forth between looking and trying. A token whose hidden state resembles
-those of the picture is looking; a token of high entropy is trying. PEPO weighs every token of a response by the first,
+Good reasoning with an image goes back and forth between looking and trying. A token whose hidden state resembles
+those of the image is looking; a token of high entropy is trying. PEPO weighs every token of a response by the first,
 gated softly by the second, with weights of mean 1, so that a response's advantage moves among its tokens. With h^l_t
 the state of response token t before layer l (last: after the final norm), v^l_n that of image token n, u(x) = x / |x|:
 
@@ -14,8 +14,8 @@ Formulas follow the released code (xzxxntxdy/PEPO). What differs, or is silent i
   1. The paper averages over "all layers"; the code, and this file, count the embeddings too: 37 states of its
      Qwen2.5-VL-3B, of 36 layers, and 29 of its InternVL3-2B, of 28: `--no_embedding_layer`.
   2. The paper's softmax has no temperature; every released script divides by tau = 1.8.
-  3. Before a layer of Qwen3-VL stands what it reads, with the picture's deep features added.
-  4. A prompt without a picture has w = 1: plain GRPO.
+  3. Before a layer of Qwen3-VL stands what it reads, with the image's deep features added.
+  4. A prompt without an image has w = 1: plain GRPO.
   5. The released script of PEPO_D with InternVL3-2B sets `--use_vision_weights false`: that run is DAPO.
 
 The scores come out of a forward pass that is made anyway: no extra one.
@@ -29,26 +29,26 @@ The scores come out of a forward pass that is made anyway: no extra one.
               --schedule cosine --weight_decay 0.1 --beta2 0.95 --freeze_vision --accuracy_weight 1 --format_weight 1
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn.functional import normalize
 
-from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import parse_args
-from run import Run
+from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
+from plumbing.arguments import SharedArgs, parse_args
+from trainer import Trainer
 from common import min_max, quantiles, response_and_image_states
-from plumbing.commandline import flag
+from plumbing.arguments import flag
 
 
 @dataclass
 class Args(SharedArgs):
-    alpha: float = flag(0.05, "how far perception and exploration together move a token's similarity", least=0, most=1)
-    weight_temperature: float = flag(1.8, "tau of the softmax over a response; higher: weights nearer to 1", least=1e-3)
+    alpha: float = flag(0.05, "how far perception and exploration together move a token's similarity", min=0, max=1)
+    weight_temperature: float = flag(1.8, "tau of the softmax over a response; higher: weights nearer to 1", min=1e-3)
     embedding_layer: bool = flag(True, "average the similarity over the embeddings too, not over the layers alone")
-    strength: float = flag(1.0, "lambda at the end of the run; 0: GRPO", least=0, most=1)
+    strength: float = flag(1.0, "lambda at the end of the run; 0: GRPO", min=0, max=1)
     weight_schedule: Literal["linear", "constant"] = flag("linear", "lambda rises from 0, or is --strength at once")
 
 
@@ -88,15 +88,15 @@ def token_weights(similarity, entropy, mask, alpha=0.05, temperature=1.8, eps=1e
     return torch.where(mask, exp * length / exp.sum(1, keepdim=True), 0.0)
 
 
-def scoring_forward(row, run, args):
+def scoring_forward(row, trainer, args):
     """`forward` of a row: logps, entropy (B, T). The first, of the policy that sampled, sets `row.weights` (B, T)."""
     layers = []
 
-    def watch(hidden):  # (L, D), layer by layer: no two are kept
+    def layer_hook(hidden):  # (L, D), layer by layer: no two are kept
         own, image = response_and_image_states(hidden, row)  # (B, T, D), (N, D)
         layers.append(visual_similarity([own], [image[None]]))
 
-    logps, entropy, _ = forward(run.model, row, args.temperature, watch if row.weights is None else None)
+    logps, entropy, _ = forward(trainer.model, row, args.temperature, layer_hook if row.weights is None else None)
     if row.weights is None:
         row.scores = torch.stack(layers if args.embedding_layer else layers[1:]).mean(0)  # (B, T)
         row.weights = token_weights(row.scores, entropy, row.mask, args.alpha, args.weight_temperature)
@@ -105,48 +105,57 @@ def scoring_forward(row, run, args):
 
 def main():
     args = parse_args(Args)
-    run = Run(args)
-    for step in run.steps():
-        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw_prompts():
-                groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward_groups(groups)
-                run.add_groups(groups)
+    trainer = Trainer(args)
+    model, clip = trainer.model, (args.clip_low, args.clip_high)
+    for step in trainer.steps():
+        groups = []  # P prompts of this process, each with G responses and their rewards
+        with trainer.phase("rollout"):
+            while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
+                sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
+                sampled = trainer.reward(sampled)  # with rewards (G,)
+                groups = trainer.keep_groups(groups, sampled)
 
-        rewards = run.rewards()  # (P, G)
+        rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.pack_rows(advantages)  # one packed row per group
+        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
 
-        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
-            for row in rows:
+        with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
+            for row in trainer.with_gradient(rows):
                 if args.updates_per_step > 1:
-                    row.old_logps, _ = scoring_forward(row, run, args)  # (B, T)
+                    row.old_logps, _ = scoring_forward(row, trainer, args)  # PEPO: and the weights (B, T)
                 if args.kl_coef:
-                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+                    row.ref_logps, _, _ = forward(trainer.reference, row, args.temperature)  # (B, T)
 
-        with run.phase("update"):
-            for minibatch in run.minibatches(rows):
-                progress = min(1, run.updates / (args.steps * args.updates_per_step))
-                strength = args.strength * (progress if args.weight_schedule == "linear" else 1)  # lambda
-                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
-                for row in minibatch:
-                    logps, entropy = scoring_forward(row, run, args)  # (B, T)
+        with trainer.phase("update"):
+            for minibatch in trainer.minibatches(rows):
+                # PEPO: lambda rises from 0 to --strength over the run
+                progress = min(1, trainer.scheduler.last_epoch / (args.steps * args.updates_per_step))
+                strength = args.strength * (progress if args.weight_schedule == "linear" else 1)
+                denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
+                for row in trainer.with_gradient(minibatch):
+                    logps, entropy = scoring_forward(row, trainer, args)  # PEPO: (B, T), sets the weights once
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
-                    token_advantages = row.advantages[:, None] * ((1 - strength) + strength * row.weights)  # (B, T)
+                    # PEPO: (B, T), in a response as large as before
+                    token_advantages = row.advantages[:, None] * ((1 - strength) + strength * row.weights)
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
+                        logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     info |= quantiles("weight", row.weights, row.mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, args.aggregation, denominator)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, args.aggregation, denominator)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    run.backward(loss, info, row, mask)
-                run.update()
+                    loss.backward()
+                    trainer.record(loss, info, mask)
+                grad_norm = trainer.clip_gradients()  # over all processes; clipped to --max_grad_norm
+                if math.isfinite(grad_norm):  # otherwise this update is skipped
+                    trainer.optimizer.step()
+                trainer.scheduler.step()
+                trainer.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

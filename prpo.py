@@ -6,13 +6,13 @@ perturbation, says how brittle it is (after the Fisher information); RVD finds t
 PAR amplifies their advantage while it preserves the gradients of the others. Everything else below is our choice, and
 an argument. With P_t the policy's distribution of token t over the full vocabulary:
 
-    S_t   = KL(P_t || P_t with patches of the picture blackened)          strong: with probability 0.6, as in PAPO
+    S_t   = KL(P_t || P_t with patches of the image blackened)          strong: with probability 0.6, as in PAPO
     S'_t  = KL(P_t || P_t with noise of std 0.1 on the pixels)            weak: Fisher information is local
     RVD_t = VD_t (1 - VI_t)          VD, VI: min-max within the response of log(1 + S), log(1 + S'), as in PGPO
     w_t   = 1 + strength RVD_t,  A_it = A_i w_it                          strength 2; w >= 1 preserves the other tokens
 
 Min-max gives VI = 1 to the least stable token of every response, stable as it may be. `--shuffle` is the control arm:
-equal weights at random places of the response. A prompt without a picture has w = 1: plain GRPO.
+equal weights at random places of the response. A prompt without an image has w = 1: plain GRPO.
 
 Two more forward passes, without gradient: the clean distributions come out of a pass that is made anyway.
 
@@ -22,24 +22,24 @@ Two more forward passes, without gradient: the clean distributions come out of a
                 --data PAPOGalaxy/PAPO_ViRL39K_train
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import parse_args
-from run import Run
-from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_picture
-from plumbing.commandline import flag
+from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
+from plumbing.arguments import SharedArgs, parse_args
+from trainer import Trainer
+from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_image
+from plumbing.arguments import flag
 from plumbing.families import patch_places
 
 
 @dataclass
 class Args(SharedArgs):
-    blacken: float = flag(0.6, "strong view: the share of patches that are blackened", least=0, most=1)
-    weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]", least=0)
-    strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO", least=0)
+    blacken: float = flag(0.6, "strong view: the share of patches that are blackened", min=0, max=1)
+    weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]", min=0)
+    strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO", min=0)
     shuffle: bool = flag(False, "control arm: shuffle RVD inside each response")
 
 
@@ -51,7 +51,7 @@ def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, pla
 
 
 def add_pixel_noise(pixel_values, generator, image_mean, image_std, std=0.1):
-    """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both copies of a picture get the same noise."""
+    """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both copies of an image get the same noise."""
     mean, scale = (torch.tensor(x).repeat_interleave(pixel_values.shape[1] // 3) for x in (image_mean, image_std))
     pixels = pixel_values * scale + mean + std * still_noise(pixel_values, generator)
     return (pixels.clamp(0, 1) - mean) / scale
@@ -104,83 +104,91 @@ def shuffled(values, mask, noise):
     return torch.zeros_like(values).scatter(1, valid, values.gather(1, drawn))
 
 
-def scoring_forward(row, run, args, step):
+def scoring_forward(row, trainer, args, step):
     """`forward` of a row by the policy that sampled, which sets `row.weights` (B, T). Returns logps, entropy (B, T)."""
     seen = row.prompt.pixel_values is not None
-    if seen or run.world_size > 1:  # several processes gather sharded weights together: all make every pass
-        views = perturbed_hidden(row, run, args, step)  # before a pass whose graph is kept
-    logps, entropy, hidden = forward(run.model, row, args.temperature)  # (B, T), (B, T), (L, D)
+    if seen or trainer.world_size > 1:  # several processes gather sharded weights together: all make every pass
+        views = perturbed_hidden(row, trainer, args, step)  # before a pass whose graph is kept
+    logps, entropy, hidden = forward(trainer.model, row, args.temperature)  # (B, T), (B, T), (L, D)
     row.weights = row.mask.float()
-    if seen or run.world_size > 1:
+    if seen or trainer.world_size > 1:
         states = (hidden.detach(), *views)
-        strong, weak = compare_logits(divergences, run.model, row, *states, temperature=args.temperature)
+        strong, weak = compare_logits(divergences, trainer.model, row, *states, temperature=args.temperature)
     if seen:
         row.scores = robust_visual_dependency(strong, weak, row.mask)
         if args.shuffle:
             row.scores = shuffled(row.scores, row.mask, token_uniforms(row, args.seed, step))
         row.weights = token_weights(row.scores, row.mask, args.strength)
         info = quantiles("kl_strong", strong, row.mask) | quantiles("kl_weak", weak, row.mask)
-        run.metrics.add_means(info, row.loss_mask)
-    run.metrics.add_means(quantiles("weight", row.weights, row.mask), row.loss_mask)
+        trainer.metrics.add_means(info, row.loss_mask)
+    trainer.metrics.add_means(quantiles("weight", row.weights, row.mask), row.loss_mask)
     return logps, entropy
 
 
-def perturbed_hidden(row, run, args, step):
+def perturbed_hidden(row, trainer, args, step):
     """Hidden states (L, D) of the row under the strong and the weak view: one draw for each prompt and step."""
-    pictures = run.processor.image_processor
-    scale = {"image_mean": pictures.image_mean, "image_std": pictures.image_std}
-    generator = seeded(args.seed, step, row.prompt.index, row.prompt.serial, "views")
-    how = {"probability": args.blacken, "places": patch_places(run.model.config, row.prompt.image_grid_thw)}
-    strong = with_picture(row, lambda pixels: blacken(pixels, generator, **scale, **how))
-    weak = with_picture(row, lambda pixels: add_pixel_noise(pixels, generator, **scale, std=args.weak_std))
-    with run.phase("perturbed"), torch.no_grad():
-        return [forward(run.model, view, args.temperature)[2] for view in (strong, weak)]
+    images = trainer.processor.image_processor
+    scale = {"image_mean": images.image_mean, "image_std": images.image_std}
+    generator = seeded(args.seed, step, row.prompt.index, row.prompt.prompt_id, "views")
+    how = {"probability": args.blacken, "places": patch_places(trainer.model.config, row.prompt.image_grid_thw)}
+    strong = with_image(row, lambda pixels: blacken(pixels, generator, **scale, **how))
+    weak = with_image(row, lambda pixels: add_pixel_noise(pixels, generator, **scale, std=args.weak_std))
+    with trainer.phase("perturbed"), torch.no_grad():
+        return [forward(trainer.model, view, args.temperature)[2] for view in (strong, weak)]
 
 
 def main():
     args = parse_args(Args)
-    run = Run(args)
-    for step in run.steps():
-        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw_prompts():
-                groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward_groups(groups)
-                run.add_groups(groups)
+    trainer = Trainer(args)
+    model, clip = trainer.model, (args.clip_low, args.clip_high)
+    for step in trainer.steps():
+        groups = []  # P prompts of this process, each with G responses and their rewards
+        with trainer.phase("rollout"):
+            while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
+                sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
+                sampled = trainer.reward(sampled)  # with rewards (G,)
+                groups = trainer.keep_groups(groups, sampled)
 
-        rewards = run.rewards()  # (P, G)
+        rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.pack_rows(advantages)  # one packed row per group
+        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
 
-        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
-            for row in rows:
+        with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
+            for row in trainer.with_gradient(rows):
                 if args.updates_per_step > 1:
-                    row.old_logps, _ = scoring_forward(row, run, args, step)  # (B, T)
+                    row.old_logps, _ = scoring_forward(row, trainer, args, step)  # PRPO: and the weights (B, T)
                 if args.kl_coef:
-                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+                    row.ref_logps, _, _ = forward(trainer.reference, row, args.temperature)  # (B, T)
 
-        with run.phase("update"):
-            for minibatch in run.minibatches(rows):
-                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
-                for row in minibatch:
+        with trainer.phase("update"):
+            for minibatch in trainer.minibatches(rows):
+                denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
+                for row in trainer.with_gradient(minibatch):
+                    # PRPO: the policy that sampled also weights the tokens
                     if args.updates_per_step == 1:
-                        logps, entropy = scoring_forward(row, run, args, step)  # (B, T)
+                        logps, entropy = scoring_forward(row, trainer, args, step)  # (B, T)
                     else:
-                        logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
+                        logps, entropy, _ = forward(model, row, args.temperature)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
-                    token_advantages = row.advantages[:, None] * row.weights  # (B, T)
+                    token_advantages = row.advantages[:, None] * row.weights  # PRPO: (B, T)
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
+                        logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, args.aggregation, denominator)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, args.aggregation, denominator)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    run.backward(loss, info, row, mask)
-                run.update()
+                    loss.backward()
+                    trainer.record(loss, info, mask)
+                grad_norm = trainer.clip_gradients()  # over all processes; clipped to --max_grad_norm
+                if math.isfinite(grad_norm):  # otherwise this update is skipped
+                    trainer.optimizer.step()
+                trainer.scheduler.step()
+                trainer.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """SaEI: selective-adversarial entropy intervention (arXiv 2512.10414).
 
-Explore by what the policy sees, not by a term of the loss: sample n1 responses from the picture, move the picture one
-small step towards more uncertainty, sample n2 more from that, and train on all of them with the clean picture. With H_t
-the entropy of the policy at token t of a response to the clean picture I:
+Explore by what the policy sees, not by a term of the loss: sample n1 responses from the image, move the image one
+small step towards more uncertainty, sample n2 more from that, and train on all of them with the clean image. With H_t
+the entropy of the policy at token t of a response to the clean image I:
 
     K_i   = the middle third of response i's tokens by entropy                                      TsEC
     H     = mean_i mean_{t in K_i} H_t
@@ -16,10 +16,10 @@ break; see it by `--iterations 2 --epsilon 0.0157`, as by default all steps toge
 No code has been released. Stated: the above, n1 = n2 = 6, step 2/255, one step, no random start. Where the paper is
 silent, our choices:
   1. Tokens are ranked in each response, by an ascending stable sort; fewer than 3 tokens are all kept.
-  2. The step is taken on the picture as the vision tower gets it, after resizing, in [0, 1], in fp32, clamped there.
-  3. Old log-probs are those of the clean picture, so that the ratio begins at 1. That half of the group was sampled
-     from another picture is left uncorrected, by design, as in NoisyRollout.
-  4. Without a picture, or where the gradient is not finite (counted), all responses are sampled from the clean prompt.
+  2. The step is taken on the image as the vision tower gets it, after resizing, in [0, 1], in fp32, clamped there.
+  3. Old log-probs are those of the clean image, so that the ratio begins at 1. That half of the group was sampled
+     from another image is left uncorrected, by design, as in NoisyRollout.
+  4. Without an image, or where the gradient is not finite (counted), all responses are sampled from the clean prompt.
 
 The fair comparison is GRPO with n1 + n2 responses, which `--step 0` is, to the bit. The attack costs a forward and a
 backward pass over n1 responses, in which no parameter gets a gradient.
@@ -30,32 +30,32 @@ backward pass over n1 responses, in which no parameter gets a gradient.
 
 import contextlib
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch.nn.functional import pad
 
-from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import parse_args
-from run import Run
-from common import Group, split_group, with_picture
-from plumbing.commandline import UserError, flag
+from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
+from plumbing.arguments import SharedArgs, parse_args
+from trainer import Trainer
+from common import Group, split_group, with_image
+from plumbing.arguments import UserError, flag
 from plumbing.families import patch_shape
 from plumbing.kernels import send
 
 
 @dataclass
 class Args(SharedArgs):
-    n1: int = flag(6, "responses sampled from the picture", above=0)
-    n2: int = flag(6, "responses sampled from the attacked picture", above=0)
+    n1: int = flag(6, "responses sampled from the image", gt=0)
+    n2: int = flag(6, "responses sampled from the attacked image", gt=0)
     group_size: int | None = flag(None, "is n1 + n2")
-    step: float = flag(2 / 255, "of the attack, on pixels in [0, 1]; 0: GRPO with n1 + n2 responses", least=-1, most=1)
-    iterations: int = flag(1, "steps of the attack", above=0)
-    epsilon: float | None = flag(None, "largest change of a pixel over all steps (default: one step)", least=0)
-    measure_every: int = flag(16, "log the entropy after the attack of one in so many prompts", above=0)
-    save_images: int = flag(0, "write so many pictures, clean, attacked and 10 x their difference", least=0)
+    step: float = flag(2 / 255, "of the attack, on pixels in [0, 1]; 0: GRPO with n1 + n2 responses", min=-1, max=1)
+    iterations: int = flag(1, "steps of the attack", gt=0)
+    epsilon: float | None = flag(None, "largest change of a pixel over all steps (default: one step)", min=0)
+    measure_every: int = flag(16, "log the entropy after the attack of one in so many prompts", gt=0)
+    save_images: int = flag(0, "write so many images, clean, attacked and 10 x their difference", min=0)
 
     def __post_init__(self):
         if self.group_size not in (None, self.n1 + self.n2):
@@ -75,7 +75,7 @@ def middle_third(entropy, mask):
     """
     length = mask.sum(1, keepdim=True)  # (B, 1)
     order = entropy.masked_fill(~mask, torch.inf).sort(dim=1, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(mask.shape[1], device=order.device).expand_as(order))
+    rank = order.argsort(1)  # (B, T)
     return mask & ((length < 3) | ((rank >= length // 3) & (rank < 2 * length // 3)))
 
 
@@ -96,27 +96,27 @@ def mean_and_std(image_processor, device):
     ]
 
 
-def patchify(picture, image_processor):
-    """A picture (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
+def patchify(image, image_processor):
+    """An image (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
 
-    What is done with a picture of the right size: it is normalised, cut into patches, of which m x m stand together,
-    those of an image token (of InternVL m is 1), and a still picture is repeated in time.
+    What is done with an image of the right size: it is normalised, cut into patches, of which m x m stand together,
+    those of an image token (of InternVL m is 1), and a still image is repeated in time.
     """
     p, m, time = patch_shape(image_processor)
-    mean, std = mean_and_std(image_processor, picture.device)
-    _, H, W = picture.shape
-    cut = ((picture - mean) / std).view(3, H // p // m, m, p, W // p // m, m, p).permute(1, 4, 2, 5, 0, 3, 6)
+    mean, std = mean_and_std(image_processor, image.device)
+    _, H, W = image.shape
+    cut = ((image - mean) / std).view(3, H // p // m, m, p, W // p // m, m, p).permute(1, 4, 2, 5, 0, 3, 6)
     return cut.unsqueeze(5).expand(*[-1] * 5, time, -1, -1).reshape(-1, 3 * time * p * p)
 
 
 def unpatchify(pixel_values, grid, image_processor):
-    """The picture (3, H, W) in [0, 1] behind pixel_values and its image_grid_thw (3,), in whole 255ths."""
+    """The image (3, H, W) in [0, 1] behind pixel_values and its image_grid_thw (3,), in whole 255ths."""
     p, m, time = patch_shape(image_processor)
     mean, std = mean_and_std(image_processor, pixel_values.device)
     _, h, w = grid.tolist()
     cut = pixel_values.view(h // m, w // m, m, m, 3, time, p, p)[:, :, :, :, :, 0]
-    picture = cut.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p) * std + mean
-    return (picture * 255).round() / 255
+    image = cut.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p) * std + mean
+    return (image * 255).round() / 255
 
 
 @contextlib.contextmanager
@@ -132,19 +132,19 @@ def frozen(model):
             p.requires_grad_(True)
 
 
-def entropy_of(group, pictures, run, args):
-    """Yields the entropy (B, T) of a group's responses under these pictures, row by row, and the row's mask."""
+def entropy_of(group, images, trainer, args):
+    """Yields the entropy (B, T) of a group's responses under these images, row by row, and the row's mask."""
     for row in split_group(group, args.tokens_per_row):
-        row = with_picture(row, lambda _: torch.cat([patchify(x, run.processor.image_processor) for x in pictures]))
-        yield forward(run.model, row, args.temperature)[1], row.mask
+        row = with_image(row, lambda _: torch.cat([patchify(x, trainer.processor.image_processor) for x in images]))
+        yield forward(trainer.model, row, args.temperature)[1], row.mask
 
 
-def entropy_gradient(group, pictures, run, args):
-    """H, its gradient by each picture (3, H, W), and the tokens it is made of (G, T)."""
-    leaves = [picture.clone().requires_grad_() for picture in pictures]
+def entropy_gradient(group, images, trainer, args):
+    """H, its gradient by each image (3, H, W), and the tokens it is made of (G, T)."""
+    leaves = [image.clone().requires_grad_() for image in images]
     H, gradients, kept = 0.0, [0.0] * len(leaves), []
-    with frozen(run.model):
-        for entropy, mask in entropy_of(group, leaves, run, args):  # a row's graph is gone before the next is built
+    with frozen(trainer.model):
+        for entropy, mask in entropy_of(group, leaves, trainer, args):  # a row's graph is gone before the next is built
             kept.append(middle_third(entropy, mask))
             share = aggregate(entropy, kept[-1], "sequence", len(group.mask))  # of the mean over the group's responses
             gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(share, leaves))]
@@ -152,52 +152,52 @@ def entropy_gradient(group, pictures, run, args):
     return H, gradients, torch.cat(kept)
 
 
-def attack(group, run, args):
-    """The prompt of a group with pictures that make the policy less certain of the group's responses."""
-    prompt, processor = group.prompt, run.processor.image_processor
+def attack(group, trainer, args):
+    """The prompt of a group with images that make the policy less certain of the group's responses."""
+    prompt, processor = group.prompt, trainer.processor.image_processor
     if prompt.pixel_values is None or args.step == 0:
         return prompt
-    pixels = send(prompt.pixel_values, run.model.device)
+    pixels = send(prompt.pixel_values, trainer.model.device)
     parts = pixels.split(prompt.image_grid_thw.prod(1).tolist())
     clean = [unpatchify(part, grid, processor) for part, grid in zip(parts, prompt.image_grid_thw)]
-    pictures, first, finite = clean, None, True
+    images, first, finite = clean, None, True
     epsilon = abs(args.step) if args.epsilon is None else args.epsilon
     for _ in range(args.iterations):
-        H, gradients, kept = entropy_gradient(group, pictures, run, args)
+        H, gradients, kept = entropy_gradient(group, images, trainer, args)
         first = first or (H, kept)
         for gradient in gradients:
             finite = gradient.isfinite().all() & finite  # a tensor: nothing waits for it
-        moved = [adversarial_step(picture, gradient, args.step) for picture, gradient in zip(pictures, gradients)]
-        pictures = [x.minimum(origin + epsilon).maximum(origin - epsilon) for x, origin in zip(moved, clean)]
-    run.metrics.add("attack_failed", ~finite, 1)
-    pictures = [torch.where(finite, x, origin) for x, origin in zip(pictures, clean)]
-    if prompt.serial % args.measure_every == 0:
+        moved = [adversarial_step(image, gradient, args.step) for image, gradient in zip(images, gradients)]
+        images = [x.minimum(origin + epsilon).maximum(origin - epsilon) for x, origin in zip(moved, clean)]
+    trainer.metrics.add("attack_failed", ~finite, 1)
+    images = [torch.where(finite, x, origin) for x, origin in zip(images, clean)]
+    if prompt.prompt_id % args.measure_every == 0:
         with torch.no_grad():
-            entropy = torch.cat([entropy for entropy, _ in entropy_of(group, pictures, run, args)])
-        run.metrics.add("attack_entropy_before", torch.where(finite, first[0], 0.0), finite)
+            entropy = torch.cat([entropy for entropy, _ in entropy_of(group, images, trainer, args)])
+        trainer.metrics.add("attack_entropy_before", torch.where(finite, first[0], 0.0), finite)
         after = aggregate(entropy, first[1], "sequence", len(entropy))
-        run.metrics.add("attack_entropy_after", torch.where(finite, after, 0.0), finite)
-    change = torch.stack([(x - origin).abs().max() for x, origin in zip(pictures, clean)]).max()
-    run.metrics.add("attack_pixel_change", change, finite)
-    if prompt.serial < args.save_images:
-        save_images(run.output / "images", prompt.serial, clean, pictures)
-    attacked = torch.cat([patchify(picture, processor) for picture in pictures])
+        trainer.metrics.add("attack_entropy_after", torch.where(finite, after, 0.0), finite)
+    change = torch.stack([(x - origin).abs().max() for x, origin in zip(images, clean)]).max()
+    trainer.metrics.add("attack_pixel_change", change, finite)
+    if prompt.prompt_id < args.save_images:
+        save_images(trainer.output / "images", prompt.prompt_id, clean, images)
+    attacked = torch.cat([patchify(image, processor) for image in images])
     return dataclasses.replace(prompt, pixel_values=torch.where(finite, attacked, pixels))
 
 
-def save_images(folder, serial, clean, attacked):
-    """PNG files of a prompt's pictures: as they were, attacked, and 0.5 + 10 times the difference, side by side."""
+def save_images(folder, prompt_id, clean, attacked):
+    """PNG files of a prompt's images: as they were, attacked, and 0.5 + 10 times the difference, side by side."""
     folder.mkdir(exist_ok=True)
     for i, (before, after) in enumerate(zip(clean, attacked)):
         shown = torch.cat([before, after, (0.5 + 10 * (after - before)).clamp(0, 1)], 2)  # (3, H, 3 W)
         image = Image.fromarray((255 * shown).round().byte().permute(1, 2, 0).cpu().numpy())
-        beside = folder / f"prompt-{serial}-{i}.unfinished"
+        beside = folder / f"prompt-{prompt_id}-{i}.unfinished"
         image.save(beside, format="PNG")
         beside.replace(beside.with_suffix(".png"))
 
 
 def join(clean, attacked):
-    """One group on the clean picture out of two; `scores` is 1 on the tokens sampled from the attacked one."""
+    """One group on the clean image out of two; `scores` is 1 on the tokens sampled from the attacked one."""
     T = max(clean.mask.shape[1], attacked.mask.shape[1])
 
     def both(name):
@@ -210,70 +210,78 @@ def join(clean, attacked):
     return group
 
 
-def note_sampled(groups, run, args):
-    """Logs accuracy and length of the two halves."""
+def record_sampled(groups, trainer, args):
+    """For the log: accuracy and length of the two halves."""
     for group in groups:
         for name, half in (("clean", slice(args.n1)), ("attacked", slice(args.n1, None))):
-            run.metrics.add(f"accuracy_{name}", group.accuracy[half].sum(), len(group.accuracy[half]))
-            run.metrics.add(f"response_tokens_{name}", group.mask[half].sum(), len(group.mask[half]))
+            trainer.metrics.add(f"accuracy_{name}", group.accuracy[half].sum(), len(group.accuracy[half]))
+            trainer.metrics.add(f"response_tokens_{name}", group.mask[half].sum(), len(group.mask[half]))
 
 
-def note_trained(row, logps, old_logps, token_advantages, entropy, run, args):
-    """Logs entropy and clipped share of the two halves, on the clean picture."""
+def record_trained(row, logps, old_logps, token_advantages, entropy, trainer, clip):
+    """For the log: entropy and clipped share of the two halves, on the clean image."""
     for name, half in (("clean", row.scores == 0), ("attacked", row.scores > 0)):
         mask = row.loss_mask & half
-        _, info = policy_loss(logps.detach(), old_logps, token_advantages, mask, args.clip_low, args.clip_high)
-        run.metrics.add_means({f"clip_fraction_{name}": info["clip_fraction"]}, mask)
-        run.metrics.add_means({f"entropy_{name}": aggregate(entropy.detach(), mask)}, mask)
+        _, info = policy_loss(logps.detach(), old_logps, token_advantages, mask, *clip)
+        trainer.metrics.add_means({f"clip_fraction_{name}": info["clip_fraction"]}, mask)
+        trainer.metrics.add_means({f"entropy_{name}": aggregate(entropy.detach(), mask)}, mask)
 
 
 def main():
     args = parse_args(Args)
-    run = Run(args)
-    for step in run.steps():
-        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw_prompts():
-                clean = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1))
-                with run.phase("attack"):
-                    prompts = [attack(group, run, args) for group in clean]
-                attacked = rollout(run.model, run.tokenizer, prompts, args, step, slice(args.n1, None))
-                groups = [join(*halves) for halves in zip(clean, attacked)]
-                run.reward_groups(groups)
-                note_sampled(groups, run, args)
-                run.add_groups(groups)
+    trainer = Trainer(args)
+    model, clip = trainer.model, (args.clip_low, args.clip_high)
+    for step in trainer.steps():
+        groups = []  # P prompts of this process, each with G responses and their rewards
+        with trainer.phase("rollout"):
+            while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
+                # SaEI: n1 responses from the clean image, n2 from the attacked one, one group on the clean image
+                clean = rollout(model, trainer.tokenizer, prompts, args, step, slice(args.n1))
+                with trainer.phase("attack"):
+                    attacked_prompts = [attack(group, trainer, args) for group in clean]
+                attacked = rollout(model, trainer.tokenizer, attacked_prompts, args, step, slice(args.n1, None))
+                sampled = [join(*halves) for halves in zip(clean, attacked)]
+                sampled = trainer.reward(sampled)  # with rewards (G,)
+                record_sampled(sampled, trainer, args)
+                groups = trainer.keep_groups(groups, sampled)
 
-        rewards = run.rewards()  # (P, G)
+        rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.pack_rows(advantages)  # one packed row per group
+        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
 
-        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
-            for row in rows:
+        with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
+            for row in trainer.with_gradient(rows):
                 if args.updates_per_step > 1:
-                    row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)
+                    row.old_logps, _, _ = forward(model, row, args.temperature)  # (B, T)
                 if args.kl_coef:
-                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+                    row.ref_logps, _, _ = forward(trainer.reference, row, args.temperature)  # (B, T)
 
-        with run.phase("update"):
-            for minibatch in run.minibatches(rows):
-                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
-                for row in minibatch:
-                    logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
+        with trainer.phase("update"):
+            for minibatch in trainer.minibatches(rows):
+                denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
+                for row in trainer.with_gradient(minibatch):
+                    logps, entropy, _ = forward(model, row, args.temperature)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
+                        logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
-                    note_trained(row, logps, old_logps, token_advantages, entropy, run, args)
+                    record_trained(row, logps, old_logps, token_advantages, entropy, trainer, clip)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, args.aggregation, denominator)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, args.aggregation, denominator)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    run.backward(loss, info, row, mask)
-                run.update()
+                    loss.backward()
+                    trainer.record(loss, info, mask)
+                grad_norm = trainer.clip_gradients()  # over all processes; clipped to --max_grad_norm
+                if math.isfinite(grad_norm):  # otherwise this update is skipped
+                    trainer.optimizer.step()
+                trainer.scheduler.step()
+                trainer.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

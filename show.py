@@ -1,4 +1,4 @@
-"""Pictures: training curves, a page of which tokens each method rewards, and what the methods presume, measured.
+"""Images: training curves, a page of which tokens each method rewards, and what the methods presume, measured.
 
     python show.py curves runs/*                # curves.png and curves.svg, and a table; folders name-0, name-1: seeds
     python show.py tokens --model toy           # tokens.html: the same responses as every method sees them
@@ -44,16 +44,23 @@ from common import (
     rollout,
     seeded,
     split_group,
-    with_picture,
+    with_image,
 )
-from plumbing.arguments import EMBEDDED, SharedArgs, model_source
-from plumbing.checkpoints import trained_with
-from plumbing.commandline import UserError, cannot_write, check_numbers, flag, parse_args
-from plumbing.curves import draw_curves, read_runs
+from plumbing.arguments import (
+    EMBEDDED,
+    SharedArgs,
+    UserError,
+    cannot_write,
+    check_numbers,
+    flag,
+    model_source,
+    parse_args,
+)
+from plumbing.checkpoints import trained_with, write_text
 from plumbing.data import Data
 from plumbing.families import patches_of
-from plumbing.files import write_text
-from plumbing.kinds import KINDS, kinds_of
+from plumbing.metrics import draw_curves, read_runs
+from toy.kinds import KINDS, kinds_of
 
 # The flags of training that pages and signals read.
 USED = ["data", "eval_split", "data_revision", "image_column", "problem_column", "answer_column", "instruction"]
@@ -95,13 +102,13 @@ class ShownArgs(OfTraining):
 
 @dataclasses.dataclass
 class TokenArgs(ShownArgs):
-    prompts: int = flag(3, "prompts that are shown, those with a right and a wrong response", above=0)
+    prompts: int = flag(3, "prompts that are shown, those with a right and a wrong response", gt=0)
     page: str = flag("tokens.html", "file that is written")
 
 
 @dataclasses.dataclass
 class SignalArgs(ShownArgs):
-    prompts: int = flag(128, "prompts with a picture that are measured, the first ones of the data", above=0)
+    prompts: int = flag(128, "prompts with an image that are measured, the first ones of the data", gt=0)
     output: str = flag(".", "folder that signals.json and signals.png are written to")
 
 
@@ -109,7 +116,7 @@ class SignalArgs(ShownArgs):
 class CurveArgs:
     runs: list[str] = flag(dataclasses.MISSING, "folders, as in: curves runs/*; name-0, name-1 ...: seeds of a method")
     output: str = flag("curves", "file that is written, as .png and as .svg")
-    window: int = flag(10, "steps that are averaged, but for evaluations; 1: none", above=0)
+    window: int = flag(10, "steps that are averaged, but for evaluations; 1: none", gt=0)
 
     def __post_init__(self):
         check_numbers(self)
@@ -122,13 +129,13 @@ class CurveArgs:
 METHODS = {  # its score of a token, and what it makes of the advantage
     "GRPO": ("none", "the response's own, on every token: its reward against its group's mean, in standard deviations"),
     "VEPO": (
-        "high where the policy is uncertain and noise on the picture moves what it predicts; 0 where it is certain",
+        "high where the policy is uncertain and noise on the image moves what it predicts; 0 where it is certain",
         "only the best 20 % of a response's tokens are trained, the others have 0. Their number is fixed, rounded up "
         "and at least 1: where fewer stand out, tokens with a score next to 0 are kept too, of equal ones the earlier",
     ),
     "VGPO": (
-        "visual focus, how near the token's last state is to the picture's, from 0 to 1",
-        "the response's, times 0.1 to 2, more on tokens that look at the picture, the most on late ones; and times "
+        "visual focus, how near the token's last state is to the image's, from 0 to 1",
+        "the response's, times 0.1 to 2, more on tokens that look at the image, the most on late ones; and times "
         "0.9 to 2, more for a response that looks more than the others of its group",
     ),
     "PRPO": (
@@ -136,21 +143,21 @@ METHODS = {  # its score of a token, and what it makes of the advantage
         "the response's, times 1 + 2 x score: on no token less than the response's",
     ),
     "PEPO": (
-        "how similar the token's states, in all layers, are to the picture's, from -1 to 1",
-        "the response's, times weights of mean 1: more on tokens that resemble the picture, or are uncertain",
+        "how similar the token's states, in all layers, are to the image's, from -1 to 1",
+        "the response's, times weights of mean 1: more on tokens that resemble the image, or are uncertain",
     ),
     "SaEI": (
-        "1 on the middle third of a response's tokens by entropy: the picture is attacked to raise that of these",
+        "1 on the middle third of a response's tokens by entropy: the image is attacked to raise that of these",
         "as GRPO's: the attack changes what half of the responses are sampled from, not the loss",
     ),
 }
 SIGNALS = {
     "entropy": "entropy {} nats",
-    "JSD": "noise on the picture moves this token's distribution by JSD {} nats",
+    "JSD": "noise on the image moves this token's distribution by JSD {} nats",
     "KL strong": "blackened patches by KL {} nats",
     "KL weak": "weak noise by KL {} nats",
     "focus": "visual focus {} (0 to 1)",
-    "similarity": "similarity to the picture {} (-1 to 1)",
+    "similarity": "similarity to the image {} (-1 to 1)",
 }
 AMPLIFIED = 60  # so that a step of 2/255 spans half of the range of colours
 
@@ -187,11 +194,11 @@ def judged(group, run, args):
     def row():
         return dataclasses.replace(group, loss_mask=group.mask)
 
-    def watch(_, args, inputs):  # what is drawn is what was scored
+    def layer_hook(_, args, inputs):  # what is drawn is what was scored
         pixels = inputs.get("pixel_values")
         seen.append(pixels if pixels is None else patches_of(run.model.config, pixels, group.prompt.image_grid_thw))
 
-    with run.model.model.register_forward_pre_hook(watch, with_kwargs=True):
+    with run.model.model.register_forward_pre_hook(layer_hook, with_kwargs=True):
         vepo.scoring_forward(kept := row(), run, vepo.Args(**settings), 0)
         prpo.scoring_forward(raised := row(), run, prpo.Args(**settings), 0)
     pepo.scoring_forward(weighed := row(), run, pepo.Args(**settings))
@@ -206,7 +213,7 @@ def judged(group, run, args):
     if group.prompt.pixel_values is None:
         return {name: (x if name == "VEPO" else None, w) for name, (x, w) in methods.items()}, signals, {}
     noise, clean, strong, weak, _ = seen
-    views = {"the picture": clean, "VEPO: noise": noise, "PRPO: patches blackened": strong, "PRPO: weak noise": weak}
+    views = {"the image": clean, "VEPO: noise": noise, "PRPO: patches blackened": strong, "PRPO: weak noise": weak}
     noised = vepo.noised_hidden(group, run, vepo.Args(**settings), 0)
     moved = compare_logits(vepo.divergences, run.model, group, hidden, noised, temperature=args.temperature)
     perturbed = prpo.perturbed_hidden(group, run, prpo.Args(**settings), 0)
@@ -216,7 +223,7 @@ def judged(group, run, args):
 
 
 def drawn(group, run, args, views):
-    """{caption: pictures (3, H, W) in [0, 1]} of a group's prompt: as the methods scored it, and as SaEI attacks it."""
+    """{caption: images (3, H, W) in [0, 1]} of a group's prompt: as the methods scored it, and as SaEI attacks it."""
     if not views:
         return {}
     processor, grids, found = run.processor.image_processor, group.prompt.image_grid_thw, {}
@@ -224,7 +231,7 @@ def drawn(group, run, args, views):
     for name, pixels in {**views, f"SaEI: attacked, {255 * saei.Args.step:.0f}/255": attacked}.items():
         parts = zip(pixels.cpu().split(grids.prod(1).tolist()), grids)
         found[name] = [saei.unpatchify(part, grid, processor).clamp(0, 1) for part, grid in parts]
-    pairs = zip(found["the picture"], found[name])
+    pairs = zip(found["the image"], found[name])
     added = [(0.5 + AMPLIFIED * (after - before)).clamp(0, 1) for before, after in pairs]
     return found | {f"SaEI: what the attack adds, {AMPLIFIED} times, around grey": added}
 
@@ -240,7 +247,7 @@ def notes(name, scores, weights, advantage):
             if weight and score < 0.005:
                 why += f", at a score next to 0: 20 % of {len(weights)} tokens, rounded up, are always {kept}"
         if name == "SaEI" and score:
-            why += "; the picture is attacked to raise this token's entropy"
+            why += "; the image is attacked to raise this token's entropy"
         shown = "" if score is None else f"score {score:.2g}, "
         yield f"{name}: {shown}advantage {f'{advantage * weight:+.3g}' if weight else '0'} ({why})"
 
@@ -314,8 +321,8 @@ def lines_of(name, kind, **lines):
     return f'<div class="method"><b>{name}</b>{"".join(shown)}</div>'
 
 
-def picture(pixels):
-    """A picture (3, H, W) in [0, 1] as an image of the page itself."""
+def image(pixels):
+    """An image (3, H, W) in [0, 1] as an image of the page itself."""
     file = io.BytesIO()
     Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy()).save(file, format="PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
@@ -328,10 +335,10 @@ def section(number, group, run, args):
     shown = [int(group.accuracy.argmax()), int(group.accuracy.argmin())]
     largest = max(values[shown].abs().max().item() for values in advantages.values())  # one scale for all methods
     scale = f"Full colour: an advantage of {largest:.3g} or {-largest:.3g}."
-    scale += "" if views else " No picture: VEPO's score is the entropy, the others' advantages are GRPO's."
+    scale += "" if views else " No image: VEPO's score is the entropy, the others' advantages are GRPO's."
     parts = [f"<h2>{html.escape(group.prompt.problem.replace('<image>', '').strip())}</h2><p class=soft>{scale}</p>"]
-    for caption, pictures in drawn(group, run, args, views).items():
-        parts.append(f"<figure>{''.join(map(picture, pictures))}{html.escape(caption)}</figure>")
+    for caption, images in drawn(group, run, args, views).items():
+        parts.append(f"<figure>{''.join(map(image, images))}{html.escape(caption)}</figure>")
     about = {}
     for kind, response in zip(("right", "wrong"), shown):
         valid, advantage = group.mask[response], group.advantages[response].item()
@@ -360,10 +367,10 @@ def token_page(args):
     """One self-contained HTML page for --prompts prompts whose group has a right and a wrong response."""
     run, data = opened(args)
     reward, sections, about = Reward(args), [], {}
-    for serial, index in enumerate(data.indices[:200]):
-        prompt = dataclasses.replace(data.prompt(index), serial=serial)
+    for prompt_id, index in enumerate(data.indices[:200]):
+        prompt = dataclasses.replace(data.prompt(index), prompt_id=prompt_id)
         (group,) = rollout(run.model, run.tokenizer, [prompt], args, "show")
-        group.advantages = group_advantages(reward([group]))[0].to(group.mask.device)
+        group.advantages = group_advantages(reward([group])[0].rewards[None])[0].to(group.mask.device)
         if 0 < group.accuracy.sum() < len(group.accuracy):
             text, said = section(len(sections), group, run, args)
             sections.append(text)
@@ -372,7 +379,7 @@ def token_page(args):
             break
     reward.check.close()
     if not sections:
-        raise UserError(f"none of {serial + 1} prompts had a right and a wrong response: raise --group_size.")
+        raise UserError(f"none of {prompt_id + 1} prompts had a right and a wrong response: raise --group_size.")
     words = (lines_of(name, "words", score=score, advantage=gain) for name, (score, gain) in METHODS.items())
     signals = json.dumps(about).replace("<", "\\u003c")  # no text of a response ends the script
     return (
@@ -406,7 +413,7 @@ TITLES = {  # name in signals.json: what it is
     "rvd": "PRPO: robust visual dependency",
     "dependent_stable": "PRPO: tokens that are dependent and stable (VD above 1/2, VI below)",
     "dependent_brittle": "PRPO: tokens that are dependent and brittle (both above 1/2)",
-    "similarity": "PEPO: similarity to the picture, -1 to 1",
+    "similarity": "PEPO: similarity to the image, -1 to 1",
     "similarity_right_minus_wrong": "PEPO: similarity, right minus wrong responses of a group",
     "entropy_right_minus_wrong": "PEPO: entropy, right minus wrong, nats per token",
     "weight_spread": "PEPO: standard deviation of the weights in a response",
@@ -442,10 +449,10 @@ def random_step(prompt, run, seed):
     """The prompt's pixel_values after a step as large as SaEI's, with random signs: what any small change does."""
     processor, generator = run.processor.image_processor, seeded(seed, prompt.index, "signs")
     parts = prompt.pixel_values.split(prompt.image_grid_thw.prod(1).tolist())
-    pictures = [saei.unpatchify(part, grid, processor) for part, grid in zip(parts, prompt.image_grid_thw)]
-    signs = [torch.randn(picture.shape, generator=generator) for picture in pictures]
-    moved = [saei.adversarial_step(*both, saei.Args.step) for both in zip(pictures, signs)]
-    return torch.cat([saei.patchify(picture, processor) for picture in moved])
+    images = [saei.unpatchify(part, grid, processor) for part, grid in zip(parts, prompt.image_grid_thw)]
+    signs = [torch.randn(image.shape, generator=generator) for image in images]
+    moved = [saei.adversarial_step(*both, saei.Args.step) for both in zip(images, signs)]
+    return torch.cat([saei.patchify(image, processor) for image in moved])
 
 
 def token_signals(group, run, args):
@@ -457,7 +464,7 @@ def token_signals(group, run, args):
         for row in split_group(group, args.tokens_per_row):
             mask = row.mask
             _, entropy, hidden = forward(run.model, row, args.temperature)
-            steps = [with_picture(row, lambda _, pixels=pixels: pixels) for pixels in (attacked, shaken)]
+            steps = [with_image(row, lambda _, pixels=pixels: pixels) for pixels in (attacked, shaken)]
             (_, by_attack, hidden_attacked), (_, by_chance, hidden_shaken) = (
                 forward(run.model, moved, args.temperature) for moved in steps
             )
@@ -560,22 +567,22 @@ def interval(values):
 
 
 def measure_signals(args):
-    """{name: {mean, low, high, prompts}} over --prompts prompts that have a picture."""
+    """{name: {mean, low, high, prompts}} over --prompts prompts that have an image."""
     run, data = opened(args)
     reward, found, device = Reward(args), [], run.model.device.type
-    with_pictures = (prompt for prompt in map(data.prompt, data.indices) if prompt.pixel_values is not None)
-    bar = tqdm(itertools.islice(with_pictures, args.prompts), desc="signals", total=args.prompts, unit="prompt")
-    for serial, prompt in enumerate(bar):
-        prompt = dataclasses.replace(prompt, serial=serial)
+    with_images = (prompt for prompt in map(data.prompt, data.indices) if prompt.pixel_values is not None)
+    bar = tqdm(itertools.islice(with_images, args.prompts), desc="signals", total=args.prompts, unit="prompt")
+    for prompt_id, prompt in enumerate(bar):
+        prompt = dataclasses.replace(prompt, prompt_id=prompt_id)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # as in training
             (group,) = rollout(run.model, run.tokenizer, [prompt], args, "signals")
             reward([group])
             found.append(group_signals(group, run, args, args.data in EMBEDDED))
     reward.check.close()
     if not found:
-        raise UserError(f"--data {args.data} has no prompt with a picture: there is nothing to perturb.")
+        raise UserError(f"--data {args.data} has no prompt with an image: there is nothing to perturb.")
     if len(found) < args.prompts:
-        print(f"{data}: no more than {len(found)} prompts with a picture, of --prompts {args.prompts}", file=sys.stderr)
+        print(f"{data}: no more than {len(found)} prompts with an image, of --prompts {args.prompts}", file=sys.stderr)
     return {name: interval([values[name] for values in found]) for name in found[0]}
 
 

@@ -1,9 +1,9 @@
 """VEPO: vision-entropy token selection (arXiv 2606.03937).
 
-Training on the most uncertain tokens alone is a poor choice where there is a picture: many tokens that depend on it are
-certain. VEPO scores each token by how much a noised picture moves its prediction and by how uncertain it is, trains on
+Training on the most uncertain tokens alone is a poor choice where there is an image: many tokens that depend on it are
+certain. VEPO scores each token by how much a noised image moves its prediction and by how uncertain it is, trains on
 the best 20 % of each response, and leaves the advantage as it is. With P_t the policy's distribution of token t, over
-the full vocabulary, and Q_t that of the same policy and response when the picture is noised:
+the full vocabulary, and Q_t that of the same policy and response when the image is noised:
 
     j_t = JSD(P_t, Q_t),  H_t = H(P_t),  g_t = |H(Q_t) - H(P_t)|
     score_t = [1 - (1 - j'_t)^alpha (1 - g'_t)^(1 - alpha)] H'_t          ' : min-max within the response
@@ -18,7 +18,7 @@ Formulas follow the released code (Leonnnnnn929/VEPO). What differs, or is descr
      to use step 500 of a forward diffusion, which is 3.4 times weaker (0.505 / 0.863 = 0.59): `--noise diffusion`.
   2. A divergence below 1e-6 is rounding and counts as 0, or min-max would blow it up.
   3. The entropy bonus, over all tokens, stands in the code only.
-  4. A prompt without a picture has no divergence: its tokens are chosen by entropy.
+  4. A prompt without an image has no divergence: its tokens are chosen by entropy.
 
 One more forward pass, without gradient: the clean distributions come out of a pass that is made anyway.
 
@@ -35,23 +35,22 @@ from typing import Literal
 import torch
 from transformers.image_utils import OPENAI_CLIP_STD
 
-from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import parse_args
-from run import Run
-from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_picture
-from plumbing.commandline import flag
+from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
+from plumbing.arguments import SharedArgs, parse_args
+from trainer import Trainer
+from common import compare_logits, loss_denominator, min_max, quantiles, seeded, still_noise, token_uniforms, with_image
+from plumbing.arguments import flag
 
 
 @dataclass
 class Args(SharedArgs):
-    keep_ratio: float = flag(0.2, "k: share of a response's tokens in the policy loss; 1: all", above=0, most=1)
-    alpha: float = flag(0.7, "weight of the divergence against the change in entropy", least=0, most=1)
+    keep_ratio: float = flag(0.2, "k: share of a response's tokens in the policy loss; 1: all", gt=0, max=1)
+    alpha: float = flag(0.7, "weight of the divergence against the change in entropy", min=0, max=1)
     select: Literal["vepo", "entropy", "jsd", "random"] = flag("vepo", "choose tokens by VEPO's score, or by these")
     noise: Literal["normalised", "diffusion"] = flag("normalised", "Gaussian on normalised pixels, or a diffusion step")
-    noise_std: float = flag(2.0, "of --noise normalised, as Qwen2.5-VL normalises: 0.54 of pixels in [0, 1]", least=0)
-    noise_step: int = flag(500, "of --noise diffusion, of 1,000", least=0, most=999)
-    entropy_coef: float = flag(1e-3, "weight of the entropy bonus, over all tokens", least=-1e6, most=1e6)
+    noise_std: float = flag(2.0, "of --noise normalised, as Qwen2.5-VL normalises: 0.54 of pixels in [0, 1]", min=0)
+    noise_step: int = flag(500, "of --noise diffusion, of 1,000", min=0, max=999)
+    entropy_coef: float = flag(1e-3, "weight of the entropy bonus, over all tokens", min=-1e6, max=1e6)
 
 
 def add_noise(pixel_values, generator, std=2.0):
@@ -62,7 +61,7 @@ def add_noise(pixel_values, generator, std=2.0):
 def diffuse(pixel_values, generator, step=500):
     """Forward diffusion: sqrt(abar) x + sqrt(1 - abar) noise after `step` of 1,000 steps (arXiv 2311.16922).
 
-    step 500: 0.863 x + 0.505 noise, on normalised pixels; both copies of a picture get the same noise.
+    step 500: 0.863 x + 0.505 noise, on normalised pixels; both copies of an image get the same noise.
     """
     betas = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
     kept = (1 - betas).cumprod(0)[step].item()
@@ -80,7 +79,7 @@ def noised_pixels(pixel_values, image_std, generator, args):
 
 @torch.no_grad()
 def divergences(logits, noised_logits):
-    """JSD in [0, ln 2], entropy, and entropy under the noised picture, in nats: each (...) from logits (..., V).
+    """JSD in [0, ln 2], entropy, and entropy under the noised image, in nats: each (...) from logits (..., V).
 
     >>> jsd, entropy, noised_entropy = divergences(torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 1.0]]).log())
     >>> [round(x.item(), 4) for x in (jsd, entropy, noised_entropy)]  # P = (3/4, 1/4), Q = (1/2, 1/2)
@@ -120,102 +119,123 @@ def select_top(scores, mask, ratio=0.2):
     tensor([[False,  True, False, False,  True]])
     """
     order = scores.float().masked_fill(~mask, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(mask.shape[1], device=order.device).expand_as(order))
-    return mask & (rank < kept_tokens(mask, ratio)[:, None])
+    return mask & (order.argsort(1) < kept_tokens(mask, ratio)[:, None])  # rank < k
 
 
-def chosen_denominator(rows, run, args):
-    """What the policy loss of a mini-batch is divided by: the tokens that it will be made of, or its responses."""
+def count_chosen(rows, args):
+    """What the policy loss is divided by: the tokens that are chosen from these rows, or (sequence) the responses."""
     if args.aggregation == "sequence":
-        return run.denominator(rows)
-    return run.all_reduce(sum(kept_tokens(row.loss_mask, args.keep_ratio).sum() for row in run.whole(rows)))
+        return sum(loss_denominator(row.loss_mask, "sequence") for row in rows)
+    return sum(kept_tokens(row.loss_mask, args.keep_ratio).sum() for row in rows)
 
 
-def scoring_forward(row, run, args, step):
+def scoring_forward(row, trainer, args, step):
     """`forward` of a row by the policy that sampled, which also sets `row.weights` (B, T): True on tokens to train on.
 
     Returns logps and entropy (B, T).
     """
-    vision = args.select in ("vepo", "jsd")
-    noised = noised_hidden(row, run, args, step) if vision else None  # before a pass whose graph is kept
-    logps, entropy, hidden = forward(run.model, row, args.temperature)  # (B, T), (B, T), (L, D)
-    mask, uncertainty = row.mask, entropy.detach()
-    row.scores = token_uniforms(row, args.seed, step) if args.select == "random" else uncertainty
+    noised = noised_hidden(row, trainer, args, step)  # before a pass whose graph is kept
+    logps, entropy, hidden = forward(trainer.model, row, args.temperature)  # (B, T), (B, T), (L, D)
+    uncertainty, jsd, noised_entropy = entropy.detach(), None, None
     if noised is not None:
-        states = (hidden.detach(), noised)
-        jsd, _, noised_entropy = compare_logits(divergences, run.model, row, *states, temperature=args.temperature)
-        if row.prompt.pixel_values is not None:
-            vepo = token_scores(jsd, uncertainty, noised_entropy, mask, args.alpha)
-            row.scores = vepo if args.select == "vepo" else jsd
-            gap = (noised_entropy - uncertainty).abs()
-            run.metrics.add_means(quantiles("jsd", jsd, mask) | quantiles("entropy_gap", gap, mask), row.loss_mask)
-    row.weights = select_top(row.scores, mask, args.keep_ratio)
-    agreed = row.weights & select_top(uncertainty, mask, args.keep_ratio)
-    shares = {"kept_tokens": row.weights.sum() / mask.sum(), "kept_top_entropy": agreed.sum() / row.weights.sum()}
-    run.metrics.add_means(shares, row.loss_mask)
+        states = hidden.detach(), noised
+        jsd, _, noised_entropy = compare_logits(divergences, trainer.model, row, *states, temperature=args.temperature)
+    row.scores = scores_by(args.select, row, uncertainty, jsd, noised_entropy, args, step)
+    row.weights = select_top(row.scores, row.mask, args.keep_ratio)
+    record_choice(row, uncertainty, jsd, noised_entropy, trainer, args)
     return logps, entropy
 
 
-def noised_hidden(row, run, args, step):
-    """Hidden states (L, D) of the row under its noised pictures: one draw for each prompt and step.
+def scores_by(select, row, entropy, jsd, noised_entropy, args, step):
+    """The scores (B, T) of --select; without an image, for which there is no jsd, those of "vepo" are entropy."""
+    if select == "random":
+        return token_uniforms(row, args.seed, step)
+    if select == "entropy" or row.prompt.pixel_values is None:
+        return entropy
+    return jsd if select == "jsd" else token_scores(jsd, entropy, noised_entropy, row.mask, args.alpha)
 
-    None where there is no picture, on one process; several gather sharded weights together and all make the pass.
+
+def record_choice(row, entropy, jsd, noised_entropy, trainer, args):
+    """For the log: quantiles of the divergences, and how many tokens are kept, also by entropy alone."""
+    if jsd is not None and row.prompt.pixel_values is not None:
+        gap = (noised_entropy - entropy).abs()
+        info = quantiles("jsd", jsd, row.mask) | quantiles("entropy_gap", gap, row.mask)
+        trainer.metrics.add_means(info, row.loss_mask)
+    both = row.weights & select_top(entropy, row.mask, args.keep_ratio)
+    shares = {"kept_tokens": row.weights.sum() / row.mask.sum(), "kept_top_entropy": both.sum() / row.weights.sum()}
+    trainer.metrics.add_means(shares, row.loss_mask)
+
+
+def noised_hidden(row, trainer, args, step):
+    """Hidden states (L, D) of the row under its noised images: one draw for each prompt and step.
+
+    None where --select needs none, and where there is no image, on one process; several gather sharded weights
+    together, so all make the pass.
     """
-    if row.prompt.pixel_values is None and run.world_size == 1:
+    if args.select not in ("vepo", "jsd") or (row.prompt.pixel_values is None and trainer.world_size == 1):
         return None
-    generator = seeded(args.seed, step, row.prompt.index, row.prompt.serial, "noise")
-    image_std = run.processor.image_processor.image_std
-    noised = with_picture(row, lambda pixels: noised_pixels(pixels, image_std, generator, args))
-    with run.phase("noised"), torch.no_grad():
-        return forward(run.model, noised, args.temperature)[2]
+    generator = seeded(args.seed, step, row.prompt.index, row.prompt.prompt_id, "noise")
+    image_std = trainer.processor.image_processor.image_std
+    noised = with_image(row, lambda pixels: noised_pixels(pixels, image_std, generator, args))
+    with trainer.phase("noised"), torch.no_grad():
+        return forward(trainer.model, noised, args.temperature)[2]
 
 
 def main():
     args = parse_args(Args)
-    run = Run(args)
-    for step in run.steps():
-        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw_prompts():
-                groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward_groups(groups)
-                run.add_groups(groups)
+    trainer = Trainer(args)
+    model, clip = trainer.model, (args.clip_low, args.clip_high)
+    for step in trainer.steps():
+        groups = []  # P prompts of this process, each with G responses and their rewards
+        with trainer.phase("rollout"):
+            while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
+                sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
+                sampled = trainer.reward(sampled)  # with rewards (G,)
+                groups = trainer.keep_groups(groups, sampled)
 
-        rewards = run.rewards()  # (P, G)
+        rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.pack_rows(advantages)  # one packed row per group
+        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
 
-        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
-            for row in rows:
+        with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
+            for row in trainer.with_gradient(rows):
                 if args.updates_per_step > 1:
-                    row.old_logps, _ = scoring_forward(row, run, args, step)  # (B, T)
+                    row.old_logps, _ = scoring_forward(row, trainer, args, step)  # VEPO: and the weights (B, T)
                 if args.kl_coef:
-                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
+                    row.ref_logps, _, _ = forward(trainer.reference, row, args.temperature)  # (B, T)
 
-        with run.phase("update"):
-            for minibatch in run.minibatches(rows):
-                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
-                averaging_chosen = averaging | {"denominator": chosen_denominator(minibatch, run, args)}
-                for row in minibatch:
+        with trainer.phase("update"):
+            for minibatch in trainer.minibatches(rows):
+                denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
+                # VEPO: the policy term is a mean over the chosen tokens
+                chosen_denominator = trainer.all_reduce(count_chosen(minibatch, args))
+                for row in trainer.with_gradient(minibatch):
+                    # VEPO: the policy that sampled also chooses the tokens
                     if args.updates_per_step == 1:
-                        logps, entropy = scoring_forward(row, run, args, step)  # (B, T)
+                        logps, entropy = scoring_forward(row, trainer, args, step)  # (B, T)
                     else:
-                        logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)
+                        logps, entropy, _ = forward(model, row, args.temperature)  # (B, T)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token
                     mask = row.loss_mask  # (B, T)
-                    chosen = mask & (row.weights > 0)  # (B, T)
+                    chosen = mask & (row.weights > 0)  # VEPO: (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, chosen, args.clip_low, args.clip_high, **averaging_chosen
+                        logps, old_logps, token_advantages, chosen, *clip, args.aggregation, chosen_denominator
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, args.aggregation, denominator)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, args.aggregation, denominator)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    run.backward(loss, info, row, mask)
-                run.update()
+                    loss.backward()
+                    trainer.record(loss, info, mask)
+                grad_norm = trainer.clip_gradients()  # over all processes; clipped to --max_grad_norm
+                if math.isfinite(grad_norm):  # otherwise this update is skipped
+                    trainer.optimizer.step()
+                trainer.scheduler.step()
+                trainer.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """VGPO: visually-guided policy optimisation (arXiv 2604.09349).
 
-Vision-language models look at the picture less and less as a response goes on. VGPO measures how close each token's
+Vision-language models look at the image less and less as a response goes on. VGPO measures how close each token's
 last hidden state h_t is to the mean state mu of the image tokens, raises late tokens that still look, and moves
 advantage to what looks: in a response by a token factor psi, in a group by a rollout factor alpha. For t = 0 .. T - 1:
 
@@ -16,7 +16,7 @@ Deviations:
   1. The code's floor is min(0, smallest cosine of a micro-batch); here -1, which depends on no batch: `--floor`.
   2. Phi sums omega as the paper does; the code sums omega': `--accumulate normalised`.
   3. The code's groups are 8 consecutive rows of a shuffled micro-batch; here, as in the paper, the G of one prompt.
-  4. A prompt without a picture has psi = alpha = 1: plain GRPO.
+  4. A prompt without an image has psi = alpha = 1: plain GRPO.
 Phi is a sum, so it grows with length: the log has its correlation with length, and how often alpha is at its floor.
 
 No extra pass, but a scoring pass where a group is cut into several rows, since alpha compares whole responses.
@@ -27,28 +27,28 @@ No extra pass, but a scoring pass where a group is cut into several rows, since 
                 --data PAPOGalaxy/PAPO_ViRL39K_train                                # the paper's setting, on DAPO
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn.functional import cosine_similarity
 
-from common import aggregate, forward, group_advantages, kl_penalty, policy_loss, rollout
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import parse_args
-from run import Run
+from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
+from plumbing.arguments import SharedArgs, parse_args
+from trainer import Trainer
 from common import quantiles, response_and_image_states
-from plumbing.commandline import flag
+from plumbing.arguments import flag
 
 
 @dataclass
 class Args(SharedArgs):
     intra: bool = flag(True, "token factors, inside a response")
     inter: bool = flag(True, "rollout factors, inside a group")
-    strength: float = flag(0.3, "beta: what the last token gains when it is gated", least=0)
-    start: float = flag(0.5, "gamma: the share of a response before the first token that may gain", least=0, most=1)
-    top: float = flag(0.2, "kappa: the share of the tokens after it that do", least=0, most=1)
-    floor: float = flag(-1.0, "the cosine that counts as no focus", least=-1, most=0.99)
+    strength: float = flag(0.3, "beta: what the last token gains when it is gated", min=0)
+    start: float = flag(0.5, "gamma: the share of a response before the first token that may gain", min=0, max=1)
+    top: float = flag(0.2, "kappa: the share of the tokens after it that do", min=0, max=1)
+    floor: float = flag(-1.0, "the cosine that counts as no focus", min=-1, max=0.99)
     accumulate: Literal["raw", "normalised"] = flag("raw", "sum focus over a response as it is, or after min-max")
 
 
@@ -125,7 +125,7 @@ def row_focus(hidden, row, args):
     return visual_focus(own, image[None], floor=args.floor)
 
 
-def set_weights(rows, run, args):
+def set_weights(rows, trainer, args):
     """Sets `row.weights` (B, T) to alpha psi, in the rows that make up one group, and logs alpha."""
     focus, mask = torch.cat([row.scores for row in rows]), torch.cat([row.mask for row in rows])  # (G, T)
     compensated = compensate(focus, mask, args.strength, args.start, args.top)
@@ -134,63 +134,72 @@ def set_weights(rows, run, args):
     psi = token_factors(compensated, mask) if args.intra else mask.float()  # (G, T)
     for row, weights in zip(rows, (alpha[:, None] * psi).split([len(row.mask) for row in rows])):
         row.weights = weights
-    run.metrics.add("gated_tokens", (compensated > focus).sum(), mask.sum())
-    run.metrics.add("rollout_factor", alpha.sum(), len(alpha))
-    run.metrics.add("rollout_factor_clamped", ((alpha <= 0.9) | (alpha >= 2.0)).sum(), len(alpha))
+    trainer.metrics.add("gated_tokens", (compensated > focus).sum(), mask.sum())
+    trainer.metrics.add("rollout_factor", alpha.sum(), len(alpha))
+    trainer.metrics.add("rollout_factor_clamped", ((alpha <= 0.9) | (alpha >= 2.0)).sum(), len(alpha))
     a, b = alpha.double() - alpha.double().mean(), mask.sum(1) - mask.sum(1).double().mean()
     correlation = (a * b).sum() / (a.norm() * b.norm())  # NaN where all are equal
-    run.metrics.add("rollout_factor_length_correlation", correlation.nan_to_num(), correlation.isfinite())
+    trainer.metrics.add("rollout_factor_length_correlation", correlation.nan_to_num(), correlation.isfinite())
 
 
 def main():
     args = parse_args(Args)
-    run = Run(args)
-    for step in run.steps():
-        with run.phase("rollout"):  # prompts -> G responses each -> rewards, until the step is full
-            while prompts := run.draw_prompts():
-                groups = rollout(run.model, run.tokenizer, prompts, args, step)
-                run.reward_groups(groups)
-                run.add_groups(groups)
+    trainer = Trainer(args)
+    model, clip = trainer.model, (args.clip_low, args.clip_high)
+    for step in trainer.steps():
+        groups = []  # P prompts of this process, each with G responses and their rewards
+        with trainer.phase("rollout"):
+            while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
+                sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
+                sampled = trainer.reward(sampled)  # with rewards (G,)
+                groups = trainer.keep_groups(groups, sampled)
 
-        rewards = run.rewards()  # (P, G)
+        rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = run.pack_rows(advantages)  # one packed row per group
+        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
+        groups_are_cut = trainer.all_reduce(len(rows) > len(groups)) > 0  # VGPO: on any process
 
-        with run.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
-            for row in rows:
-                if args.updates_per_step > 1 or (args.inter and run.groups_are_cut):  # alpha needs a whole group
-                    row.old_logps, _, hidden = forward(run.model, row, args.temperature)  # (B, T)
+        with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
+            for row in trainer.with_gradient(rows):
+                # VGPO: the rollout factor compares whole groups; it needs this pass if one is cut into several rows
+                if args.updates_per_step > 1 or (args.inter and groups_are_cut):
+                    row.old_logps, _, hidden = forward(model, row, args.temperature)  # (B, T)
                     row.scores = row_focus(hidden, row, args)  # (B, T)
                 if args.kl_coef:
-                    row.ref_logps, _, _ = forward(run.reference, row, args.temperature)  # (B, T)
-            for group in run.groups:
+                    row.ref_logps, _, _ = forward(trainer.reference, row, args.temperature)  # (B, T)
+            for group in groups:
                 if parts := [row for row in rows if row.prompt is group.prompt and row.scores is not None]:
-                    set_weights(parts, run, args)
+                    set_weights(parts, trainer, args)  # VGPO
 
-        with run.phase("update"):
-            for minibatch in run.minibatches(rows):
-                averaging = {"aggregation": args.aggregation, "denominator": run.denominator(minibatch)}
-                for row in minibatch:
-                    logps, entropy, hidden = forward(run.model, row, args.temperature)  # (B, T)
-                    if row.weights is None:
+        with trainer.phase("update"):
+            for minibatch in trainer.minibatches(rows):
+                denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
+                for row in trainer.with_gradient(minibatch):
+                    logps, entropy, hidden = forward(model, row, args.temperature)  # (B, T)
+                    if row.weights is None:  # VGPO: not set by the score phase
                         row.scores = row_focus(hidden, row, args)  # (B, T)
-                        set_weights([row], run, args)
+                        set_weights([row], trainer, args)
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
-                    token_advantages = row.advantages[:, None] * row.weights  # (B, T)
+                    token_advantages = row.advantages[:, None] * row.weights  # VGPO: (B, T)
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
-                        logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging
+                        logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
                     info |= quantiles("weight", row.weights, row.mask)
                     if args.entropy_coef:
-                        loss = loss - args.entropy_coef * aggregate(entropy, mask, **averaging)
+                        loss = loss - args.entropy_coef * aggregate(entropy, mask, args.aggregation, denominator)
                     if args.kl_coef:
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
-                        loss = loss + args.kl_coef * aggregate(kl, mask, **averaging)
+                        loss = loss + args.kl_coef * aggregate(kl, mask, args.aggregation, denominator)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    run.backward(loss, info, row, mask)
-                run.update()
+                    loss.backward()
+                    trainer.record(loss, info, mask)
+                grad_norm = trainer.clip_gradients()  # over all processes; clipped to --max_grad_norm
+                if math.isfinite(grad_norm):  # otherwise this update is skipped
+                    trainer.optimizer.step()
+                trainer.scheduler.step()
+                trainer.optimizer.zero_grad()
 
 
 if __name__ == "__main__":

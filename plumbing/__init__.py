@@ -1,23 +1,15 @@
-"""What a run needs and a lecture does not open: one room a file, each says in its first lines what lives there.
+"""What a training run needs and a lecture does not open: each module says in its first lines what belongs there.
 
-arguments   the flags that all scripts share
-commandline how a flag is declared, checked and listed; the sentence that a user's mistake gets
-files       written beside and renamed; one writer at a time
+arguments   the command line: how a flag is declared and checked; the flags that all scripts share
 families    what differs between Qwen-VL and InternVL
-rows        hub data sets and local files -> rows
-pictures    a picture of any mode, opened and brought to RGB
-data        rows of any usual schema -> prompts
-stream      the order of the prompts
-rewards     the answer in a response; a reward of the user's own
-answers     is an answer right
-kinds       what the tokens of a response in an embedded world say
+kernels     attention kernels, compiled layers, CUDA graphs, threads
+data        files and hub sets -> rows -> prompts, and their order
+answers     the answer in a response, and whether it is right; a custom reward
 adapters    LoRA: added, loaded, saved, merged
-sharding    several processes: FSDP2, and what they do together
-kernels     threads, which attention a part of the model uses, CUDA graphs
 memory      --dry_run: what fits
+sharding    several processes: FSDP2, and what they do together
+metrics     the log: means over tokens and processes, metrics.jsonl, curves
 checkpoints save, find, restore; what a resumed run may change
-metrics     the log: means over tokens and processes, metrics.jsonl
-curves      the picture that a run draws at its end
 """
 
 import os

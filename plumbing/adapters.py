@@ -4,7 +4,7 @@
 
 W is never changed, not for sampling either: rounded into bf16 weights, a small BA would leave most of them as they are
 (tests/test_adapters.py), and the policy that samples would not be the one that is trained.
-Checkpoints hold PEFT's own two files in adapter/. Not here: what is trained, and when it is saved (run.py).
+Checkpoints hold PEFT's own two files in adapter/. Not here: what is trained, and when it is saved (trainer.py).
 """
 
 import copy
@@ -17,8 +17,7 @@ from peft.tuners.lora import Linear
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from plumbing.arguments import EMBEDDED
-from plumbing.commandline import UserError
+from plumbing.arguments import EMBEDDED, UserError
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."  # PEFT's names
 
@@ -122,7 +121,7 @@ def read_config(folder):
 
 def refuse_adapters(args):
     """Raises UserError for adapters as --model, and for --lora_rank with what is for sharded weights."""
-    if places(args.model)[3]:
+    if resolve_model(args.model)[3]:
         raise UserError(
             f"--model {args.model} holds adapters: --resume goes on with a run's own; a new run begins with a whole "
             f"model, such as the merged one in last/ of a run that has ended."
@@ -171,7 +170,7 @@ def without_adapters(model):
     return twin.requires_grad_(False).eval()
 
 
-def places(name, revision="main"):
+def resolve_model(name, revision="main"):
     """(where configuration and processor are, where the weights are, revision of both, folder of adapters or None).
 
     `name`: a model; a checkpoint that holds adapters alone; or a folder of PEFT's, in a checkpoint or anywhere. Raises

@@ -1,16 +1,109 @@
-"""The flags that all training scripts share, and what they default to: one dataclass a group of --help.
+"""The command line: how a flag is declared, checked and listed by --help, and the flags that all scripts share.
 
-Not here: how flags are parsed and checked (commandline.py), a method's own flags (its file), and what a flag does
-(where it is used).
+Not here: a method's own flags (its file), and what a flag does (where it is used).
 """
 
+import argparse
+import dataclasses
+import math
+import operator
 import os
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from plumbing.commandline import UserError, check_numbers, flag
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+
+class UserError(SystemExit):
+    """A mistake of the user's: one sentence that says what to do, exit code 2, no traceback."""
+
+    def __init__(self, sentence):
+        super().__init__(2)
+        self.args = (sentence,)
+        tqdm.write(f"error: {sentence}", file=sys.stderr)  # not behind a bar
+        sys.stderr.flush()
+
+
+def cannot_open(option, name, error):
+    """The sentence for a model or data that is not there, from the first line of the library's error."""
+    first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return (
+        f"{option} {name} cannot be opened ({first}): give a hub id that exists and can be reached from here, "
+        f"or the path of a local folder."
+    )
+
+
+def cannot_write(path, error):
+    """The sentence for a file or folder that cannot be written, and what to do about it."""
+    full = re.search(r"No space left|quota exceeded|File too large|os error (28|122|27)\b", str(error))
+    return f"{path} could not be written ({error}): {'make room on the disk' if full else 'see that it may be written'}"
+
+
+def flag(default, help, gt=None, min=None, max=None, lt=None, may_change=False, **options):
+    """A flag of the command line, a field of a dataclass.
+
+    A number must be greater than `gt` or at least `min`, less than `lt` or at most `max`. A flag that `may_change` may
+    differ when a run is resumed: it changes no result, or is meant to be changed.
+    """
+    limits = {name: limit for name, limit in {"gt": gt, "min": min, "max": max, "lt": lt}.items() if limit is not None}
+    metadata = {"help": help, "limits": limits, "may_change": may_change, "options": options}
+    return field(default=default, metadata=metadata)
+
+
+LIMITS = {  # name: (in words, whether a value is within it)
+    "gt": ("above", operator.gt),
+    "min": ("at least", operator.ge),
+    "max": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
+
+
+def check_numbers(args):
+    """Raises UserError for a number that is not finite, or outside of what its flag allows."""
+    for f in dataclasses.fields(args):
+        value, limits = getattr(args, f.name), f.metadata.get("limits", {})
+        if isinstance(value, int | float):
+            within = all(LIMITS[name][1](value, limit) for name, limit in limits.items())
+            if not (-math.inf < value < math.inf and within):
+                said = " and ".join(f"{LIMITS[name][0]} {limit:,}" for name, limit in limits.items())
+                raise UserError(f"--{f.name} {value} must be {said or 'a finite number'}.")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """A flag by one name, with its choices; its default, unless that depends on the model: then the help says it."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action):
+        names = [name for name in action.option_strings if "-" not in name[2:]] or [action.metavar or action.dest]
+        return " ".join([*names, "{" + ",".join(map(str, action.choices)) + "}" if action.choices else ""]).strip()
+
+
+class Parser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists what there is.")
+
+
+def parse_args(cls, argv=None):
+    """`cls` filled from the command line; `--help` shows one group for each dataclass that `cls` inherits from."""
+    groups, seen = [], set()
+    for base in cls.__mro__[:-1]:  # a method may give a shared flag another default: its own class comes first
+        own = [f for f in dataclasses.fields(cls) if f.name in base.__dict__.get("__annotations__", {})]
+        own = [f for f in own if not (f.name in seen or seen.add(f.name))]
+        title = Path(sys.argv[0]).stem if base is cls else base.__doc__
+        told = [{"help": f.metadata["help"], **f.metadata["options"]} for f in own]  # what argparse knows of
+        spec = [(f.name, f.type, field(default=f.default, metadata=metadata)) for f, metadata in zip(own, told)]
+        if spec:
+            groups.append(dataclasses.make_dataclass(base.__name__, spec, namespace={"_argument_group_name": title}))
+    usage = "%(prog)s [flags]"
+    parser = Parser(groups, allow_abbrev=False, formatter_class=Help, usage=usage)
+    return cls(**vars(parser.parse_args(argv)))
+
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 EMBEDDED = {"toy": TOY, "toy-faint": TOY / "faint"}  # the embedded models and their data
@@ -48,11 +141,9 @@ class ModelArgs:
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
     freeze_vision: bool = flag(False, "do not train the vision tower and what joins it to the decoder")
-    lora_rank: int = flag(
-        0, "train LoRA adapters of this rank in the language model; 0: all weights", least=0, most=1024
-    )
+    lora_rank: int = flag(0, "train LoRA adapters of this rank in the language model; 0: all weights", min=0, max=1024)
     lora_alpha: int | None = flag(
-        None, "what adapters add counts lora_alpha / lora_rank times (default: --lora_rank)", above=0, most=10**6
+        None, "what adapters add counts lora_alpha / lora_rank times (default: --lora_rank)", gt=0, max=10**6
     )
     compile: bool = flag(True, "on a GPU: compile layers and head, once in a run's first minutes", may_change=True)
     gradient_checkpointing: bool | None = flag(
@@ -79,9 +170,9 @@ class DataArgs:
     problem_column: str | None = flag(None, "column of the question (default: problem, question or query)")
     answer_column: str | None = flag(None, "column of the answer (default: answer, solution or ground_truth)")
     instruction: str = flag(INSTRUCTION, "sentence that follows every question")
-    max_prompt_tokens: int = flag(2048, "longer prompts are dropped, and counted", above=0)
-    min_pixels: int | None = flag(None, "smaller pictures are enlarged to this (default: 262144; toy: never)", above=0)
-    max_pixels: int | None = flag(None, "larger pictures are shrunk to this (default: 1000000; toy: never)", above=0)
+    max_prompt_tokens: int = flag(2048, "longer prompts are dropped, and counted", gt=0)
+    min_pixels: int | None = flag(None, "smaller images are enlarged to this (default: 262144; toy: never)", gt=0)
+    max_pixels: int | None = flag(None, "larger images are shrunk to this (default: 1000000; toy: never)", gt=0)
 
 
 @dataclass
@@ -89,16 +180,14 @@ class RolloutArgs:
     """rollout"""
 
     prompts_per_step: int | None = flag(
-        None, "prompts sampled in a step, all processes together (toy: 16, else: 512)", above=0
+        None, "prompts sampled in a step, all processes together (toy: 16, else: 512)", gt=0
     )
     group_size: int = flag(8, "responses sampled for each prompt")
-    max_response_tokens: int | None = flag(
-        None, "a response is cut after so many tokens (toy: 64, else: 2048)", above=0
-    )
-    temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss", above=0, most=100)
-    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", above=0, most=1)
-    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", least=0)
-    rollout_prompts: int = flag(32, "prompts that are sampled together, on each process", above=0, may_change=True)
+    max_response_tokens: int | None = flag(None, "a response is cut after so many tokens (toy: 64, else: 2048)", gt=0)
+    temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss", gt=0, max=100)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", gt=0, max=1)
+    top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", min=0)
+    rollout_prompts: int = flag(32, "prompts that are sampled together, on each process", gt=0, may_change=True)
     reshard_while_sampling: bool = flag(
         False, "gather weights layer by layer for every token: slow, for what fits no card", may_change=True
     )
@@ -116,27 +205,25 @@ class RewardArgs:
     """reward"""
 
     reward: str | None = flag(None, "your own reward, my_file.py:function, instead of the weighted sum below")
-    accuracy_weight: float = flag(0.9, "weight of a right answer", least=0, most=1e6)
-    format_weight: float = flag(0.1, "weight of <think> </think> followed by \\boxed{}", least=0, most=1e6)
-    check_seconds: float = flag(
-        3.0, "an answer that takes the maths checker longer than this is wrong", above=0, most=3600
-    )
+    accuracy_weight: float = flag(0.9, "weight of a right answer", min=0, max=1e6)
+    format_weight: float = flag(0.1, "weight of <think> </think> followed by \\boxed{}", min=0, max=1e6)
+    check_seconds: float = flag(3.0, "an answer that takes the maths checker longer than this is wrong", gt=0, max=3600)
 
 
 @dataclass
 class LossArgs:
     """loss"""
 
-    clip_low: float = flag(0.2, "the ratio is clipped from below at 1 - clip_low", least=0, most=1)
-    clip_high: float = flag(0.2, "and from above at 1 + clip_high (DAPO: 0.28)", least=0, most=1e6)
+    clip_low: float = flag(0.2, "the ratio is clipped from below at 1 - clip_low", min=0, max=1)
+    clip_high: float = flag(0.2, "and from above at 1 + clip_high (DAPO: 0.28)", min=0, max=1e6)
     aggregation: Literal["token", "sequence"] = flag("token", "mean over all tokens, or over responses")
     kl_coef: float = flag(
-        0.0, "weight of the KL term; the reference model is loaded only when it is not 0", least=0, most=1e6
+        0.0, "weight of the KL term; the reference model is loaded only when it is not 0", min=0, max=1e6
     )
-    entropy_coef: float = flag(0.0, "weight of the entropy bonus", least=-1e6, most=1e6)
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus", min=-1e6, max=1e6)
     filter_groups: bool = flag(False, "replace groups that are all right or all wrong by new prompts (DAPO)")
     filter_tries: int = flag(
-        10, "draws of --prompts_per_step prompts in a step before going on with what there is", above=0
+        10, "draws of --prompts_per_step prompts in a step before going on with what there is", gt=0
     )
     drop_truncated: bool = flag(False, "leave responses that hit --max_response_tokens out of the loss")
 
@@ -145,18 +232,18 @@ class LossArgs:
 class UpdateArgs:
     """update"""
 
-    steps: int | None = flag(None, "steps of the whole run (toy: 150, else: 60)", above=0, may_change=True)
+    steps: int | None = flag(None, "steps of the whole run (toy: 150, else: 60)", gt=0, may_change=True)
     updates_per_step: int | None = flag(
-        None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)", above=0
+        None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)", gt=0
     )
-    learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6; of LoRA 10 times that)", above=0, most=1)
+    learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6; of LoRA 10 times that)", gt=0, max=1)
     schedule: Literal["constant", "linear", "cosine"] = flag("constant", "of the learning rate, over the whole run")
-    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", least=0)
-    weight_decay: float = flag(0.01, "AdamW's", least=0, most=1)
-    beta2: float = flag(0.999, "AdamW's", least=0, below=1)
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", min=0)
+    weight_decay: float = flag(0.01, "AdamW's", min=0, max=1)
+    beta2: float = flag(0.999, "AdamW's", min=0, lt=1)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", gt=0)
     tokens_per_row: int = flag(
-        16384, "of a forward pass: longer groups are cut into rows, and prompts come in parts", above=0, may_change=True
+        16384, "of a forward pass: longer groups are cut into rows, and prompts come in parts", gt=0, may_change=True
     )
 
 
@@ -169,31 +256,29 @@ class RunArgs:
     eval_every: int = flag(
         20,
         "steps between evaluations; there is also one before the first and after the last step",
-        least=0,
+        min=0,
         may_change=True,
     )
-    eval_rows: int = flag(
-        -1, "rows of --eval_data to evaluate on; -1: all, 0: never evaluate", least=-1, may_change=True
-    )
+    eval_rows: int = flag(-1, "rows of --eval_data to evaluate on; -1: all, 0: never evaluate", min=-1, may_change=True)
     eval_temperature: float | None = flag(
-        None, "temperature of evaluation; 0: greedy (toy: 1, else: 0)", least=0, most=100, may_change=True
+        None, "temperature of evaluation; 0: greedy (toy: 1, else: 0)", min=0, max=100, may_change=True
     )
     save_every: int = flag(
-        20, "steps between checkpoints; there is also one after the last step", least=0, may_change=True
+        20, "steps between checkpoints; there is also one after the last step", min=0, may_change=True
     )
-    keep: int = flag(2, "checkpoints that stay, the newest ones; 0: all", least=0, may_change=True)
+    keep: int = flag(2, "checkpoints that stay, the newest ones; 0: all", min=0, may_change=True)
     resume: bool = flag(False, "go on from <output>/last", may_change=True)
     allow_changed: bool = flag(False, "--resume with other flags than the run was begun with", may_change=True)
     dry_run: int = flag(
         0,
         "print the memory that this run needs on so many GPUs, and stop; --model may be a config.json",
-        least=0,
+        min=0,
         may_change=True,
     )
     gpu_memory: float | None = flag(
-        None, "GB of a GPU, for --dry_run (default: of the card found, else 80)", above=0, may_change=True
+        None, "GB of a GPU, for --dry_run (default: of the card found, else 80)", gt=0, may_change=True
     )
-    show_every: int = flag(10, "steps between sampled responses on the console; 0: never", least=0, may_change=True)
+    show_every: int = flag(10, "steps between sampled responses on the console; 0: never", min=0, may_change=True)
     report_to: str | None = flag(
         None, "trackers of accelerate besides metrics.jsonl, e.g. tensorboard,wandb", may_change=True
     )

@@ -1,15 +1,18 @@
-"""Save, find, restore: Hugging Face folders with the training state beside the weights, whole at any moment.
+"""Checkpoints: save, find, restore; Hugging Face folders with the training state next to the weights.
 
-Checkpoints are written under another name and renamed; a step-N that is there is set aside. Of the optimiser each
-process writes its part, in safetensors, and any number of processes reads what is theirs. A resumed run rewrites
-args.json, and cuts metrics.jsonl back to its step. Nothing is pickled, and no state of a random generator is kept: each
-random number comes from seed, step, row of the data and its number in the stream. Not here: when a run saves (run.py).
+A file or folder is written under another name and renamed, so it is complete at any moment; what another run wrote is
+set aside, not overwritten; one run writes to a folder at a time. Each process writes its part of the optimizer's
+state, in safetensors, and any number of processes can read it. A resumed run rewrites args.json, and cuts metrics.jsonl
+back to its step. Nothing is pickled, and no state of a random generator is kept: each random number comes from the
+seed, the step, the row of the data and its number in the stream. Not here: when a run saves (trainer.py).
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,17 +20,47 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm.auto import tqdm
 
-from plumbing.adapters import adapters_of, places, save_adapters
-from plumbing.arguments import EMBEDDED
-from plumbing.commandline import UserError, cannot_write
-from plumbing.files import locked, remove, set_aside, write_text
-from plumbing.metrics import restore_log
-from plumbing.rows import refuse_output_among
+from plumbing.adapters import adapters_of, resolve_model, save_adapters
+from plumbing.arguments import EMBEDDED, UserError, cannot_write
+from plumbing.data import refuse_output_among
 from plumbing.sharding import from_main, full_tensor
+
+
+def locked(folder):
+    """A lock that keeps others out of a folder until it is released. Raises UserError where another run is in."""
+    try:
+        lock = FileLock(folder / ".lock")
+        lock.acquire(blocking=False)
+        return lock
+    except Timeout:
+        raise UserError(f"another run writes to {folder}: wait for its end, or name another --output.") from None
+
+
+def write_text(path, text):
+    """Writes a file beside and renames it: whoever reads it finds the old one or the new one, whole."""
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def set_aside(path):
+    """Renames what is there, so that nothing is overwritten: metrics.jsonl to metrics.1.jsonl, step-20 to step-20.1."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
+
+
+def remove(path):
+    """Removes a folder, or a file of its name, if there is one and if it can be removed."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is right on one process
 
@@ -56,7 +89,7 @@ def read_state(folder):
 
 def trained_with(model):
     """{flag: value} of a checkpoint's run, and its data's `contents`; {} for another's model. Raises UserError."""
-    path = Path(places(model)[0]) / "trainer_state.json"  # of adapters: beside their folder
+    path = Path(resolve_model(model)[0]) / "trainer_state.json"  # of adapters: beside their folder
     if model in EMBEDDED or not path.exists() or '"global_step"' in path.read_text():  # of transformers' own Trainer
         return {}
     state = read_state(path.parent)
@@ -146,6 +179,17 @@ def open_output(args, folder, state):
         return lock
     except OSError as error:
         raise UserError(f"--output {cannot_write(output, error)}.") from None
+
+
+def restore_log(output, step):
+    """metrics.jsonl as it was after `step`: later lines, and half a line at the end, are of a run that was killed."""
+    path, kept = output / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if found["step"] < step or (found["step"] == step and "changed" not in found):  # that is written anew
+                kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def moments(optimizer, parameters):

@@ -1,14 +1,18 @@
-"""Rows of any usual schema -> prompts: columns, the chat template, what is too long or cannot be used.
+"""Data: files and hub sets -> rows -> images in RGB and texts -> prompts, and the order in which training sees them.
 
-Not here: files and hub sets (rows.py), how a picture is opened (pictures.py), the order in which training sees prompts
-(stream.py), what a model makes of one (common.py), and how a benchmark's rows become questions (eval.py).
+Not here: what a model makes of a prompt (common.py), and how a benchmark's rows become questions (eval.py).
 """
 
 import copy
+import dataclasses
 import datetime
+import glob
+import io
 import os
 import random
+import re
 import zlib
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
@@ -18,13 +22,166 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from plumbing.arguments import EMBEDDED
-from plumbing.commandline import UserError
+from plumbing.arguments import EMBEDDED, UserError, cannot_open
 from plumbing.families import prompt_tensors
-from plumbing.pictures import Unusable, listed, open_picture
-from plumbing.rows import load_rows, local_splits, picture_folders
+
+KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+SPLITS = {"test": "test", "eval": "test", "holdout": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+
+
+def local_splits(name):
+    """{split: files} of a local file or folder, {} where there is none: "test-00001.parquet" is of the split test.
+
+    A file is one split, train; so are files of a folder whose names say nothing. What is hidden is no data.
+    """
+    path, splits = Path(name), defaultdict(list)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in KINDS)
+    for file in files:
+        below = file.relative_to(path)
+        if not hidden(below):
+            words = re.split(r"[\W\d_]+", str(below).lower())
+            splits[next((SPLITS[word] for word in words if word in SPLITS), "train")].append(file)
+    return dict(splits)
+
+
+def local_files(name, split, option="--data"):
+    """The files of a split of a local file or folder: of its only one, or of the one asked for, also as "val".
+
+    [] where there is no such file or folder. `option` is the flag that a UserError, for another split, names.
+    """
+    if name in EMBEDDED:
+        return [EMBEDDED[name] / f"{split}.parquet"]
+    splits, wanted = local_splits(name), SPLITS.get(split, split)
+    if len(splits) > 1 and wanted not in splits:
+        raise UserError(
+            f"{option} {name} has no split {split}; it has {', '.join(splits)}: name one with --data_split or "
+            f"--eval_split of training, or give the file itself."
+        )
+    return splits.get(wanted) or next(iter(splits.values()), [])
+
+
+def image_folders(name, split):
+    """Where relative paths of images begin: the files' own folder, if it is one, and then the one that was given."""
+    folders = {file.parent for file in local_files(name, split)}
+    given = Path(name) if Path(name).is_dir() else Path(name).parent
+    return [*folders, given] if len(folders) == 1 else [given]
+
+
+def refuse_output_among(output, *names):
+    """Raises UserError where --output lies in a local folder of these data sets, whose files are all read as rows."""
+    for name in names:
+        if name and name not in EMBEDDED and Path(name).is_dir():
+            inside, folder = Path(output).resolve(), Path(name).resolve()
+            if inside.is_relative_to(folder) and not hidden(inside.relative_to(folder)):
+                raise UserError(f"--output {output} lies in {name}, all of which is data: name another one.")
+
+
+def hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
+def version(files):
+    """Eight digits that are others as soon as one of the files is written anew, whatever its time says.
+
+    They name the folder of the cache that rows are read into: by itself `datasets` goes by path and time alone.
+    """
+    facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in (file.stat() for file in files)]
+    return f"{zlib.crc32(repr(facts).encode()):08x}"
+
+
+def load_rows(name, split, revision="main", option="--data"):
+    """Rows of a hub data set (`id` or `id:config`), or of a local file or folder: its only split, or the one asked for.
+
+    `option` is the flag that a UserError names.
+    """
+    files = local_files(name, split, option)
+    try:
+        if name not in EMBEDDED and not Path(name).exists():
+            if Path(name).suffix in KINDS or name.startswith(("/", "./", "../", "~")):
+                raise FileNotFoundError("there is no such file or folder")
+            identifier, _, config = name.partition(":")
+            return datasets.load_dataset(identifier, config or None, split=split, revision=revision)
+        datasets.disable_progress_bars()  # of every file that it converts; downloads show theirs
+        kinds = {KINDS.get(file.suffix) for file in files}
+        if len(kinds) != 1 or None in kinds:
+            raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
+        for file in files:
+            with file.open("rb") as opened:
+                begin = opened.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+            if KINDS[file.suffix] == "json" and begin not in b"{[":  # pyarrow dies of a file that says null
+                raise UserError(f"{option} {file} must hold rows: one object a line, or a list of objects.")
+        paths = [glob.escape(str(file)) for file in files]  # names, not patterns
+        return datasets.load_dataset(kinds.pop(), name=version(files), data_files=paths, split="train")
+    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, StopIteration) or "no data" in str(error):
+            raise UserError(f"{option} {name} has no rows: give a file with some.") from None
+        raise UserError(cannot_open(option, name, error.__cause__ or error)) from None
+
+
+class Unusable(Exception):
+    """What is wrong with a row of the data, to go on after "row 7"; such rows are left out, and counted."""
+
+
+def listed(images):
+    """The images of a cell: of a list, or one; null and "" are none."""
+    images = images if isinstance(images, list) else [images]
+    nothing = (None, "", {"bytes": None, "path": ""}, {"bytes": None, "path": None})
+    return [image for image in images if image not in nothing]
+
+
+def open_image(source, folders):
+    """An RGB image, decoded to its end and turned as its EXIF data says. Raises Unusable.
+
+    `source`: an image, the bytes of a file, a path relative to the first of the `folders` that has it, or a dict of
+    bytes and path, as the datasets library has them.
+    """
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if not isinstance(source, Image.Image | bytes | str):
+        raise Unusable(f"has an image that is no file and no path ({str(source)[:40]})")
+    try:
+        image = source
+        if isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif isinstance(source, str):
+            places = [folder / source for folder in folders]
+            image = Image.open(next((place for place in places if place.exists()), places[0]))
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+    except Unusable:
+        raise
+    except Exception as error:  # whatever Pillow says of a broken file, or of one that would fill the memory
+        raise Unusable(f"has an image that cannot be read ({str(error)[:120]})") from None
+
+
+def to_rgb(image):
+    """Any mode to RGB; what is transparent becomes white, as on the page the diagram was made for. Raises Unusable."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return to_8_bits(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_8_bits(image):
+    """Grey values of 16 bits, or floats, which `convert` would cut off at 255, by their range: [0, 65535], [0, 1].
+
+    Integers and floats up to 255 that are not declared as 16 bits are taken for what they are.
+    """
+    low, high = image.getextrema()
+    if image.mode.startswith("I;16") or (image.mode == "I" and high > 255):
+        white = 65535
+    else:
+        white = 1 if image.mode == "F" and high <= 1 else 255
+    if not (low >= 0 and high <= white):
+        raise Unusable(f"has an image with values from {low:g} to {high:g}: save it with 8 bits")
+    return image.convert("F").point(lambda value: value * (255 / white) + 0.5).convert("L")
+
 
 COLUMNS = {
     "image": ("images", "image"),
@@ -38,10 +195,10 @@ class Prompt:
     """One question, ready for the model.
 
     input_ids (Lp,); position_ids (3, Lp), Qwen-VL's temporal, height and width positions, or (1, Lp); pixel_values
-    (patches, C) and image_grid_thw (pictures, 3), both None where there is none: see families.py.
+    (patches, C) and image_grid_thw (images, 3), both None where there is none: see families.py.
     """
 
-    index: int  # row of the data set: with seed, step and serial it determines every sampled token
+    index: int  # row of the data set: with seed, step and prompt_id it determines every sampled token
     problem: str
     answer: str
     input_ids: torch.Tensor
@@ -50,11 +207,11 @@ class Prompt:
     image_grid_thw: torch.Tensor | None
     image_mask: torch.Tensor  # (Lp,) True on image tokens
     opened: str = ""  # "<think>" where the chat template has written that already: a response begins inside
-    serial: int = 0  # its number in the stream of prompts
+    prompt_id: int = 0  # its number in the stream of prompts
 
 
 def prompt_text(processor, problem, instruction):
-    """The chat template around a question with `<image>` at the place of each picture, and the instruction after it."""
+    """The chat template around a question with `<image>` at the place of each image, and the instruction after it."""
     content = []
     for i, text in enumerate(f"{problem}\n{instruction}".split("<image>")):
         content += [{"type": "image"}] * (i > 0) + [{"type": "text", "text": text}] * bool(text)
@@ -88,7 +245,7 @@ class Data:
         self.name, self.args, self.processor, self.model, self.option = name, args, processor, model, option
         self.title = f"{Path(name).name} ({split})" if name in EMBEDDED or not Path(name).is_file() else Path(name).name
         self.rows = load_rows(name, split, args.data_revision if name == args.data else "main", option)
-        self.folders = picture_folders(name, split)
+        self.folders = image_folders(name, split)
         self.columns = {}
         for what, usual in COLUMNS.items():
             wanted = getattr(args, f"{what}_column")
@@ -113,7 +270,7 @@ class Data:
 
     def measure(self):
         """Reads every row: what cannot be used is left out, up to 1 % of the rows, what is too long is dropped."""
-        for column, feature in self.rows.features.items():  # keep the bytes: a picture is opened when its turn comes
+        for column, feature in self.rows.features.items():  # keep the bytes: an image is opened when its turn comes
             as_list = hasattr(feature, "feature")
             kind = type(feature.feature if as_list else feature)
             if kind in (datasets.Image, datasets.Video):
@@ -133,7 +290,9 @@ class Data:
         finally:
             pool.shutdown(cancel_futures=True)
         if len(self.unusable) > 0.01 * rows:
-            raise UserError(f"{self.option} {self.name}: {self.say_unusable('cannot be used')}: mend or remove them.")
+            raise UserError(
+                f"{self.option} {self.name}: {self.describe_unusable('cannot be used')}: mend or remove them."
+            )
         most = self.args.max_prompt_tokens
         self.indices = [i for i, length in self.tokens.items() if length <= most]
         self.dropped = len(self.tokens) - len(self.indices)
@@ -149,11 +308,11 @@ class Data:
             raise UserError(f"{said}: lower --max_prompt_tokens or --max_response_tokens.")
 
     def look(self, index):
-        """(problem, (height, width) of each picture, answer). Raises Unusable."""
+        """(problem, (height, width) of each image, answer). Raises Unusable."""
         problem, images, answer = self.row(index)
         return problem, [(image.height, image.width) for image in images], answer
 
-    def say_unusable(self, verb):
+    def describe_unusable(self, verb):
         """How many rows cannot be used, and the first three by number with the reason."""
         said = [f"row {index} {why}" for index, why in self.unusable.items()]
         return f"{len(said)} of {len(self.rows)} rows {verb} ({'; '.join(said[:3])}{'; ...' if said[3:] else ''})"
@@ -161,11 +320,11 @@ class Data:
     def __str__(self):
         said = f"{self.title}: {len(self)} prompts, {self.dropped} dropped as too long"
         said += "" if self.has_images else ", no column of images"
-        return f"{said}; {self.say_unusable('left out')}" if self.unusable else said
+        return f"{said}; {self.describe_unusable('left out')}" if self.unusable else said
 
     @property
     def contents(self):
-        """Number of prompts, and a checksum of all texts, not of pictures: for a resumed run to find again."""
+        """Number of prompts, and a checksum of all texts, not of images: for a resumed run to find again."""
         return f"{len(self)} ({self.checksum:08x})"
 
     def __len__(self):
@@ -230,11 +389,11 @@ class Data:
             raise Unusable(f"says <image>, and no column is called {usual}: name the right one with --image_column")
         if marked not in (0, len(images)):
             raise Unusable(f"says <image> {marked} times and has {len(images)} images")
-        opened = [open_picture(image, self.folders) for image in images]
+        opened = [open_image(image, self.folders) for image in images]
         return problem if marked else "<image>" * len(opened) + problem, opened, answer
 
     def prompt_tokens(self, problem, sizes):
-        """Length of a prompt, from its text and the (height, width) of its pictures. Raises Unusable."""
+        """Length of a prompt, from its text and the (height, width) of its images. Raises Unusable."""
         try:
             tokens = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
         except ValueError as error:  # 200 times as wide as high
@@ -255,3 +414,33 @@ class Data:
 def some_of(order, rows, seed):
     """So many of a list, chosen by the seed, in their order; all of it where it has no more, and for 0 and -1."""
     return sorted(random.Random(seed).sample(order, rows)) if 0 < rows < len(order) else order
+
+
+class Stream:
+    """The endless, seeded order of a data set; each process takes its turn, so the order is that of one process.
+
+    Images are opened and cut into patches in threads, one draw ahead.
+    """
+
+    def __init__(self, data, seed, rank=0, world_size=1, position=0):
+        self.data, self.seed, self.rank, self.world_size = data, seed, rank, world_size
+        self.position = position  # prompts drawn so far, all processes together
+        self.pool, self.ahead, self.order = ThreadPoolExecutor(4), deque(), {}
+
+    def index(self, prompt_id):
+        """The row of the data set that the prompt of this number is made of."""
+        epoch, offset = divmod(prompt_id, len(self.data))
+        if epoch not in self.order:
+            shuffled = list(self.data.indices)
+            random.Random(f"{self.seed} {epoch}").shuffle(shuffled)
+            self.order[epoch] = shuffled
+        return self.order[epoch][offset]
+
+    def draw(self, count):
+        """This process's share of the next `count` prompts, each with its number in the stream."""
+        while len(self.ahead) < 2 * count // self.world_size:
+            prompt_id = self.position + len(self.ahead) * self.world_size + self.rank
+            self.ahead.append((prompt_id, self.pool.submit(self.data.prompt, self.index(prompt_id))))
+        self.position += count
+        drawn = [self.ahead.popleft() for _ in range(count // self.world_size)]
+        return [dataclasses.replace(future.result(), prompt_id=prompt_id) for prompt_id, future in drawn]

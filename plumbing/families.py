@@ -1,8 +1,8 @@
 """What differs between model families, side by side: Qwen-VL (2, 2.5 and 3) and InternVL3.
 
-Everywhere else both have `pixel_values` (patches, 3 x 2 x p x p), a row for each patch, the picture in it twice, and
-`image_grid_thw` (pictures, 3): 1, rows, columns. InternVL stretches a picture over a canvas of square tiles, and adds
-the whole once more as a thumbnail of one tile, unless the canvas is one tile: canvas and thumbnail are two pictures, of
+Everywhere else both have `pixel_values` (patches, 3 x 2 x p x p), a row for each patch, the image in it twice, and
+`image_grid_thw` (images, 3): 1, rows, columns. InternVL stretches an image over a canvas of square tiles, and adds
+the whole once more as a thumbnail of one tile, unless the canvas is one tile: canvas and thumbnail are two images, of
 which the tower takes the first copy, cut into tiles. Not here: what the methods do to patches.
 """
 
@@ -17,7 +17,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from transformers.utils import cached_file
 
 from plumbing import kernels
-from plumbing.commandline import UserError
+from plumbing.arguments import UserError
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl with qwen2", "internvl with qwen3"]
 
@@ -36,7 +36,7 @@ def known_family(name, config):
     return config
 
 
-def prepared(model):
+def patch_attention(model):
     """The model with kernels.py's `window_attention` in Qwen-VL's tower, or with InternVL3's rotary frequencies fixed.
 
     transformers would change them in rows longer than data.py allows, and wait for the GPU at each token to see. In
@@ -87,14 +87,14 @@ def patch_product(conv, pixels):
 
 
 def vision(model):
-    """(the modules that make a picture's tokens, the layers of the tower)."""
+    """(the modules that make an image's tokens, the layers of the tower)."""
     if is_internvl(model.config):
         return [model.model.vision_tower, model.model.multi_modal_projector], model.model.vision_tower.encoder.layer
     return [model.model.visual], model.model.visual.blocks  # what joins it to the decoder is inside
 
 
 def compile_layers(model):
-    """Decoder layers and the tower's, each for itself: hooks, FSDP2's and those of `watched`, stay outside.
+    """Decoder layers and the tower's, each for itself: hooks, FSDP2's and those of `layer_hooks`, stay outside.
 
     After sharding, which makes a class of its own of each, in which transformers looks whether to checkpoint.
     """
@@ -114,28 +114,35 @@ def tile_side(config):
     return config.vision_config.image_size[0] // config.vision_config.patch_size[0]
 
 
-def limit_pixels(config, processor, least=None, most=None):
-    """Sets between how many pixels a picture is resized to; None keeps the image processor's own. Returns what holds.
+def limit_pixels(config, processor, min_pixels=None, max_pixels=None):
+    """Sets between how many pixels an image is resized to; None keeps the image processor's own. Returns both limits.
 
     InternVL's are rounded down to whole tiles, which transformers calls patches there; its thumbnail is not counted.
     Raises UserError for an empty range, and for a processor that is not this model's.
     """
-    own, tower, size = processor.image_processor, config.vision_config, dict(processor.image_processor.size or {})
-    fits, tile = "shortest_edge" in size, tower.image_size[0] ** 2 if is_internvl(config) else 1
+    own, tower, size, tile = (
+        processor.image_processor,
+        config.vision_config,
+        dict(processor.image_processor.size or {}),
+        1,
+    )
     if is_internvl(config):
+        tile = tower.image_size[0] ** 2
         found = [size.get("height"), size.get("width"), tower.patch_size[0], hasattr(own, "crop_to_patches")]
         fits = found == [*tower.image_size, 14, True] and processor.image_seq_length == config.image_seq_length
+    else:
+        fits = "shortest_edge" in size
     if not fits:
         raise UserError("the image processor of --model is not made for its vision tower: take a whole copy of it.")
     if is_internvl(config):
-        least, most = max(tile, least or tile * own.min_patches), most or tile * own.max_patches
-        own.min_patches, own.max_patches = least // tile, most // tile
+        low, high = max(tile, min_pixels or tile * own.min_patches), max_pixels or tile * own.max_patches
+        own.min_patches, own.max_patches = low // tile, high // tile
     else:
-        least, most = least or size["shortest_edge"], most or size["longest_edge"]
-        own.size = size | {"shortest_edge": least, "longest_edge": most}
-    if least > most:
-        raise UserError(f"--max_pixels {most} is below {least}, the least by --min_pixels or the model: raise it.")
-    return least // tile * tile, most // tile * tile
+        low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        own.size = {**size, "shortest_edge": low, "longest_edge": high}
+    if low > high:
+        raise UserError(f"--max_pixels {high} is below {low}, the least by --min_pixels or the model: raise it.")
+    return low // tile * tile, high // tile * tile
 
 
 def pixel_settings(image_processor, saved):
@@ -162,9 +169,9 @@ def processor_files(source, revision, image_processor):
     files = {name: Path(path).read_text() for name, path in found.items() if path}
     for name in ("preprocessor_config.json", "processor_config.json"):
         saved = json.loads(files.get(name, "{}"))
-        pictures = saved if name == "preprocessor_config.json" else saved.get("image_processor")
-        if pictures:
-            pictures |= pixel_settings(image_processor, pictures)
+        images = saved if name == "preprocessor_config.json" else saved.get("image_processor")
+        if images:
+            images |= pixel_settings(image_processor, images)
             files[name] = json.dumps(saved, indent=2) + "\n"
     return files
 
@@ -172,7 +179,7 @@ def processor_files(source, revision, image_processor):
 def prompt_tensors(model, own, made, images):
     """(position_ids, pixel_values, image_grid_thw) of a prompt that a processor made, its image processor being `own`.
 
-    Positions (3, Lp), temporal, height and width, or InternVL's (1, Lp); the others None where there is no picture.
+    Positions (3, Lp), temporal, height and width, or InternVL's (1, Lp); the others None where there is no image.
     """
     if not is_internvl(model.config):
         kinds, grid = made["mm_token_type_ids"], made.get("image_grid_thw")
@@ -190,8 +197,8 @@ def prompt_tensors(model, own, made, images):
     return positions, patches_of(model.config, made["pixel_values"], grid), grid
 
 
-def picture_inputs(model, prompts):
-    """All prompts' pictures, one after the other, as the model's arguments; nothing where there are none."""
+def image_inputs(model, prompts):
+    """All prompts' images, one after the other, as the model's arguments; nothing where there are none."""
     prompts = [x for x in prompts if x.image_grid_thw is not None]
     if not prompts:
         return {}
@@ -200,8 +207,8 @@ def picture_inputs(model, prompts):
     if not is_internvl(model.config):
         return {"pixel_values": pixels, "image_grid_thw": grid}
     side, p, tiles = tile_side(model.config), model.config.vision_config.patch_size[0], []
-    for picture, (_, h, w) in zip(pixels.split(grid.prod(1).tolist()), grid.tolist()):
-        cut = picture.view(h // side, side, w // side, side, 3, 2, p, p)[..., 0, :, :].permute(0, 2, 4, 1, 5, 3, 6)
+    for image, (_, h, w) in zip(pixels.split(grid.prod(1).tolist()), grid.tolist()):
+        cut = image.view(h // side, side, w // side, side, 3, 2, p, p)[..., 0, :, :].permute(0, 2, 4, 1, 5, 3, 6)
         tiles.append(cut.reshape(-1, 3, side * p, side * p))
     return {"pixel_values": torch.cat(tiles)}
 
@@ -218,7 +225,7 @@ def patches_of(config, pixel_values, grid):
 
 
 def patch_places(config, grid):
-    """The place, from 0 on, that each patch of a prompt's pictures shows: (patches,), or slice(None), each its own.
+    """The place, from 0 on, that each patch of a prompt's images shows: (patches,), or slice(None), each its own.
 
     A patch of InternVL's thumbnail is a block of the canvas's: with a canvas of 2 x 3 tiles, of 2 x 3 patches.
     """
@@ -228,14 +235,14 @@ def patch_places(config, grid):
     for _, h, w in grid.tolist():
         tile = torch.arange(count, count + side**2).view(side, side)
         found.append(tile.repeat_interleave(h // side, 0).repeat_interleave(w // side, 1).flatten())
-        count += side**2 * (h == w == side)  # a thumbnail, or a canvas of one tile, is a picture's last
+        count += side**2 * (h == w == side)  # a thumbnail, or a canvas of one tile, is an image's last
     return torch.cat(found)
 
 
-def grey_picture(model):
-    """The tower run on a grey picture, before the text model, for a row that has none: the sum of its outputs.
+def grey_image(model):
+    """The tower run on a grey image, before the text model, for a row that has none: the sum of its outputs.
 
-    Sharded weights are gathered by all processes together and in one order, and another may have a picture.
+    Sharded weights are gathered by all processes together and in one order, and another may have an image.
     """
     tower = model.config.vision_config
     if is_internvl(model.config):
@@ -248,8 +255,8 @@ def grey_picture(model):
     return sum(part.sum() for part in [*out.pooler_output, *(getattr(out, "deepstack_features", None) or [])])
 
 
-def largest_picture(config, pixels, tokens):
-    """Patches of the largest picture: of so many pixels, or, for None, as large as a prompt of so many tokens holds."""
+def largest_image(config, pixels, tokens):
+    """Patches of the largest image: of so many pixels, or, for None, as large as a prompt of so many tokens holds."""
     tower = config.vision_config
     if not is_internvl(config):
         return pixels // tower.patch_size**2 if pixels else tokens * tower.spatial_merge_size**2

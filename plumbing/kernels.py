@@ -80,7 +80,7 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
     """Attention of each window's patches to those of the same window, for transformers' vision towers.
 
     query, key, value (1, H, N, d); cu_seq_lens_q: where the windows begin, and N. Returns (1, N, H, d). transformers
-    itself would call another attention window by window, 2,272 times for a picture of a megapixel.
+    itself would call another attention window by window, 2,272 times for an image of a megapixel.
     """
     x = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (N, H, d)
     starts, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]

@@ -10,9 +10,8 @@ import torch
 import transformers
 
 from plumbing.adapters import refuse_adapters
-from plumbing.arguments import model_source
-from plumbing.commandline import UserError, cannot_open
-from plumbing.families import known_family, largest_picture, vision
+from plumbing.arguments import UserError, cannot_open, model_source
+from plumbing.families import known_family, largest_image, vision
 from plumbing.kernels import HEAD_CHUNK
 
 
@@ -48,7 +47,7 @@ def plan(args, gpus):
     stream = bytes_each if shards > 1 or lora else 4  # from layer to layer: autocast leaves sums and norms in fp32
     G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
     row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
-    patches = largest_picture(config, args.max_pixels, prompt)
+    patches = largest_image(config, args.max_pixels, prompt)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     batch = min(args.rollout_prompts, args.prompts_per_step // gpus)
     embeddings = text.vocab_size * text.hidden_size
@@ -73,7 +72,7 @@ def plan(args, gpus):
     whole_weights = bytes_each * (trained if lora else parameters) if shards > 1 or bytes_each == 2 else 0
     reference = 4 * parameters / gpus if gpus > 1 or bytes_each == 4 else 2 * parameters + 4 * embeddings
     cached = 2 * text.num_key_value_heads * head * bytes_each  # keys and values of a token in a layer
-    room = math.ceil(T / min(T, 128)) * min(T, 128)  # of common.py's ROOM
+    room = math.ceil(T / min(T, 128)) * min(T, 128)  # of common.py's CACHE_STEP
     grown = batch * G * room * (text.num_hidden_layers + 1) * cached  # one layer is there twice while it grows
     attention = batch * G * text.num_attention_heads * (prompt + room) * 12  # scores: 2 x bf16, 2 x fp32
     return {
@@ -103,17 +102,47 @@ def size(module):
 
 
 def choose_checkpointing(args, gpus):
-    """(--gradient_checkpointing, in words which and why): as it was set, or on where an update without it would take
-    0.85 of a card or more; on without a card."""
+    """(--gradient_checkpointing, a sentence which and why): as it was set, else on if an update without it would take
+    0.85 of a GPU's memory or more by `plan`, or if there is no GPU. A first guess: see `Trainer.check_memory`."""
     chosen, why = args.gradient_checkpointing, "as set, or for the toy"
+    if chosen is None and not (torch.cuda.is_available() or args.dry_run):
+        chosen, why = True, "there is no GPU"
     if chosen is None:
         without = copy.copy(args)
         without.gradient_checkpointing = False
         peaks, memory = plan(without, gpus), gpu_memory(args)
         need = (sum(peaks["kept"].values()) + sum(peaks["update"].values())) / 1e9
-        chosen = need >= 0.85 * memory or not (torch.cuda.is_available() or args.dry_run)
-        why = f"without it an update takes up to {need:.1f} GB, of {memory:g}"
+        chosen, why = need >= 0.85 * memory, f"without it an update takes up to {need:.1f} GB of {memory:g}"
     return chosen, f"gradient checkpointing: {'on' if chosen else 'off'}, {why}"
+
+
+def trial_update(optimizer, backward, less_memory):
+    """An update for nothing: `backward` with gradients and the optimizer's state in memory, at a learning rate of 0.
+
+    Out of memory, `less_memory` is called and `backward` once more; None: raises OutOfMemoryError. The state is 0
+    afterwards.
+    """
+    (group,) = optimizer.param_groups
+    learning_rate, group["lr"] = group["lr"], 0.0
+    for p in group["params"]:
+        p.grad = torch.zeros_like(p)  # those of the rows before
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    try:
+        backward()
+    except torch.OutOfMemoryError:
+        if less_memory is None:
+            raise
+        short_of_memory = True
+    else:
+        short_of_memory = False
+    if short_of_memory:  # outside of the handler, which would keep the tensors of the failed pass
+        torch.cuda.empty_cache()
+        less_memory()
+        backward()
+    optimizer.zero_grad()
+    group["lr"] = learning_rate
 
 
 def dry_run(args):

@@ -1,7 +1,7 @@
 """Several processes: weights sharded by FSDP2, gathered for sampling, and what all processes do together.
 
 One rule stands behind the odd lines: gathering is collective, so whatever one process computes with sharded weights,
-all compute, in the same order. Not here: which process trains on which rows (run.py).
+all compute, in the same order. Not here: which process trains on which rows (trainer.py).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plumbing.adapters import refuse_adapters
-from plumbing.commandline import UserError
+from plumbing.arguments import UserError
 from plumbing.families import vision
 from plumbing.memory import refuse_uneven, refuse_what_cannot_fit
 
@@ -75,9 +75,9 @@ def shard(model, source, device, bf16):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     load_shards(model, source, device)
-    type(model).inside = lambda model, function, *args: function(model, *args)
-    register_fsdp_forward_method(model, "inside")  # what runs there finds the root's weights gathered
-    model.inside(lambda model: None)  # FSDP2 takes the first module to run for the root
+    type(model).with_full_params = lambda model, function, *args: function(model, *args)
+    register_fsdp_forward_method(model, "with_full_params")  # what runs there finds the root's weights gathered
+    model.with_full_params(lambda model: None)  # FSDP2 takes the first module to run for the root
     model.reshard()
 
 
@@ -133,9 +133,9 @@ def is_gathered(model):
     return not is_sharded(model) or not any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def inside(model, function):
+def with_full_params(model, function):
     """`function(model)`; where weights are sharded, embeddings and head, the root's own, are gathered for it."""
-    return function(model) if is_gathered(model) else model.inside(function)
+    return function(model) if is_gathered(model) else model.with_full_params(function)
 
 
 def full_tensor(tensor):
@@ -153,7 +153,7 @@ def like(tensor, other):
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
 
 
-def total(value, accelerator):
+def all_reduce(value, accelerator):
     """The sum of a number over all processes."""
     if accelerator.num_processes == 1:
         return value
@@ -170,14 +170,23 @@ def on_any_process(count, sharded, device):
 
 
 @torch.no_grad()
-def sum_gradients(parameters):
-    """Gradients of weights that each process holds whole, summed over all; those of sharded ones are summed already."""
+def clip_gradients(parameters, max_norm):
+    """Clips the gradients of some parameters to a norm, over all processes; returns the norm before, a float.
+
+    Gradients of sharded weights are summed over processes already; those of adapters, whole on each, are summed here.
+    """
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
     if whole and torch.distributed.is_initialized():
         flat = torch.cat([grad.flatten() for grad in whole])
         torch.distributed.all_reduce(flat)
         for grad, part in zip(whole, flat.split([grad.numel() for grad in whole])):
             grad.copy_(part.view_as(grad))
+    foreach = parameters[0].is_cuda  # one kernel for all, sharded or not
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=foreach)
+    torch.clear_autocast_cache()  # frees the bf16 copies of the old weights before the optimizer's peak
+    return full_tensor(norm).item()  # the one number that an update waits for
 
 
 def on_main(function):

@@ -1,6 +1,6 @@
 """Speed as ratios of one run: python tests/bench.py [--repeats 5] [--image_tokens 1024]
 
-Shape: a random Qwen2.5-VL of 28M parameters with 8,192 tokens, 2 prompts of one 448-pixel picture (256 image
+Shape: a random Qwen2.5-VL of 28M parameters with 8,192 tokens, 2 prompts of one 448-pixel image (256 image
 tokens), G = 8, 64 response tokens. Every figure is a ratio of medians of interleaved runs, so that a machine that is
 slow today is slow for both sides. The last one runs the same step in TRL's GRPOTrainer (tests/requirements.txt).
 
@@ -33,7 +33,7 @@ from common import Reward, forward, group_advantages, load_processor, policy_los
 from plumbing.adapters import add_adapters  # noqa: E402
 from plumbing.arguments import INSTRUCTION, TOY, SharedArgs  # noqa: E402
 from plumbing.data import Data  # noqa: E402
-from plumbing.families import picture_inputs  # noqa: E402
+from plumbing.families import image_inputs  # noqa: E402
 
 P, G = 2, 8
 METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1, "saei": 2.0}  # what a step may cost, in GRPO's
@@ -56,7 +56,7 @@ def make_model():
 
 
 def make_rows(count, image_tokens):
-    """Square pictures of noise and a question each, in the schema of geometry3k."""
+    """Square images of noise and a question each, in the schema of geometry3k."""
     from PIL import Image
 
     return [
@@ -95,7 +95,7 @@ def compare(name, slow, fast, repeats, note=""):
 
 
 def padded_update(model, groups):
-    """The usual way: G copies of prompt and pictures in one padded batch, all logits of the responses in memory."""
+    """The usual way: G copies of prompt and images in one padded batch, all logits of the responses in memory."""
     for group in groups:
         prompt, mask = group.prompt, group.mask
         ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses], 1)
@@ -141,7 +141,7 @@ def plain_sampling(model, prompts, tokens):
             input_ids=torch.stack([p.input_ids for p in copies]),
             attention_mask=torch.stack([torch.ones_like(p.input_ids) for p in copies]),
             mm_token_type_ids=torch.stack([p.image_mask.int() for p in copies]),
-            **picture_inputs(model, copies),
+            **image_inputs(model, copies),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=True,
@@ -277,7 +277,7 @@ print(int(re.search("VmHWM: *\\t*(.*) kB", open("/proc/self/status").read())[1])
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
-    parser.add_argument("--image_tokens", type=int, default=256, help="of the picture of a prompt: a square number")
+    parser.add_argument("--image_tokens", type=int, default=256, help="of the image of a prompt: a square number")
     parser.add_argument("--response_tokens", type=int, help="tokens of every response (default: 64; on a card 512)")
     parser.add_argument(
         "--gpu", choices=["tiny", "1b", "3b", "7b"], nargs="?", const="3b", help="measure this shape on a card"

@@ -83,8 +83,8 @@ def args(tmp_path):
 
 
 @pytest.fixture
-def picture_file(tmp_path):
-    """A data set of three rows, one without a picture, as json lines beside its pictures."""
+def image_file(tmp_path):
+    """A data set of three rows, one without an image, as json lines beside its images."""
     for i, (mode, colour) in enumerate([("RGB", "red"), ("RGBA", (0, 0, 255, 128))]):
         Image.new(mode, (56, 84), colour).save(tmp_path / f"{i}.png")
     rows = [

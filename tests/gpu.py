@@ -18,9 +18,9 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Group, forward, generate, policy_loss, split_group, token_chooser  # noqa: E402
+from common import Group, forward, generate, make_sampler, policy_loss, split_group  # noqa: E402
 from plumbing.arguments import TOY  # noqa: E402
-from plumbing.families import compile_layers, prepared  # noqa: E402
+from plumbing.families import compile_layers, patch_attention  # noqa: E402
 
 SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and two small ones:
     # hidden, mlp, layers, heads, kv heads, vocabulary, tied; vision: hidden, mlp, depth, heads
@@ -59,7 +59,7 @@ def random_model(size, device):
     model.generation_config.eos_token_id = []  # no response ends before it must
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()
-    return prepared(model).train()
+    return patch_attention(model).train()
 
 
 def seconds(function, repeats):
@@ -152,14 +152,14 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
     compile_layers(model)
     autocast = torch.autocast(device, torch.bfloat16, enabled=bool(args.lora_rank))
     name, bandwidth, product, said = card(device, repeats)
-    prompts = [dataclasses.replace(prompt, serial=i) for i in range(args.rollout_prompts)]
+    prompts = [dataclasses.replace(prompt, prompt_id=i) for i in range(args.rollout_prompts)]
 
     banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool, device=model.device)
-    choose = token_chooser(banned, args.temperature, args.top_p, args.top_k)
+    choose = make_sampler(banned, args.temperature, args.top_p, args.top_k)
 
     def sample(tokens, graphs):
         uniforms = torch.rand(len(prompts) * G, tokens)
-        fixed = {"room": min(128, T), "prefill_tokens": args.tokens_per_row, "graphs": graphs}
+        fixed = {"capacity": min(128, T), "prefill_tokens": args.tokens_per_row, "graphs": graphs}
         model.eval()  # checkpointing, of training, would keep no cache
         with autocast:
             taken = seconds(lambda: generate(model, prompts, G, choose, uniforms, [], 0, **fixed), repeats)

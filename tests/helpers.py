@@ -19,12 +19,13 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 import common  # noqa: E402
-import run  # noqa: E402
+import trainer  # noqa: E402
 from common import Group  # noqa: E402
 from plumbing.answers import Checker  # noqa: E402
 from plumbing.data import Data, Prompt  # noqa: E402
-from plumbing.families import prepared  # noqa: E402
+from plumbing.families import patch_attention  # noqa: E402
 
 torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 transformers.utils.logging.disable_progress_bar()
@@ -84,7 +85,7 @@ def tiny_model(family, seed=0):
         text = text_config(head_dim=8, rope={"mrope_interleaved": True})
         config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
         cls = transformers.Qwen3VLForConditionalGeneration
-    model = prepared(cls._from_config(config, attn_implementation={"text_config": "shared_prefix"}))
+    model = patch_attention(cls._from_config(config, attn_implementation={"text_config": "shared_prefix"}))
     model.generation_config.eos_token_id = END
     return model.float().train()
 
@@ -99,7 +100,7 @@ TEMPLATE = (  # InternVL3's
 def save_internvl(folder):
     """A random InternVL with tiles of 28 x 28 pixels, one token each, and its processor, on the toy's tokenizer.
 
-    Beside it eight rows with one picture, two and none, of different sizes; and a reward that varies, in reward.py: a
+    Beside it eight rows with one image, two and none, of different sizes; and a reward that varies, in reward.py: a
     random model's answers are all wrong, and without a gradient AdamW makes steps out of rounding.
     """
     (folder / "reward.py").write_text(
@@ -115,9 +116,9 @@ def save_internvl(folder):
     names |= {"video_token": "<video>"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "toy/model", extra_special_tokens=names)
     scale = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    pictures = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, **scale)
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, **scale)
     cls = common.image_only(transformers.InternVLProcessor)
-    cls(pictures, tokenizer, image_seq_length=1, chat_template=TEMPLATE).save_pretrained(folder)
+    cls(images, tokenizer, image_seq_length=1, chat_template=TEMPLATE).save_pretrained(folder)
     config = tiny_model("internvl").config
     text, vision = config.text_config, config.vision_config
     text.vocab_size, text.eos_token_id, text.initializer_range = len(tokenizer), 2, 0.1
@@ -134,16 +135,16 @@ def save_internvl(folder):
     (folder / "config.json").write_text(json.dumps(saved))
     (folder / "generation_config.json").unlink()
     saved = json.loads((folder / "processor_config.json").read_text())
-    pictures = saved.pop("image_processor") | {"image_processor_type": "GotOcr2ImageProcessorFast"}
+    images = saved.pop("image_processor") | {"image_processor_type": "GotOcr2ImageProcessorFast"}
     (folder / "processor_config.json").write_text(json.dumps(saved))
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures | {"crop_to_patches": False}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images | {"crop_to_patches": False}))
     return folder
 
 
 def tiny_prompt(model, grids, words=(20, 21, 22), index=0, seed=0):
     """A prompt with one image per grid (h, w in patches), words before, between and after.
 
-    InternVL's pictures are whole tiles, and a thumbnail follows what is more than one.
+    InternVL's images are whole tiles, and a thumbnail follows what is more than one.
     """
     generator = torch.Generator().manual_seed(seed)
     ids, kinds = list(words), [0] * len(words)
@@ -161,7 +162,7 @@ def tiny_prompt(model, grids, words=(20, 21, 22), index=0, seed=0):
         return Prompt(index, "", "", ids, positions, None, None, kinds == 1)
     thw = torch.tensor([[1, h, w] for h, w in grids])
     pixels = torch.randn(int(thw.prod(1).sum()), 1176, generator=generator)
-    if internvl:  # whose tower sees a picture once
+    if internvl:  # whose tower sees an image once
         pixels = pixels.view(-1, 3, 2, 196)[:, :, :1].expand(-1, -1, 2, -1).flatten(1)
         return Prompt(index, "", "", ids, torch.arange(len(ids))[None], pixels, thw, kinds == 1)
     positions = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=thw)[0][:, 0]
@@ -183,13 +184,13 @@ MEAN_ROW, STD_ROW = (torch.tensor(x).repeat_interleave(392) for x in (MEAN, STD)
 
 
 def chooser(model, temperature=1.0, top_p=1.0, top_k=0):
-    """`token_chooser` for a model whose tokens all have a text, but for placeholders of images and videos."""
+    """`make_sampler` for a model whose tokens all have a text, but for placeholders of images and videos."""
     words = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(model.config.text_config.vocab_size)})
-    return common.token_chooser(common.banned_tokens(model, words), temperature, top_p, top_k)
+    return common.make_sampler(common.banned_tokens(model, words), temperature, top_p, top_k)
 
 
 def normalised_pixels(count=2000, seed=0):
-    """Normalised pixel_values (count, 1176) of random pictures in [0, 1], the same at both times."""
+    """Normalised pixel_values (count, 1176) of random images in [0, 1], the same at both times."""
     still = torch.rand(count, 3, 1, 196, generator=torch.Generator().manual_seed(seed))
     return (still.expand(-1, -1, 2, -1).flatten(1) - MEAN_ROW) / STD_ROW
 
@@ -200,7 +201,7 @@ def times_agree(values):
 
 
 def padded_inputs(model, group):
-    """A group the usual way: G copies of prompt and pictures, right-padded."""
+    """A group the usual way: G copies of prompt and images, right-padded."""
     prompt, mask = group.prompt, group.mask
     G = len(mask)
     ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses.masked_fill(~mask, 0)], 1)
@@ -209,11 +210,11 @@ def padded_inputs(model, group):
     if prompt.pixel_values is not None and model.config.model_type != "internvl":
         inputs["mm_token_type_ids"] = torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int()
     model.model.rope_deltas = None
-    return inputs | plain_pictures(model, prompt, G)
+    return inputs | plain_images(model, prompt, G)
 
 
-def plain_pictures(model, prompt, copies):
-    """The pictures of some copies of a prompt as the model's own arguments, InternVL's tiles pixel by pixel."""
+def plain_images(model, prompt, copies):
+    """The images of some copies of a prompt as the model's own arguments, InternVL's tiles pixel by pixel."""
     if prompt.pixel_values is None:
         return {}
     if model.config.model_type != "internvl":
@@ -240,7 +241,7 @@ def plain_states(model, group):
         states = model(**padded_inputs(model, group), output_hidden_states=True, use_cache=False).hidden_states
     for hook in hooks:
         hook.remove()
-    if model.config.model_type == "qwen3_vl":  # whose output_hidden_states lack the picture's deep features
+    if model.config.model_type == "qwen3_vl":  # whose output_hidden_states lack the image's deep features
         states = [*read, states[-1]]
     shared = len(group.prompt.input_ids)
     return [s[:, shared:] for s in states], [s[:1, :shared][:, group.prompt.image_mask] for s in states]
@@ -281,7 +282,7 @@ def main_of(script, output, flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *(["--output", str(output)] if output else []), *map(str, flags)])
         patch.setattr(Data, "measure", measured_once)
-        patch.setattr(run, "draw_curves", lambda *_: None)
+        patch.setattr(trainer, "draw_curves", lambda *_: None)
         patch.setattr(common, "Checker", lambda seconds: CHECKER)
         try:
             importlib.import_module(script).main()

@@ -26,7 +26,7 @@ def run_job(job):
     from helpers import main_of
 
     import common
-    import run
+    import trainer
 
     console = io.StringIO()
     with (
@@ -34,7 +34,7 @@ def run_job(job):
         contextlib.redirect_stderr(console),
         contextlib.redirect_stdout(console),
     ):
-        names = {"common": common, "run": run, "torch": torch, "os": os, "patch": patch.setattr}
+        names = {"common": common, "trainer": trainer, "torch": torch, "os": os, "patch": patch.setattr}
         exec(job.get("patch", ""), names)  # lines of a test
         try:
             main_of(job["script"], job["output"], job["flags"])

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from common import forward, load_model, load_processor, policy_loss, trained_model
-from plumbing.adapters import adapters_of, add_adapters, merged, places, save_adapters, without_adapters
-from plumbing.arguments import SharedArgs
+from plumbing.adapters import adapters_of, add_adapters, merged, resolve_model, save_adapters, without_adapters
+from plumbing.arguments import SharedArgs, UserError
 from plumbing.checkpoints import trained_with
-from plumbing.commandline import UserError
 from plumbing.data import Data
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "internvl3_5"]
@@ -58,14 +57,14 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained(family):
 
 @pytest.mark.parametrize("how", [{"lora_rank": 4, "lora_alpha": 4}, {"freeze_vision": True}])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_frozen_tower_has_no_backward_pass(args, picture_file, how, checkpointing):
+def test_a_frozen_tower_has_no_backward_pass(args, image_file, how, checkpointing):
     """transformers' checkpointing asks for gradients of every input, and with them for those of the whole tower."""
     for name, value in {**how, "gradient_checkpointing": checkpointing}.items():
         setattr(args, name, value)
     model, seen = trained_model(args, Accelerator(cpu=True)), []
     visual = model.model.visual
     visual.register_forward_hook(lambda _, inputs, out: seen.append(out.pooler_output.requires_grad))
-    prompt = Data(str(picture_file), "train", args, load_processor(TOY), model).prompt(0)
+    prompt = Data(str(image_file), "train", args, load_processor(TOY), model).prompt(0)
     logps, _, _ = forward(model, tiny_group(prompt, [5, 1, 7]))
     logps.sum().backward()
     assert seen == [False]
@@ -169,7 +168,7 @@ def test_two_runs_of_one_kind_resume_to_the_bit_and_open_everywhere(tmp_path):
     shutil.copytree(last / "adapter", tmp_path / "bare", dirs_exist_ok=True)
     assert torch.equal(forward(load_model(tmp_path / "bare"), row)[0], adapted_logps)
     assert load_processor(tmp_path / "bare").tokenizer("1 + 1").input_ids
-    assert places(tmp_path / "a" / "step-3")[3] == tmp_path / "a" / "step-3" / "adapter"
+    assert resolve_model(tmp_path / "a" / "step-3")[3] == tmp_path / "a" / "step-3" / "adapter"
     for name in ("last", "step-3", "step-3/adapter"):
         assert trained_with(str(tmp_path / "a" / name))["lora_rank"] == 8
 
@@ -258,7 +257,7 @@ def test_a_base_is_named_by_where_it_is_and_not_by_a_link(tmp_path, monkeypatch)
     add_adapters(model := load_model("last/model"), SharedArgs(model="last/model", lora_rank=2))
     save_adapters(model, tmp_path / "run", merge=False)
     monkeypatch.chdir("/")
-    assert places(tmp_path / "run")[1] == str(tmp_path / "step-1" / "model")
+    assert resolve_model(tmp_path / "run")[1] == str(tmp_path / "step-1" / "model")
     shutil.rmtree(tmp_path / "step-1")
     with pytest.raises(UserError, match="which is not there as a whole model"):
         load_model(tmp_path / "run")

@@ -8,8 +8,7 @@ import pytest
 
 from common import format_reward
 from plumbing import answers
-from plumbing.answers import LONGEST, Checker, letters, parts
-from plumbing.rewards import extract_answer, extract_gold
+from plumbing.answers import LONGEST, Checker, extract_answer, extract_gold, letters, parts
 
 
 @pytest.fixture(scope="module")

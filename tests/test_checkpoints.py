@@ -19,10 +19,9 @@ from pair import free_port
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import grpo
-from plumbing.arguments import SharedArgs
+from plumbing.arguments import SharedArgs, UserError
 from plumbing.checkpoints import trained_with
-from plumbing.commandline import UserError
-from run import Run
+from trainer import Trainer
 
 SMALL = ["--prompts_per_step", 2, "--weight_decay", 0.01]
 
@@ -63,17 +62,17 @@ def start(output, *flags, **environment):
 def test_resume_is_bit_equal_and_changes_nothing_in_the_log(monkeypatch, tmp_path):
     whole = grpo_run(tmp_path / "a", "--steps", 4, "--save_every", 2, "--schedule", "linear")
     flags = ["--steps", 4, "--save_every", 2, "--schedule", "linear"]
-    log, calls = Run.log, iter(range(100))
+    log, calls = Trainer.log, iter(range(100))
 
     def dies(run):  # in the third step, after its update
         log(run)
         if next(calls) == 2:
             raise RuntimeError("power cut")
 
-    monkeypatch.setattr(Run, "log", dies)
+    monkeypatch.setattr(Trainer, "log", dies)
     with pytest.raises(RuntimeError):
         grpo_run(tmp_path / "b", *flags)
-    monkeypatch.setattr(Run, "log", log)
+    monkeypatch.setattr(Trainer, "log", log)
     (tmp_path / "b" / "metrics.jsonl").open("a").write('{"step": 3, "half a li')  # killed while writing
     resumed = grpo_run(tmp_path / "b", *flags, "--resume")
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
@@ -145,12 +144,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch, keep, left):
     output, rename, seen = tmp_path / "run", Path.rename, []
 
-    def watched(path, name):
+    def layer_hooks(path, name):
         if re.fullmatch(r"step-\d+", path.name):  # goes: the newest one is whole, and found
             seen.append(json.loads((output / "last/trainer_state.json").read_text())["step"] > int(path.name[5:]))
         return rename(path, name)
 
-    monkeypatch.setattr(Path, "rename", watched)
+    monkeypatch.setattr(Path, "rename", layer_hooks)
     (output / "step-2.unfinished").mkdir(parents=True)  # of a run that was killed while it wrote or removed one
     (output / "step-1.1").mkdir()  # set aside, of an earlier run: not ours to remove
     grpo_run(output, "--steps", 4, "--save_every", 1, "--keep", keep)
@@ -202,15 +201,15 @@ def test_keep_is_two_where_nothing_is_said():
 
 
 def test_a_first_update_that_was_skipped_leaves_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
-    update = Run.update
+    clip_gradients = Trainer.clip_gradients
 
-    def skips(run):
-        next(iter(run.parameters.values())).grad.fill_(torch.nan)
-        update(run)
+    def skips(trainer):
+        next(iter(trainer.parameters.values())).grad.fill_(torch.nan)
+        return clip_gradients(trainer)
 
-    monkeypatch.setattr(Run, "update", skips)
+    monkeypatch.setattr(Trainer, "clip_gradients", skips)
     assert grpo_run(tmp_path / "run", "--steps", 1)[0]["skipped_updates"] == 1
-    monkeypatch.setattr(Run, "update", update)
+    monkeypatch.setattr(Trainer, "clip_gradients", clip_gradients)
     assert grpo_run(tmp_path / "run", "--steps", 2, "--resume")[1]["skipped_updates"] == 0
 
 
@@ -331,7 +330,7 @@ def test_links_that_were_not_copied(tmp_path, capsys):
     with pytest.raises(UserError, match="holds a run: --resume goes on"):
         grpo_run(output, "--steps", 3)
     grpo_run(output, "--steps", 3, "--resume")
-    assert "going on after step 2, from " in capsys.readouterr().err and (output / "last").resolve().name == "step-3"
+    assert "resuming after step 2, from " in capsys.readouterr().err and (output / "last").resolve().name == "step-3"
     (output / "last").unlink()
     shutil.copytree(output / "step-3", output / "last")  # cp -rL
     with pytest.raises(UserError, match="holds a run: --resume goes on"):
@@ -396,14 +395,14 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, error, advice):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    log = Run.log
+    log = Trainer.log
 
     def ruin(run):
         log(run)
         if run.step == 2:
             next(iter(run.parameters.values())).data[0] = torch.nan
 
-    monkeypatch.setattr(Run, "log", ruin)
+    monkeypatch.setattr(Trainer, "log", ruin)
     with pytest.raises(UserError, match="after step 2 the weights are not finite, and are not saved"):
         grpo_run(tmp_path / "run", "--steps", 3, "--save_every", 1)
     assert (tmp_path / "run" / "last").resolve().name == "step-1" and not list((tmp_path / "run").glob("step-2*"))

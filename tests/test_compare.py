@@ -58,7 +58,7 @@ def test_the_tables_by_hand(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"comparison.jsonl", "comparison.png"}
 
 
-def test_the_half_that_saw_the_clean_picture_counts():
+def test_the_half_that_saw_the_clean_image_counts():
     assert record("SaEI, 6 + 6", 0, (0.5, 0.5), accuracy_clean=0.25)["accuracy"] == [0.25, 0.25]
 
 
@@ -316,7 +316,7 @@ def test_credit_as_a_command(tmp_path, monkeypatch, capsys):
         assert error.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_the_picture_is_drawn_from_what_was_measured(tmp_path, monkeypatch, capsys):
+def test_the_image_is_drawn_from_what_was_measured(tmp_path, monkeypatch, capsys):
     """Controls are printed, and the panels of premises and credit are filled."""
     found = [
         record(arm, seed, (0.5 + 0.1 * seed + 0.01 * i, 0.6)) for i, arm in enumerate(compare.ARMS) for seed in (0, 1)

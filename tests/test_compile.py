@@ -17,7 +17,7 @@ from helpers import (
     weights,
 )
 from helpers import train as trained_by
-from test_saei import pictures_of, random_pictures
+from test_saei import images_of, random_images
 from torch._dynamo.utils import counters
 from torch.profiler import profile
 
@@ -54,8 +54,8 @@ def model_of(family, how):
     "family, how, graphs",
     [
         ("qwen2_5_vl", "", 3),  # decoder's layers; tower's with windows, and without
-        ("qwen2_5_vl", "checkpointing, adapters, watch", 4),  # what the first layer reads has no gradient
-        ("qwen3_vl", "checkpointing, watch", 3),
+        ("qwen2_5_vl", "checkpointing, adapters, layer_hook", 4),  # what the first layer reads has no gradient
+        ("qwen3_vl", "checkpointing, layer_hook", 3),
         ("internvl", "checkpointing", 2),
     ],
 )
@@ -82,7 +82,7 @@ def rows(model):
 def differentiated(model, row, how):
     model.zero_grad()
     seen = []
-    logps, entropy, _ = forward(model, row, watch=seen.append if "watch" in how else None)
+    logps, entropy, _ = forward(model, row, layer_hook=seen.append if "layer_hook" in how else None)
     (logps + entropy).sum().backward()
     return [logps, entropy, *seen, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -128,11 +128,11 @@ def test_every_script_trains_the_same(traced, tmp_path):
 
 def test_the_attack_computes_no_gradient_of_a_weight(traced, monkeypatch):
     """A compiled layer has one backward graph: without `frozen` it would multiply for weights that nobody asks for."""
-    group, run = random_pictures(tiny_model("qwen2_5_vl"), [(4, 6)])
+    group, run = random_images(tiny_model("qwen2_5_vl"), [(4, 6)])
 
     def attacked():
         with profile(with_flops=True) as found:
-            _, (gradient,), _ = saei.entropy_gradient(group, *pictures_of(group, run), run, saei.Args())
+            _, (gradient,), _ = saei.entropy_gradient(group, *images_of(group, run), run, saei.Args())
         return sum(event.flops for event in found.key_averages() if event.key in ("aten::mm", "aten::addmm")), gradient
 
     with monkeypatch.context() as patch:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import grpo
-from plumbing.commandline import UserError
-from plumbing.curves import draw_curves, pooled, read_runs, series
+from plumbing.arguments import UserError
+from plumbing.metrics import draw_curves, pooled, read_runs, series
 
 
 def write_run(folder, accuracies, seconds=2.0):

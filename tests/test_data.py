@@ -14,11 +14,8 @@ from helpers import ROOT
 from PIL import Image
 
 from common import load_processor
-from plumbing.arguments import INSTRUCTION, SharedArgs
-from plumbing.commandline import UserError
-from plumbing.data import Data, prompt_text
-from plumbing.pictures import Unusable, open_picture, to_rgb
-from plumbing.stream import Stream
+from plumbing.arguments import INSTRUCTION, SharedArgs, UserError
+from plumbing.data import Data, Stream, Unusable, open_image, prompt_text, to_rgb
 
 
 def data_of(toy, name, split="train", **more):
@@ -50,7 +47,7 @@ def test_training_prompt_equals_evaluation_prompt(toy):
             assert (x is None and y is None) or torch.equal(x, y)
 
 
-def test_positions_are_three_dimensional_inside_a_picture(toy):
+def test_positions_are_three_dimensional_inside_a_image(toy):
     prompt = data_of(toy, "toy").prompt(0)
     t, h, w = prompt.position_ids[:, prompt.image_mask]
     assert len(set(t.tolist())) == 1 and len(set(h.tolist())) > 1 and len(set(w.tolist())) > 1
@@ -58,8 +55,8 @@ def test_positions_are_three_dimensional_inside_a_picture(toy):
     assert (text[0] == text[1]).all() and (text[0] == text[2]).all()
 
 
-def test_images_stand_where_the_problem_says(toy, picture_file):
-    data = data_of(toy, picture_file)
+def test_images_stand_where_the_problem_says(toy, image_file):
+    data = data_of(toy, image_file)
     assert [len(data.row(i)[1]) for i in range(3)] == [1, 2, 0]
     tokenizer = toy[1].tokenizer
     text = tokenizer.decode(data.prompt(1).input_ids)
@@ -98,7 +95,7 @@ def test_values_of_16_bits_and_floats_keep_their_range(tmp_path):
     Image.new("I;16", (4, 4), 32768).save(tmp_path / "a.png")
     Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tiff")
     for name in ("a.png", "a.tiff"):
-        image = open_picture(name, [tmp_path])
+        image = open_image(name, [tmp_path])
         assert to_rgb(image).getpixel((0, 0)) == (128, 128, 128)
 
 
@@ -122,14 +119,14 @@ def test_a_photo_is_turned_as_its_exif_says(toy, tmp_path):
     assert data.prompt(0).image_grid_thw.tolist() == [[1, 6, 4]]
 
 
-def test_parquet_json_jsonl_and_folders(toy, tmp_path, picture_file):
+def test_parquet_json_jsonl_and_folders(toy, tmp_path, image_file):
     rows = [{"question": f"{i}?", "answer": str(i)} for i in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "folder").mkdir()
     Dataset.from_list(rows[:2]).to_parquet(tmp_path / "folder" / "1.parquet")
     Dataset.from_list(rows[2:]).to_parquet(tmp_path / "folder" / "2.parquet")
     assert len(data_of(toy, tmp_path / "a.json")) == len(data_of(toy, tmp_path / "folder")) == 3
-    assert len(data_of(toy, picture_file)) == 3
+    assert len(data_of(toy, image_file)) == 3
 
 
 def test_columns_by_flag(toy, tmp_path):
@@ -149,11 +146,11 @@ def test_pixel_limits(toy, tmp_path):
         assert data.tokens[0] == len(data.prompt(0).input_ids)
 
 
-def test_long_prompts_are_dropped_and_counted_never_cut(toy, picture_file):
-    lengths = [len(data_of(toy, picture_file).prompt(i).input_ids) for i in range(3)]
-    data = data_of(toy, picture_file, max_prompt_tokens=sorted(lengths)[1])
-    assert data.dropped == 1 and len(data) == 2 and 1 not in data.indices  # the row with two pictures
-    for name in ("toy", picture_file):
+def test_long_prompts_are_dropped_and_counted_never_cut(toy, image_file):
+    lengths = [len(data_of(toy, image_file).prompt(i).input_ids) for i in range(3)]
+    data = data_of(toy, image_file, max_prompt_tokens=sorted(lengths)[1])
+    assert data.dropped == 1 and len(data) == 2 and 1 not in data.indices  # the row with two images
+    for name in ("toy", image_file):
         data = data_of(toy, name)
         for i in data.indices[:14]:
             assert data.tokens[i] == len(data.prompt(i).input_ids)
@@ -169,8 +166,8 @@ def test_the_order_is_that_of_one_process(toy, world):
     for _ in range(4):
         want = one.draw(8)
         got = [p for stream in many for p in stream.draw(8)]
-        assert [p.serial for p in want] == sorted(p.serial for p in got)
-        assert {p.serial: p.index for p in want} == {p.serial: p.index for p in got}
+        assert [p.prompt_id for p in want] == sorted(p.prompt_id for p in got)
+        assert {p.prompt_id: p.index for p in want} == {p.prompt_id: p.index for p in got}
         seen += [p.index for p in want]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == sorted(data.indices) and seen[:10] != seen[10:20]
     later = Stream(data, 5, position=16)
@@ -196,7 +193,7 @@ def test_mistakes_in_the_data(toy, tmp_path, rows, more, sentence):
     assert error.value.code == 2
 
 
-def test_a_picture_that_is_cut_off(toy, tmp_path):
+def test_a_image_that_is_cut_off(toy, tmp_path):
     Image.effect_noise((280, 280), 50).convert("RGB").save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
@@ -249,7 +246,7 @@ def test_a_number_is_an_answer(toy, tmp_path):
     assert data.row(0) == ("7", [], "1.5")
 
 
-def test_a_damaged_picture_of_any_kind_is_seen_at_the_start(toy, tmp_path):
+def test_a_damaged_image_of_any_kind_is_seen_at_the_start(toy, tmp_path):
     rows = []
     for kind in ("png", "jpg", "webp", "tiff", "gif"):
         Image.effect_noise((280, 280), 50).convert("RGB").save(tmp_path / f"whole.{kind}")
@@ -297,9 +294,9 @@ def test_a_png_is_turned_as_its_exif_says_and_brought_to_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (84, 56)).save(tmp_path / "a.png", exif=exif)
-    assert open_picture("a.png", [tmp_path]).size == (56, 84)
+    assert open_image("a.png", [tmp_path]).size == (56, 84)
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert open_picture("clear.png", [tmp_path]).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image("clear.png", [tmp_path]).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_images_in_one_column_or_the_other(toy, tmp_path):
@@ -430,7 +427,7 @@ def test_a_file_that_is_written_anew_with_its_old_time_is_read_anew(toy, tmp_pat
     assert data_of(toy, path).contents != before and data_of(toy, path).prompt(0).answer == "2"
 
 
-def test_pictures_are_relative_to_the_file_also_in_a_folder(toy, tmp_path):
+def test_images_are_relative_to_the_file_also_in_a_folder(toy, tmp_path):
     for folder, size in (("data/train", 56), ("data", 84), ("data/more", 112)):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (size, size)).save(tmp_path / folder / "a.png")
@@ -472,7 +469,7 @@ def test_more_than_500_rows_are_not_held_out(toy):
     assert len(held) == 500 and len(data) == 5500
 
 
-def test_a_picture_of_an_impossible_shape(toy, tmp_path):
+def test_a_image_of_an_impossible_shape(toy, tmp_path):
     Image.new("RGB", (3000, 10)).save(tmp_path / "a.png")
     (tmp_path / "d.json").write_text(json.dumps([{"question": "a", "answer": "1", "image": "a.png"}]))
     with pytest.raises(UserError, match="row 0 has an image that cannot be used .*aspect ratio"):

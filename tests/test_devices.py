@@ -2,7 +2,7 @@
 
 The device "cpu:0" stands for the GPU, "cpu" for main memory. What is made on it, or moved to it, has a tagged storage;
 an operation on tagged and untagged tensors together raises, as it would on a GPU, but for scalars and for indices.
-Backward passes are not watched: what autograd makes there is where its inputs are.
+Backward passes are not layer_hooks: what autograd makes there is where its inputs are.
 """
 
 import sys
@@ -21,9 +21,9 @@ import eval as evaluation
 import grpo
 import pepo
 import prpo
-import run
 import saei
 import show
+import trainer
 import vepo
 import vgpo
 from common import load_model
@@ -122,7 +122,7 @@ def two_devices(monkeypatch):
         del WAITS[before:]
         return out
 
-    def watched(make):
+    def layer_hooks(make):
         def made(*args, **kwargs):
             model = make(*args, **kwargs)
             parameters.extend(model.parameters())
@@ -147,8 +147,8 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(torch.autograd, "backward", backwards)
     monkeypatch.setattr(torch.autograd, "grad", gradients)
     for module in (common, evaluation, show):
-        monkeypatch.setattr(module, "load_model", watched(load_model))
-    monkeypatch.setattr(common, "add_adapters", watched(common.add_adapters))
+        monkeypatch.setattr(module, "load_model", layer_hooks(load_model))
+    monkeypatch.setattr(common, "add_adapters", layer_hooks(common.add_adapters))
     monkeypatch.setattr(common, "checkpoint", lambda function, *args, use_reentrant: function(*args))
     monkeypatch.setattr(kernels, "attend", attended)
     monkeypatch.setattr(torch.Tensor, "to", moved)
@@ -200,7 +200,7 @@ def test_what_fails_on_a_gpu_fails_here(two_devices):
 def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates, lora, internvl):
     flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --eval_rows 2 --show_every 1 --kl_coef 0.01"
     size = "--n1 2 --n2 2 --save_images 4 --measure_every 1" if module is saei else "--group_size 4"
-    parts = f"--updates_per_step {updates} --tokens_per_row {260 // updates**2}"  # some pictures share a batch, or none
+    parts = f"--updates_per_step {updates} --tokens_per_row {260 // updates**2}"  # some images share a batch, or none
     parts += f" --lora_rank {lora}"
     if internvl:
         (tmp_path / "model").mkdir()
@@ -209,16 +209,18 @@ def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates, lor
         parts += " --gradient_checkpointing False"  # which sees that this GPU is none
     runs = []
 
-    def failing_once(group, *rest, gradient=saei.entropy_gradient):  # one prompt keeps its clean picture
+    def failing_once(group, *rest, gradient=saei.entropy_gradient):  # one prompt keeps its clean image
         H, found, kept = gradient(group, *rest)
-        return H, [x * float("nan") if group.prompt.serial == 1 else x for x in found], kept
+        return H, [x * float("nan") if group.prompt.prompt_id == 1 else x for x in found], kept
 
     monkeypatch.setattr(saei, "entropy_gradient", failing_once)
-    monkeypatch.setattr(run.Run, "rehearse", lambda r, do=run.Run.rehearse: (runs.append(r), do(r)))
+    monkeypatch.setattr(
+        trainer.Trainer, "check_memory", lambda r, do=trainer.Trainer.check_memory: (runs.append(r), do(r))
+    )
     with Devices():
         main_of(module.__name__, tmp_path / "run", f"{flags} {size} {parts}".split())
-    assert all(there(p) for p in runs[0].model.parameters()) and not there(runs[0].groups[0].rewards)
-    assert there(runs[0].groups[0].responses)
+    assert all(there(p) for p in runs[0].model.parameters()) and not there(runs[0].sampled[0].rewards)
+    assert there(runs[0].sampled[0].responses)
 
 
 SCORES = {grpo: 0, vepo: 1, vgpo: 0, prpo: 2, pepo: 0, saei: 0}  # passes of a row besides those of GRPO
@@ -227,7 +229,7 @@ SCORES = {grpo: 0, vepo: 1, vgpo: 0, prpo: 2, pepo: 0, saei: 0}  # passes of a r
 @pytest.mark.parametrize("module", SCORES)
 @pytest.mark.parametrize("internvl", [False, True])
 def test_the_host_waits_for_no_value_of_a_row(two_devices, monkeypatch, tmp_path, module, internvl):
-    """But in transformers' check of a picture's placeholders, two a pass. And for two or three numbers an update: the
+    """But in transformers' check of an image's placeholders, two a pass. And for two or three numbers an update: the
     denominators of the loss, and the norm of the gradient."""
     flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --eval_rows 0 --kl_coef 0.01 --entropy_coef 0.01"
     flags += f" --updates_per_step 1 {'--n1 2 --n2 2 --measure_every 1' if module is saei else '--group_size 4'}"
@@ -245,16 +247,17 @@ def test_the_host_waits_for_no_value_of_a_row(two_devices, monkeypatch, tmp_path
         return out
 
     monkeypatch.setattr(saei, "attack", attacking)
-    pack_rows, backward, log = run.Run.pack_rows, run.Run.backward, run.Run.log
-    monkeypatch.setattr(run.Run, "pack_rows", lambda *x: (pack_rows(*x), WAITS.clear())[0])
-    monkeypatch.setattr(run.Run, "backward", lambda *x: (rows.append(x[3]), backward(*x))[1])
-    monkeypatch.setattr(run.Run, "log", lambda r: (found.extend(WAITS), log(r)))
+    pack_rows, log = module.pack_rows, trainer.Trainer.log
+    with_gradient = trainer.Trainer.with_gradient
+    monkeypatch.setattr(module, "pack_rows", lambda *x: (pack_rows(*x), WAITS.clear())[0])
+    monkeypatch.setattr(trainer.Trainer, "with_gradient", lambda *x: rows.append(with_gradient(*x)) or rows[-1])
+    monkeypatch.setattr(trainer.Trainer, "log", lambda r: (found.extend(WAITS), log(r)))
     with Devices():
         main_of(module.__name__, tmp_path / "run", flags.split())
     of_transformers = {"get_placeholder_mask", "torch_compilable_check"}
     ours = [place for place in found + attacks if place.split(".")[1] not in of_transformers]
-    assert ours == ["run.all_reduce"] * (2 if module is vepo else 1) + ["run.update"]
-    seen = sum(row.prompt.pixel_values is not None for row in rows)
+    assert ours == ["trainer.all_reduce"] * (2 if module is vepo else 1) + ["sharding.clip_gradients"]
+    seen = sum(row.prompt.pixel_values is not None for row in rows[-1])
     assert seen > 1 and len(found) - len(ours) == 2 * seen * (2 + SCORES[module])  # pi_theta, pi_ref, and scores
 
 

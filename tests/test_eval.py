@@ -20,12 +20,9 @@ import eval as evaluation
 from common import load_model
 from eval import BENCHMARKS, Args, Question, Questions, choose, compare, judge, place_images, scores
 from plumbing.answers import Checker
-from plumbing.arguments import EMBEDDED, INSTRUCTION, TOY, SharedArgs
+from plumbing.arguments import EMBEDDED, INSTRUCTION, TOY, SharedArgs, UserError
 from plumbing.checkpoints import State
-from plumbing.commandline import UserError
-from plumbing.data import Data
-from plumbing.pictures import Unusable
-from plumbing.rows import load_rows
+from plumbing.data import Data, Unusable, load_rows
 
 PICTURE = Image.new("RGB", (56, 56), "red")
 FIXTURES = {  # benchmark: rows with the hub's column names and types, the right answer of each in \boxed{}
@@ -153,11 +150,11 @@ FIXTURES = {  # benchmark: rows with the hub's column names and types, the right
                 "set_id": "0",
                 "figure_id": str(figure),
                 "question_id": "1",
-                "image": picture,
+                "image": image,
             },
             ["No", "yes, it is"][gold],
         )
-        for figure, gold, picture in ((0, 1, PICTURE), (1, 0, None))
+        for figure, gold, image in ((0, 1, PICTURE), (1, 0, None))
     ],
     "wemath": [
         (
@@ -202,7 +199,7 @@ FIXTURES = {  # benchmark: rows with the hub's column names and types, the right
 
 
 def write(path, rows):
-    """The rows as parquet, pictures as the hub keeps them."""
+    """The rows as parquet, images as the hub keeps them."""
 
     def feature(values):
         value = next((value for value in values if value is not None), None)
@@ -260,7 +257,7 @@ def test_a_row_without_question_or_gold_is_refused(name, column, toy, tmp_path):
     row = FIXTURES[name][0][0]
     path = write(tmp_path / "rows.parquet", [row, {key: None if key in columns else row[key] for key in row}])
     if name == "mmmu_pro_vision" and column == "question":
-        return  # the picture holds it
+        return  # the image holds it
     with pytest.raises(UserError, match=f"1 of 2 rows cannot be used .row 1 (has no {column}|is not in the schema)"):
         questions(name, path, toy)
 
@@ -729,7 +726,7 @@ def test_a_broken_row_in_a_hundred_counts_as_wrong(tmp_path, monkeypatch, capsys
         (["--check_seconds", "nan"], "--check_seconds nan must be above 0"),
         (["--min_pixels", 5000, "--max_pixels", 4000], "--min_pixels 5000 is more than --max_pixels 4000"),
         (["--benchmarks", "own"], "--benchmarks own needs --data"),
-        (["--temperature", -1], "--temperature -1.0 must be between 0 and 100"),
+        (["--temperature", -1], "--temperature -1.0 must be at least 0 and at most 100"),
         (["--temperature", 1e-40], "--temperature 1e-40 is too small to divide by: raise it"),
         (["--top_p", 0], "--top_p 0.0 must be above 0"),
         (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),

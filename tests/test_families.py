@@ -11,7 +11,7 @@ import transformers
 from helpers import (
     ROOT,
     chooser,
-    plain_pictures,
+    plain_images,
     same,
     save_internvl,
     timeless,
@@ -27,15 +27,14 @@ import eval as evaluation
 import prpo
 import show
 from common import Reward, load_config, load_model, load_processor, seeded
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import UserError
+from plumbing.arguments import SharedArgs, UserError
 from plumbing.data import Data
-from plumbing.families import largest_picture, limit_pixels, patch_places, patches_of, picture_inputs
+from plumbing.families import image_inputs, largest_image, limit_pixels, patch_places, patches_of
 from plumbing.memory import plan
 from prpo import blacken
-from run import Run
 from saei import Args, attack, unpatchify
 from show import run_of
+from trainer import Trainer
 
 PIXELS = ["--min_pixels", 784, "--max_pixels", 784 * 6]
 
@@ -55,7 +54,7 @@ def rows(folder):
     return folder / "rows.jsonl"
 
 
-def pictures_of(prompt, processor):
+def images_of(prompt, processor):
     parts = prompt.pixel_values.split(prompt.image_grid_thw.prod(1).tolist())
     return [unpatchify(part, grid, processor.image_processor) for part, grid in zip(parts, prompt.image_grid_thw)]
 
@@ -67,11 +66,11 @@ def data_of(rows, internvl):
 
 @pytest.mark.parametrize("row, names", [(0, [0]), (1, [1]), (2, [2, 3]), (4, [4])])
 def test_patches_and_tiles_are_the_processors_own(rows, internvl, row, names):
-    """There and back: the very tiles; and each patch lies in its picture where it lay in the canvas."""
+    """There and back: the very tiles; and each patch lies in its image where it lay in the canvas."""
     (model, processor), prompt = internvl, data_of(rows, internvl).prompt(row)
     images = [Image.open(rows.parent / f"{i}.png") for i in names]
     made = processor(text=["<IMG_CONTEXT>" * len(images)], images=images, return_tensors="pt")
-    assert torch.equal(picture_inputs(model, [prompt])["pixel_values"], made["pixel_values"])
+    assert torch.equal(image_inputs(model, [prompt])["pixel_values"], made["pixel_values"])
     assert torch.equal(plain_tiles(prompt), made["pixel_values"])
     assert torch.equal(patches_of(model.config, made["pixel_values"], prompt.image_grid_thw), prompt.pixel_values)
     assert int(prompt.image_mask.sum()) == len(made["pixel_values"])
@@ -79,10 +78,10 @@ def test_patches_and_tiles_are_the_processors_own(rows, internvl, row, names):
     once, again = prompt.pixel_values.view(-1, 3, 2, 196).unbind(2)
     assert torch.equal(once, again)
     changed = torch.stack([once, again + 1], 2).flatten(1)  # the tower takes the first
-    assert torch.equal(picture_inputs(model, [with_pixels(prompt, changed)])["pixel_values"], made["pixel_values"])
+    assert torch.equal(image_inputs(model, [with_pixels(prompt, changed)])["pixel_values"], made["pixel_values"])
     if row == 1:  # 2 x 3 tiles and the thumbnail; nothing was resized: the very pixels
         assert prompt.image_grid_thw.tolist() == [[1, 4, 6], [1, 2, 2]]
-        canvas, thumbnail = pictures_of(prompt, processor)
+        canvas, thumbnail = images_of(prompt, processor)
         pixels = torch.tensor(list(images[0].tobytes())).view(56, 84, 3).permute(2, 0, 1) / 255
         assert torch.equal(canvas, pixels) and thumbnail.shape == (3, 28, 28)
 
@@ -107,7 +106,7 @@ def plain_tiles(prompt):
     return torch.stack(tiles)
 
 
-def test_a_picture_of_several_tiles_at_least(folder, rows):
+def test_a_image_of_several_tiles_at_least(folder, rows):
     """The limit holds for the length of a prompt, for its tiles, and after a checkpoint."""
     processor = load_processor(str(folder), min_pixels=784 * 4 + 5, max_pixels=784 * 6)
     internvl = load_model(str(folder)), processor
@@ -117,23 +116,23 @@ def test_a_picture_of_several_tiles_at_least(folder, rows):
         prompt = data.prompt(row)
         assert len(prompt.input_ids) == data.tokens[row]
         if prompt.pixel_values is not None:
-            assert picture_inputs(internvl[0], [prompt])["pixel_values"].shape[0] == int(prompt.image_mask.sum())
+            assert image_inputs(internvl[0], [prompt])["pixel_values"].shape[0] == int(prompt.image_mask.sum())
     assert data.prompt(0).image_grid_thw.tolist() == [[1, 4, 4], [1, 2, 2]]  # of 28 x 28 pixels: 2 x 2 tiles
     assert limit_pixels(internvl[0].config, processor, 784 * 2 + 5, 784 * 5 + 7) == (784 * 2, 784 * 5)
 
 
-def test_the_length_of_a_prompt_is_known_before_its_pictures_are_decoded(rows, internvl):
+def test_the_length_of_a_prompt_is_known_before_its_images_are_decoded(rows, internvl):
     data = data_of(rows, internvl)
     assert all(len(data.prompt(i).input_ids) == length for i, length in data.tokens.items()) and len(data) == 8
 
 
-def test_several_prompts_pictures_stand_one_after_the_other(internvl):
+def test_several_prompts_images_stand_one_after_the_other(internvl):
     model = tiny_model("internvl")
     prompts = [tiny_prompt(model, grids, seed=i) for i, grids in enumerate([[(4, 8)], [], [(4, 4), (8, 4)]])]
-    got = picture_inputs(model, prompts)
-    want = torch.cat([plain_pictures(model, prompt, 1)["pixel_values"] for prompt in (prompts[0], prompts[2])])
+    got = image_inputs(model, prompts)
+    want = torch.cat([plain_images(model, prompt, 1)["pixel_values"] for prompt in (prompts[0], prompts[2])])
     assert got.keys() == {"pixel_values"} and torch.equal(got["pixel_values"], want)
-    assert picture_inputs(model, [prompts[1]]) == {}
+    assert image_inputs(model, [prompts[1]]) == {}
 
 
 def test_places_by_hand():
@@ -149,7 +148,7 @@ def test_places_by_hand():
 
 
 def test_what_is_blackened_in_the_canvas_is_in_the_thumbnail(internvl):
-    """By pictures: a canvas of 2 x 3 tiles after blackening, shrunk by plain means, is black where the thumbnail is."""
+    """By images: a canvas of 2 x 3 tiles after blackening, shrunk by plain means, is black where the thumbnail is."""
     model, processor = internvl
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     white = ((1 - torch.tensor(mean)) / torch.tensor(std)).repeat_interleave(392)
@@ -160,7 +159,7 @@ def test_what_is_blackened_in_the_canvas_is_in_the_thumbnail(internvl):
     for seed in range(20):
         views = blacken(prompt.pixel_values, seeded(seed), **scale, places=patch_places(model.config, grid))
         dark = dataclasses.replace(prompt, pixel_values=views)
-        canvas, thumbnail = (picture[0].round() for picture in pictures_of(dark, processor))
+        canvas, thumbnail = (image[0].round() for image in images_of(dark, processor))
         blocks = canvas.view(2, 28, 2, 42).mean((1, 3))
         assert torch.equal(blocks, thumbnail.view(2, 14, 2, 14).mean((1, 3))) and set(blocks.unique().tolist()) <= {
             0,
@@ -183,11 +182,11 @@ def test_prpos_strong_view_hides_a_place_in_both(rows, internvl, monkeypatch):
 
 def test_the_attack_moves_canvas_and_thumbnail(rows, internvl):
     (model, processor), data = internvl, data_of(rows, internvl)
-    prompt = data.prompt(2)  # two pictures
+    prompt = data.prompt(2)  # two images
     group, run = tiny_group(prompt, [5, 3]), run_of(model, processor)
     args = Args(n1=1, n2=1)
     moved = dataclasses.replace(prompt, pixel_values=attack(group, run, args).pixel_values)
-    before, after = pictures_of(prompt, processor), pictures_of(moved, processor)
+    before, after = images_of(prompt, processor), images_of(moved, processor)
     assert len(before) == len(prompt.image_grid_thw) == 3
     for one, two in zip(before, after):
         change = (one - two).abs()
@@ -204,7 +203,7 @@ def test_a_prepared_model_computes_what_transformers_own_does():
     assert theirs.model.language_model.rotary_emb.rope_type == "dynamic"
     prompt = tiny_prompt(ours, [(4, 8)])
     with torch.no_grad():
-        inputs = {"input_ids": prompt.input_ids[None], **plain_pictures(ours, prompt, 1)}
+        inputs = {"input_ids": prompt.input_ids[None], **plain_images(ours, prompt, 1)}
         want = theirs(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits
         got = ours.eval()(**inputs).logits
     assert torch.allclose(got, want, atol=1e-4)
@@ -237,17 +236,17 @@ def test_frozen_vision_is_tower_and_projector(folder, rows, tmp_path):
 
 def test_a_resumed_run_is_equal_to_the_bit(folder, rows, tmp_path, monkeypatch):
     flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--eval_rows", 0, "--save_every", 1, "--steps", 2]
-    whole, log, calls = train("pepo", tmp_path / "whole", *flags), Run.log, iter(range(9))
+    whole, log, calls = train("pepo", tmp_path / "whole", *flags), Trainer.log, iter(range(9))
 
     def dies(run):  # in the second step, after its update
         log(run)
         if next(calls) == 1:
             raise RuntimeError("power cut")
 
-    monkeypatch.setattr(Run, "log", dies)
+    monkeypatch.setattr(Trainer, "log", dies)
     with pytest.raises(RuntimeError):
         train("pepo", tmp_path / "cut", *flags)
-    monkeypatch.setattr(Run, "log", log)
+    monkeypatch.setattr(Trainer, "log", log)
     assert timeless(train("pepo", tmp_path / "cut", *flags, "--resume")) == timeless(whole)
     assert same(*(weights(tmp_path / name / "last") for name in ("whole", "cut")))
 
@@ -271,10 +270,10 @@ def test_evaluation_and_both_pages(folder, rows, tmp_path, monkeypatch, capsys):
             super().__call__(groups)
             for group in groups:
                 group.accuracy = group.rewards = torch.arange(len(group.texts)) % 2.0
-            return torch.stack([group.rewards for group in groups])
+            return groups
 
     command(evaluation.main, "--benchmarks", "own", "--output", tmp_path / "eval")
-    assert "pictures of 784 to 4,704 pixels" in capsys.readouterr().out
+    assert "images of 784 to 4,704 pixels" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval/results.json").read_text())["scores"]["own"]["rows"] == 8
     monkeypatch.setattr(show, "Reward", Alternating)
     for what, place, file in (("tokens", "page.html", "page.html"), ("signals", ".", "signals.json")):
@@ -296,9 +295,9 @@ def test_numbers_of_internvl3_2b(tmp_path):
     args = SharedArgs(model=str(tmp_path), dry_run=1)
     peaks = plan(args, 1)
     assert peaks["kept"]["weights"] == 4 * 2_088_957_440
-    assert largest_picture(config, 1_000_000, 2048) == 5 * 1025  # 4 tiles and the thumbnail
-    assert largest_picture(config, 448**2, 2048) == 1025 and largest_picture(config, None, 2048) == 8 * 1025
-    assert largest_picture(config, None, 3 * 256 - 1) == 1025  # no thumbnail of one tile
+    assert largest_image(config, 1_000_000, 2048) == 5 * 1025  # 4 tiles and the thumbnail
+    assert largest_image(config, 448**2, 2048) == 1025 and largest_image(config, None, 2048) == 8 * 1025
+    assert largest_image(config, None, 3 * 256 - 1) == 1025  # no thumbnail of one tile
     tower, row = 5 * 1025 * 4 * (24 * 1024 + 6 * 1024 + 5 * 1024 + 4 * 4096), 16_384  # fp32 on a CPU
     decoder = row * 4 * (28 * 1536 + 6 * 1536 + 5 * 1536 + 4 * 8960)
     assert plan(SharedArgs(model=str(tmp_path), dtype="float32"), 1)["update"]["activations"] == tower + decoder
@@ -365,7 +364,7 @@ def test_the_image_token_is_banned_and_there_may_be_none_of_videos(video):
     assert 11 not in picked and len(set(picked.tolist())) == 4
 
 
-def test_positions_of_a_prompt_without_a_picture(rows, toy):
+def test_positions_of_a_prompt_without_a_image(rows, toy):
     prompt = data_of(rows, toy).prompt(3)
     assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids)).expand(3, -1))
     assert prompt.pixel_values is None and prompt.image_grid_thw is None

@@ -16,7 +16,7 @@ FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "internvl3_5"]
 
 
 def padded(model, group, temperature=1.0):
-    """The same numbers the usual way: G copies of prompt and pictures, right-padded, all logits in memory."""
+    """The same numbers the usual way: G copies of prompt and images, right-padded, all logits in memory."""
     inputs, shared = padded_inputs(model, group), len(group.prompt.input_ids)
     out = model(**inputs, output_hidden_states=True, use_cache=False)
     logps = (out.logits[:, shared - 1 : -1].float() / temperature).log_softmax(-1)

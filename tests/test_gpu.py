@@ -117,17 +117,17 @@ def test_recorded_sampling_gives_the_tokens_of_plain_sampling(model, prompts, bf
     sampled, sizes, record, G = [], [], kernels.recorded, 4
     choose, eos = chooser(model), model.generation_config.eos_token_id
 
-    def watched(function, feed, *rest):
+    def layer_hooks(function, feed, *rest):
         sizes.append(len(feed))
         return record(function, feed, *rest)
 
-    monkeypatch.setattr(kernels, "recorded", watched)
+    monkeypatch.setattr(kernels, "recorded", layer_hooks)
     monkeypatch.setattr(kernels, "tokens_between_checks", lambda _: 4)
     uniforms = torch.rand(len(prompts) * G, 96, generator=seeded(0))
     model.eval()
     for graphs in (False, True):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-            sampled.append(generate(model, prompts, G, choose, uniforms, eos, 0, room=8, graphs=graphs))
+            sampled.append(generate(model, prompts, G, choose, uniforms, eos, 0, capacity=8, graphs=graphs))
     model.train()
     assert all(torch.equal(a, b) for a, b in zip(*sampled))
     assert len(sizes) > 3 and len(set(sizes)) > 1
@@ -198,8 +198,8 @@ sys.path.insert(0, {root!r})
 import torch
 from plumbing.arguments import SharedArgs
 from plumbing.memory import plan
-from run import Run
-peaks, phase = {{}}, Run.phase
+from trainer import Trainer
+peaks, phase = {{}}, Trainer.phase
 
 @contextlib.contextmanager
 def measured(run, name):
@@ -208,10 +208,10 @@ def measured(run, name):
         yield
     peaks[{{"rollout": "sampling"}}.get(name, name)] = torch.cuda.max_memory_allocated()
 
-Run.phase = measured
+Trainer.phase = measured
 args = SharedArgs(model={folder!r} + "/model", data={folder!r} + "/rows.parquet", output={folder!r} + "/run",
     eval_rows=0, prompts_per_step=32, updates_per_step=1, max_response_tokens=2048, dtype={dtype!r})
-run = Run(args)
+run = Trainer(args)
 args.max_prompt_tokens, args.max_pixels = run.data.longest_tokens, None
 planned = plan(args, 1)
 kept = sum(planned["kept"].values())

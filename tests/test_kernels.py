@@ -12,7 +12,7 @@ import torch
 from helpers import QUICK, ROOT, chooser, main_of, tiny_group, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import run
+import trainer
 from common import forward, generate
 from plumbing import families, kernels
 
@@ -20,7 +20,7 @@ GRIDS = torch.tensor([[1, 4, 6], [1, 10, 12], [1, 2, 2], [1, 10, 12]])  # window
 
 
 def tower(family, seen=None):
-    """Outputs and gradients of a vision tower, for pictures of several sizes, by `_attn_implementation` seen."""
+    """Outputs and gradients of a vision tower, for images of several sizes, by `_attn_implementation` seen."""
     visual = tiny_model(family).double().model.visual
     visual.config._attn_implementation = seen or visual.config._attn_implementation
     pixels = torch.randn(
@@ -62,14 +62,14 @@ def test_flash_attn_3_is_used_where_it_is_installed(installed):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_calls_for_a_megapixel(monkeypatch, checkpointing):
-    """Qwen2.5-VL's 32 blocks, 4 of them over the whole picture: one call each, and not one for each window."""
+    """Qwen2.5-VL's 32 blocks, 4 of them over the whole image: one call each, and not one for each window."""
     calls, attend = [], kernels.scaled_dot_product_attention
     monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *x, **y: (calls.append(1), attend(*x, **y))[1])
     config = tiny_model("qwen2_5_vl").config
     config.vision_config.depth, config.vision_config.window_size = 32, 112
     config.vision_config.fullatt_block_indexes = [7, 15, 23, 31]
     config.vision_config._attn_implementation = "sdpa"
-    model = families.prepared(type(tiny_model("qwen2_5_vl"))._from_config(config)).train()
+    model = families.patch_attention(type(tiny_model("qwen2_5_vl"))._from_config(config)).train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     grid = torch.tensor([[1, 72, 72]])  # 1,008 x 1,008 pixels
@@ -156,8 +156,8 @@ def test_the_weights_of_a_frozen_models_products_are_bf16_already_and_nothing_el
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_reference_of_a_run_on_one_process(tmp_path, monkeypatch, dtype):
     made = []
-    monkeypatch.setattr(run.Run, "rehearse", lambda self: made.append(self))
-    monkeypatch.setattr(run.Run, "start_or_restore", lambda *_: sys.exit(0))
+    monkeypatch.setattr(trainer.Trainer, "check_memory", lambda self: made.append(self))
+    monkeypatch.setattr(trainer.Trainer, "restore", lambda *_: sys.exit(0))
     with pytest.raises(SystemExit):
         main_of("grpo", tmp_path / "run", [*QUICK, "--kl_coef", 0.1, "--dtype", dtype])
     dtypes = {str(p.dtype)[6:] for p in made[0].reference.parameters()}

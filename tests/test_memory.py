@@ -13,11 +13,10 @@ from gpu import config_of
 from helpers import ROOT, save_internvl
 
 from common import load_processor
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import UserError
+from plumbing.arguments import SharedArgs, UserError
+from plumbing.data import load_rows
 from plumbing.memory import choose_checkpointing, dry_run, plan
-from plumbing.rows import load_rows
-from run import Run
+from trainer import Trainer
 
 
 def write_config(size, folder):
@@ -114,7 +113,7 @@ def test_checkpointing_as_it_is_set_and_without_a_card(tmp_path):
 def test_the_text_and_the_first_flag_to_turn(tmp_path, capsys):
     path = str(write_config("7B", tmp_path))
     with pytest.raises(SystemExit) as stop:
-        Run(SharedArgs(model=path, dry_run=8, output=str(tmp_path / "run")))
+        Trainer(SharedArgs(model=path, dry_run=8, output=str(tmp_path / "run")))
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "8 GPUs of 80 GB" in text and "DOES NOT FIT" not in text
     assert "at most 8,388,608 tokens sampled, 2 forward and 1 backward pass over 9,437,184 tokens" in text
@@ -141,14 +140,14 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path):
         UserError,
         match="gradients and optimiser of .* need 132.7 GB on each of 1 GPUs that have 80.0 GB: take more GPUs",
     ):
-        Run(args)
+        Trainer(args)
 
 
 def test_adapters_of_a_model_that_fits_no_card_name_the_other_way(tmp_path):
     flags = {"gpu_memory": 16, "lora_rank": 32, "output": str(tmp_path / "run")}
     sentence = "model and adapters of .* need 17.9 GB on each of 1 GPUs that have 16.0 GB: leave --lora_rank out: all"
     with pytest.raises(UserError, match=sentence):
-        Run(SharedArgs(model=str(write_config("7B", tmp_path)), dtype="bfloat16", **flags))
+        Trainer(SharedArgs(model=str(write_config("7B", tmp_path)), dtype="bfloat16", **flags))
 
 
 @pytest.mark.parametrize("change", [{"tie_word_embeddings": "false"}, {"tie_word_embeddings": None}])
@@ -170,16 +169,16 @@ sys.path.insert(0, {root!r})
 from common import SharedPrefixCache
 from plumbing.arguments import SharedArgs
 from plumbing.memory import plan
-from run import Run
+from trainer import Trainer
 memory = lambda: 1024 * int(re.search("VmHWM: *\\t*(.*) kB", open("/proc/self/status").read())[1])
-before, rehearse, grow = [], Run.rehearse, SharedPrefixCache.grow
-Run.rehearse = lambda run: (before.append(memory()), rehearse(run))
+before, rehearse, grow = [], Trainer.check_memory, SharedPrefixCache.grow
+Trainer.check_memory = lambda run: (before.append(memory()), rehearse(run))
 touch = lambda cache: [x.zero_() for pair in cache.suffix for x in pair]  # pages of zeros take no memory until written
 SharedPrefixCache.grow = lambda cache, *size: (grow(cache, *size), touch(cache))
 args = SharedArgs(model={model!r}, data={data!r}, dtype="float32", group_size=4, eval_rows=0, updates_per_step=1,
     prompts_per_step={prompts}, rollout_prompts={prompts}, max_response_tokens={tokens}, min_pixels={pixels},
     tokens_per_row={row}, gradient_checkpointing={checkpointing}, lora_rank={lora}, output={output!r})
-run = Run(args)
+run = Trainer(args)
 args.max_prompt_tokens, args.max_pixels = len(run.data.prompt(run.data.longest_row).input_ids), None
 peaks = plan(args, 1)
 planned = before[0] + sum(peaks["kept"].values()) + sum(peaks[{peak!r}].values())
@@ -257,7 +256,7 @@ def test_the_plan_is_within_15_percent_of_what_is_measured(
         "tokens": tokens,
         "prompts": prompts,
         "peak": peak,
-        # small pictures: the responses' cache is what counts; of one tile and more
+        # small images: the responses' cache is what counts; of one tile and more
         "pixels": 4 * 28**2 if peak == "sampling" else 112**2 if which == "internvl" else None,
         "row": 600 if peak == "sampling" else 16_384,  # a small update, which takes its time and does not count here
         "checkpointing": checkpointing,

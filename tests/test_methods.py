@@ -10,11 +10,11 @@ import torch
 from helpers import ROOT, assert_same_training, same, train, weights
 from safetensors.torch import load_file
 
-FORWARD = ["logps, entropy, _ = forward(run.model, row, args.temperature)  # (B, T)"]
-OLD = ["if args.updates_per_step > 1:", "row.old_logps, _, _ = forward(run.model, row, args.temperature)  # (B, T)"]
+FORWARD = ["logps, entropy, _ = forward(model, row, args.temperature)  # (B, T)"]
+OLD = ["if args.updates_per_step > 1:", "row.old_logps, _, _ = forward(model, row, args.temperature)  # (B, T)"]
 ADVANTAGES = ["token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token"]
-SAMPLING = "groups = rollout(run.model, run.tokenizer, prompts, args, step)"
-LOSS = "logps, old_logps, token_advantages, mask, args.clip_low, args.clip_high, **averaging"
+SAMPLING = "sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt"
+LOSS = "logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator"
 MAY_DIFFER = {  # lines of grpo.py that a method replaces
     "vepo": [OLD[1], *FORWARD, LOSS],
     "prpo": [OLD[1], *FORWARD, *ADVANTAGES],

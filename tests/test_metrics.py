@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from plumbing import metrics
-from plumbing.commandline import UserError
+from plumbing.arguments import UserError
 from plumbing.metrics import Metrics, means
 
 

@@ -25,8 +25,7 @@ from common import (
     load_processor,
     rollout,
 )
-from plumbing.arguments import INSTRUCTION, SharedArgs
-from plumbing.commandline import UserError
+from plumbing.arguments import INSTRUCTION, SharedArgs, UserError
 from plumbing.data import Data
 
 WEIGHTS = load_file(ROOT / "toy/model/model.safetensors")
@@ -62,13 +61,13 @@ DAMAGES = {
     "a tensor too much": (saved(nonsense=torch.ones(2)), "of its tensors 1 unexpected, such as nonsense"),
     "another shape": (saved(**{ONE: torch.ones(2)}), "of its tensors 1 mismatched, such as .*layers.0"),
     "pickled weights": (pickled, "has no safetensors; pickled weights may run code"),
-    "no tokenizer.json": (file("tokenizer.json"), "loses text or picture of a question"),
+    "no tokenizer.json": (file("tokenizer.json"), "loses text or image of a question"),
     "a broken tokenizer": (file("tokenizer.json", "{"), "cannot be opened"),
-    "another image token": (configured(image_token_id=17), "loses text or picture of a question"),
+    "another image token": (configured(image_token_id=17), "loses text or image of a question"),
     "a broken chat template": (file("chat_template.jinja", "{% for x in %}"), "has no chat template that works"),
     "no chat template": (file("chat_template.jinja"), "has no chat template that works"),
-    "a template without the picture": (file("chat_template.jinja", "1 + 1?"), "loses text or picture of a question"),
-    "a template without the text": (file("chat_template.jinja", "<|image_pad|>"), "loses text or picture"),
+    "a template without the image": (file("chat_template.jinja", "1 + 1?"), "loses text or image of a question"),
+    "a template without the text": (file("chat_template.jinja", "<|image_pad|>"), "loses text or image"),
     "a broken config": (file("config.json", "{"), "cannot be opened"),
     "another family": (
         configured(model_type="bert"),
@@ -202,7 +201,7 @@ def test_a_response_begins_inside_of_what_the_template_has_opened(model_with, mo
     monkeypatch.setattr(common, "generate", lambda *_, **__: (said.repeat(2, 1), torch.ones(2, said.shape[1]).bool()))
     (group,) = rollout(model, processor.tokenizer, [prompt], SharedArgs(group_size=2), 0)
     assert group.texts == ["<think>1</think> \\boxed{1}"] * 2
-    assert format_reward(group.texts[0]) == 1 and Reward(SharedArgs())([group]).shape == (1, 2)
+    assert format_reward(group.texts[0]) == 1 and Reward(SharedArgs())([group])[0].rewards.shape == (2,)
     assert prompt_of(ROOT / "toy" / "model")[2].opened == ""
 
 

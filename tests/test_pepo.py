@@ -60,7 +60,7 @@ def test_neither_garbage_on_padding_nor_the_order_of_rows_matters():
     assert torch.equal(token_weights(similarity[1:2], entropy[1:2], mask[1:2]), want[1:2])
 
 
-def test_equal_scores_and_no_picture_weigh_exactly_one():
+def test_equal_scores_and_no_image_weigh_exactly_one():
     _, entropy, mask = random_scores()
     assert torch.equal(token_weights(torch.full((4, 9), 0.3), torch.full((4, 9), 0.7), mask), mask.float())
     nothing = visual_similarity([torch.randn(4, 9, 8)], [torch.empty(1, 0, 8)])

@@ -6,9 +6,8 @@ import pytest
 import torch
 from helpers import tiny_model, tiny_prompt
 
-from common import Group, Reward, format_reward
-from plumbing.arguments import SharedArgs
-from plumbing.commandline import UserError
+from common import Group, Reward, format_reward, stack_rewards
+from plumbing.arguments import SharedArgs, UserError
 
 
 def test_format():
@@ -44,18 +43,18 @@ def test_rewards_are_the_weighted_sum():
         r"<think></think>\boxed{2}",
     )
     made = groups(("1", (both, neither)), ("1", (accuracy_only, format_only)))
-    rewards = Reward(SharedArgs())(made)
+    rewards = stack_rewards(Reward(SharedArgs())(made), 2)
     assert torch.allclose(rewards, torch.tensor([[1.0, 0.0], [0.9, 0.1]]))
     assert made[1].accuracy.tolist() == [1, 0] and made[1].format.tolist() == [0, 1]
-    rewards = Reward(SharedArgs(accuracy_weight=1.0, format_weight=0.0))(groups(("1", (format_only, accuracy_only))))
-    assert rewards.tolist() == [[0.0, 1.0]]
+    made = Reward(SharedArgs(accuracy_weight=1.0, format_weight=0.0))(groups(("1", (format_only, accuracy_only))))
+    assert stack_rewards(made, 2).tolist() == [[0.0, 1.0]] and stack_rewards([], 2).shape == (0, 2)
 
 
 def test_a_reward_of_ones_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def length(problems, responses, answers):\n    return [len(text) for text in responses]\n")
     made = groups(("1", ("a", "bcd")), ("1", ("", "ef")))
-    assert Reward(SharedArgs(reward=f"{file}:length"))(made).tolist() == [[1, 3], [0, 2]]
+    assert stack_rewards(Reward(SharedArgs(reward=f"{file}:length"))(made), 2).tolist() == [[1, 3], [0, 2]]
     assert made[0].accuracy.tolist() == [0, 0]  # still measured
 
 
@@ -69,7 +68,10 @@ def test_a_reward_file_is_a_module_like_any_other(tmp_path):
         "    return [Score(HALF).value] * n\n"
     )
     made = groups(("1", ("a", "bcd")), ("1", ("", "ef")))
-    assert Reward(SharedArgs(reward=f"{tmp_path}/mine.py:f"))(made).tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert stack_rewards(Reward(SharedArgs(reward=f"{tmp_path}/mine.py:f"))(made), 2).tolist() == [
+        [0.5, 0.5],
+        [0.5, 0.5],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import END, chooser, plain_pictures, tiny_model, tiny_prompt
+from helpers import END, chooser, plain_images, tiny_model, tiny_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -31,7 +31,7 @@ def plain(model, prompt, G, max_tokens, choose, uniforms):
     """`generate` as a textbook would call it, on G copies of one prompt."""
     ids = prompt.input_ids.expand(G, -1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs |= plain_pictures(model, prompt, G)
+    inputs |= plain_images(model, prompt, G)
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = prompt.image_mask.int().expand(G, -1)
     model.model.rope_deltas = None
@@ -96,7 +96,7 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
     ]
     choose = chooser(model, temperature, top_p, top_k)
     uniforms = torch.rand(len(prompts) * G, max_tokens, generator=seeded(1, 3))
-    responses, mask = generate(model, prompts, G, choose, uniforms, ENDS, 0, room=5, graphs=graphs)
+    responses, mask = generate(model, prompts, G, choose, uniforms, ENDS, 0, capacity=5, graphs=graphs)
     responses = torch.nn.functional.pad(responses, (0, max_tokens - responses.shape[1]))
     mask = torch.nn.functional.pad(mask, (0, max_tokens - mask.shape[1]))
     for i, prompt in enumerate(prompts):
@@ -130,20 +130,20 @@ def test_the_cache_grows_in_steps_and_no_graph_is_recorded_between(monkeypatch):
     """And it ends with the responses: no room is made for tokens that none of them has."""
     rooms, recorded, grow = [], [], common.SharedPrefixCache.grow
 
-    def watched(cache, group_size, room):
-        grow(cache, group_size, room)
+    def watch(cache, group_size, capacity):
+        grow(cache, group_size, capacity)
         rooms.append([tuple(x.shape[2:4]) for x in cache.suffix[0]])
 
     def record(function, *inputs):
         recorded.append(inputs)
         return lambda: function(*inputs)
 
-    monkeypatch.setattr(common.SharedPrefixCache, "grow", watched)
+    monkeypatch.setattr(common.SharedPrefixCache, "grow", watch)
     monkeypatch.setattr(kernels, "recorded", record)
     model, G = tiny_model("qwen2_5_vl").eval(), 3
     choose, prompts = chooser(model), [tiny_prompt(model, [], words=(20 + i,)) for i in range(4)]
     uniforms = torch.rand(4 * G, 400, generator=seeded(5))
-    _, mask = generate(model, prompts, G, choose, uniforms, [13, *range(40, 45)], 0, room=4, graphs=True)
+    _, mask = generate(model, prompts, G, choose, uniforms, [13, *range(40, 45)], 0, capacity=4, graphs=True)
     longest = mask.shape[1]
     assert 8 < longest < 100
     assert rooms == [[(G, room)] * 2 for room in range(4, longest + 3, 4)]
@@ -177,7 +177,7 @@ def test_a_rollout_does_not_depend_on_its_batch(toy):
     model.train()
     args = SharedArgs(max_response_tokens=24)
     data = Data("toy", "test", args, processor, model)
-    prompts = [data.prompt(i) for i in (3, 6, 5, 0)]  # one picture, none, two, one
+    prompts = [data.prompt(i) for i in (3, 6, 5, 0)]  # one image, none, two, one
     together = rollout(model, processor.tokenizer, prompts, args, 7)
     args.rollout_prompts = 1
     alone = rollout(model, processor.tokenizer, prompts[::-1], args, 7)[::-1]
@@ -229,7 +229,7 @@ def test_two_levels_choose_what_one_does(vocabulary):
     logits = 3 * torch.randn(400, vocabulary, generator=seeded(0))
     logits[:200] *= 20  # of a few likely tokens; in others of many that are all unlikely
     uniforms = torch.cat([torch.rand(398, generator=seeded(1)), torch.tensor([0.0, 1 - 2**-24])])
-    chosen = common.token_chooser(banned, 0.7, 1.0, 0)(logits, uniforms)
+    chosen = common.make_sampler(banned, 0.7, 1.0, 0)(logits, uniforms)
     probabilities = (logits.masked_fill(banned, -torch.inf) / 0.7).softmax(-1).double()
     cumulative = probabilities.cumsum(-1)
     plain = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]

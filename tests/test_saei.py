@@ -1,4 +1,4 @@
-"""SaEI: pictures from patches and back, the middle third, the attack and what it may not touch."""
+"""SaEI: images from patches and back, the middle third, the attack and what it may not touch."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -29,23 +29,23 @@ def test_patches_are_the_processors_own(family, size):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     made = processor(Image.fromarray(noise), return_tensors="pt")
     values, grid = made["pixel_values"], made["image_grid_thw"][0]
-    picture = unpatchify(values, grid, processor)
-    assert picture.shape == (3, *(processor.patch_size * grid[1:]).tolist())
-    assert torch.allclose(patchify(picture, processor), values, atol=1e-6)
-    assert torch.equal(unpatchify(patchify(picture, processor), grid, processor), picture)  # exact, in 255ths
-    _, H, W = picture.shape
+    image = unpatchify(values, grid, processor)
+    assert image.shape == (3, *(processor.patch_size * grid[1:]).tolist())
+    assert torch.allclose(patchify(image, processor), values, atol=1e-6)
+    assert torch.equal(unpatchify(patchify(image, processor), grid, processor), image)  # exact, in 255ths
+    _, H, W = image.shape
     if size == (W, H):  # nothing was resized: the very pixels
-        assert torch.equal(picture, torch.tensor(noise).permute(2, 0, 1) / 255)
+        assert torch.equal(image, torch.tensor(noise).permute(2, 0, 1) / 255)
 
 
 def test_patches_pass_gradients_back_to_the_pixel():
     processor = PROCESSORS["qwen2_vl and qwen2_5_vl"]
-    picture = torch.rand(3, 56, 84).requires_grad_()
-    values = patchify(picture, processor)
+    image = torch.rand(3, 56, 84).requires_grad_()
+    values = patchify(image, processor)
     assert torch.equal(values.view(-1, 3, 2, 196)[:, :, 0], values.view(-1, 3, 2, 196)[:, :, 1])
     values.sum().backward()
     want = 2 / torch.tensor(processor.image_std)[:, None, None].expand(3, 56, 84)  # each pixel stands there twice
-    assert torch.allclose(picture.grad, want, atol=1e-5)
+    assert torch.allclose(image.grad, want, atol=1e-5)
 
 
 def lengths(*numbers, width=None):
@@ -88,8 +88,8 @@ def fake_run(model, image_processor):
     )
 
 
-def random_pictures(model, grids):
-    """A prompt on random pictures in whole 255ths, and a group with responses to it."""
+def random_images(model, grids):
+    """A prompt on random images in whole 255ths, and a group with responses to it."""
     processor = PROCESSORS["qwen2_vl and qwen2_5_vl"]
     prompt = tiny_prompt(model, grids)
     if grids:
@@ -109,25 +109,25 @@ def H_of(group, prompt, kept, run, args):
 @pytest.mark.parametrize("grids", [[(4, 6)], [(2, 4), (6, 4)]])
 def test_gradient_by_finite_differences(grids):
     model = tiny_model("qwen2_5_vl").double()
-    group, run = random_pictures(model, grids)
+    group, run = random_images(model, grids)
     args = Args()
     processor = run.processor.image_processor
     parts = group.prompt.pixel_values.split(group.prompt.image_grid_thw.prod(1).tolist())
-    pictures = [unpatchify(x, grid, processor).double() for x, grid in zip(parts, group.prompt.image_grid_thw)]
-    H, gradients, kept = entropy_gradient(group, pictures, run, args)
+    images = [unpatchify(x, grid, processor).double() for x, grid in zip(parts, group.prompt.image_grid_thw)]
+    H, gradients, kept = entropy_gradient(group, images, run, args)
     assert kept.sum(1).tolist() == [2, 1, 1, 4]
 
-    def at(pictures):
-        pixel_values = torch.cat([patchify(x, processor) for x in pictures])
+    def at(images):
+        pixel_values = torch.cat([patchify(x, processor) for x in images])
         prompt = dataclasses.replace(group.prompt, pixel_values=pixel_values)
 
         entropy = forward(model, dataclasses.replace(group, prompt=prompt), args.temperature)[1]
         return aggregate(entropy, kept, "sequence", 4).item()
 
-    assert at(pictures) == pytest.approx(H.item(), abs=1e-6)
+    assert at(images) == pytest.approx(H.item(), abs=1e-6)
     for i, gradient in enumerate(gradients):
         direction = gradient / gradient.norm()
-        shifted = [[x + step * direction if i == j else x for j, x in enumerate(pictures)] for step in (1e-3, -1e-3)]
+        shifted = [[x + step * direction if i == j else x for j, x in enumerate(images)] for step in (1e-3, -1e-3)]
         slope = (at(shifted[0]) - at(shifted[1])) / 2e-3
         assert slope == pytest.approx(gradient.norm().item(), rel=0.01)
 
@@ -136,9 +136,9 @@ def test_gradient_by_finite_differences(grids):
 @pytest.mark.parametrize("grids", [[(4, 6)], [(2, 4), (6, 4)]])
 def test_attack(family, grids):
     model = tiny_model(family)
-    group, run = random_pictures(model, grids)
+    group, run = random_images(model, grids)
     clean, processor = group.prompt.pixel_values.clone(), run.processor.image_processor
-    kept = middle_third(next(entropy_of(group, *pictures_of(group, run), run, Args()))[0].detach(), group.mask)
+    kept = middle_third(next(entropy_of(group, *images_of(group, run), run, Args()))[0].detach(), group.mask)
     tiny = 0.02 / 255  # random weights of this size are far from linear over 2 / 255
     up, down = attack(group, run, Args(step=tiny)), attack(group, run, Args(step=-tiny))
     H = [H_of(group, prompt, kept, run, Args()) for prompt in (down, group.prompt, up)]
@@ -151,9 +151,9 @@ def test_attack(family, grids):
     for part, before, grid in zip(*(_split(p, grids) for p in (up, group.prompt)), group.prompt.image_grid_thw):
         values = part.view(len(part), 3, 2, -1)
         assert torch.equal(values[:, :, 0], values[:, :, 1])
-        picture, origin = (unpatchify(x, grid, processor) for x in (part, before))
-        change = (picture - origin).abs()
-        assert picture.min() >= 0 and picture.max() <= 1 and change.max() <= 2 / 255 + 1e-6
+        image, origin = (unpatchify(x, grid, processor) for x in (part, before))
+        change = (image - origin).abs()
+        assert image.min() >= 0 and image.max() <= 1 and change.max() <= 2 / 255 + 1e-6
         assert (change > 1.9 / 255).float().mean() > 0.9
     assert attack(group, run, Args(step=0.0)) is group.prompt
 
@@ -162,7 +162,7 @@ def _split(prompt, grids):
     return prompt.pixel_values.detach().split([h * w for h, w in grids])
 
 
-def pictures_of(group, run):
+def images_of(group, run):
     parts = group.prompt.pixel_values.split(group.prompt.image_grid_thw.prod(1).tolist())
     grids = group.prompt.image_grid_thw
     return [[unpatchify(x, grid, run.processor.image_processor) for x, grid in zip(parts, grids)]]
@@ -170,18 +170,16 @@ def pictures_of(group, run):
 
 def test_attack_does_not_depend_on_how_the_group_is_cut():
     model = tiny_model("qwen2_5_vl")
-    group, run = random_pictures(model, [(4, 6)])
+    group, run = random_images(model, [(4, 6)])
     budget = len(group.prompt.input_ids) + 8
     assert len(split_group(group, budget)) == 3
-    whole, cut = (
-        entropy_gradient(group, *pictures_of(group, run), run, Args(tokens_per_row=n)) for n in (10**6, budget)
-    )
+    whole, cut = (entropy_gradient(group, *images_of(group, run), run, Args(tokens_per_row=n)) for n in (10**6, budget))
     assert whole[0].item() == pytest.approx(cut[0].item(), abs=1e-6) and torch.equal(whole[2], cut[2])
     assert torch.allclose(whole[1][0], cut[1][0], atol=1e-6)
 
 
 def test_several_steps_stay_in_the_ball():
-    group, run = random_pictures(tiny_model("qwen2_5_vl"), [(4, 6)])
+    group, run = random_images(tiny_model("qwen2_5_vl"), [(4, 6)])
     grid = group.prompt.image_grid_thw[0]
     origin = unpatchify(group.prompt.pixel_values, grid, run.processor.image_processor)
     for epsilon, largest in ((None, 2), (5 / 255, 5), (1.0, 6)):
@@ -192,19 +190,19 @@ def test_several_steps_stay_in_the_ball():
 
 def test_gradient_checkpointing_attacks_the_same():
     model = tiny_model("qwen2_5_vl")
-    group, run = random_pictures(model, [(4, 6)])
+    group, run = random_images(model, [(4, 6)])
     plain = attack(group, run, Args()).pixel_values
     model.activation_checkpointing_enable({"use_reentrant": False})
     assert torch.equal(plain, attack(group, run, Args()).pixel_values)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_clean_picture(monkeypatch):
-    group, run = random_pictures(tiny_model("qwen2_5_vl"), [(4, 6)])
+def test_a_gradient_that_is_not_finite_leaves_the_clean_image(monkeypatch):
+    group, run = random_images(tiny_model("qwen2_5_vl"), [(4, 6)])
     calls = []
 
-    def bad_once(group, pictures, *_):  # in the first of two steps, at one pixel
-        gradient = torch.ones_like(pictures[0])
+    def bad_once(group, images, *_):  # in the first of two steps, at one pixel
+        gradient = torch.ones_like(images[0])
         gradient[0, 0, 0] = torch.inf if not calls else 1
         calls.append(1)
         return torch.tensor(torch.nan), [gradient], group.mask
@@ -215,7 +213,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_clean_picture(monkeypatch):
 
 
 def test_text_only_prompts_are_not_attacked():
-    group, run = random_pictures(tiny_model("qwen2_5_vl"), [])
+    group, run = random_images(tiny_model("qwen2_5_vl"), [])
     assert attack(group, run, Args()) is group.prompt and not run.log
 
 

@@ -102,7 +102,7 @@ LORA = ["--lora_rank", 4, "--learning_rate", 1e-3]
     ],
 )
 def test_two_processes_equal_one(tmp_path, alone, finished, flags):
-    """With text-only rows beside pictures, responses of different lengths, groups cut into several rows."""
+    """With text-only rows beside images, responses of different lengths, groups cut into several rows."""
     assert_equal(alone(*flags), finished(2, tmp_path / "two", *flags))
 
 
@@ -138,7 +138,7 @@ def test_each_method_on_two_processes(tmp_path, alone, finished, method, updates
 
 @pytest.mark.parametrize("method, flags", [("pepo", []), ("prpo", ["--reshard_while_sampling"]), ("saei", SAEI)])
 def test_internvl_on_two_processes(tmp_path, alone, finished, internvl, method, flags):
-    """Rows without a picture, with one and with two, of one tile and of several."""
+    """Rows without an image, with one and with two, of one tile and of several."""
     flags = ["--model", internvl, "--data", internvl / "rows.jsonl", "--eval_rows", 0, "--kl_coef", 0.05, *flags]
     flags += ["--min_pixels", 784, "--max_pixels", 784 * 6, "--max_response_tokens", 12, "--updates_per_step", 1]
     flags += ["--reward", f"{internvl / 'reward.py'}:varies"]
@@ -196,11 +196,13 @@ def test_sampling_from_sharded_weights(tmp_path, alone, finished):
 OWN_TOKENS = """
 def denominator(self, rows):
     return 2 * sum(common.loss_denominator(row.loss_mask) for row in rows)
-patch(run.Run, "denominator", denominator)
+patch(trainer.Trainer, "denominator", denominator)
 """
 ONE_PERCENT = """
-backward = run.Run.backward
-patch(run.Run, "backward", lambda self, loss, *rest: backward(self, loss * (1 + self.rank / 100), *rest))
+import grpo
+loss = grpo.policy_loss
+rank = lambda: torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+patch(grpo, "policy_loss", lambda *rest: (loss(*rest)[0] * (1 + rank() / 100), loss(*rest)[1]))
 """
 
 
@@ -219,7 +221,8 @@ def test_a_process_whose_groups_are_all_filtered_out(tmp_path, finished):
 def reward(self, groups):
     for group in groups:
         mixed = torch.tensor([1.0, 0.0, 0.0, 1.0])
-        group.rewards = group.accuracy = group.format = mixed * (group.prompt.serial % 2 == 0)
+        group.rewards = group.accuracy = group.format = mixed * (group.prompt.prompt_id % 2 == 0)
+    return groups
 patch(common.Reward, "__call__", reward)
 """
     flags = ["--filter_groups", "--eval_rows", 0]
@@ -234,15 +237,16 @@ import grpo
 def reward(self, groups):
     for group in groups:  # one of two on each process
         mixed = torch.tensor([1.0, 0.0, 0.0, 1.0])
-        group.rewards = group.accuracy = group.format = mixed * (group.prompt.serial // 2 % 2)
+        group.rewards = group.accuracy = group.format = mixed * (group.prompt.prompt_id // 2 % 2)
+    return groups
 patch(common.Reward, "__call__", reward)
-plain, close, passes = grpo.forward, run.Run.close, []
+plain, close, passes = grpo.forward, trainer.Trainer.close, []
 patch(grpo, "forward", lambda *rest: (passes.append(rest), plain(*rest))[1])
-patch(run.Run, "close", lambda self: (close(self), print(len(passes), "passes")))
+patch(trainer.Trainer, "close", lambda self: (close(self), print(len(passes), "passes")))
 """
 ALL_ROWS = """
-pack = run.Run.pack_rows
-patch(run.Run, "pack_rows", lambda self, advantages: pack(self, advantages, own_term=True))
+rows = trainer.Trainer.with_gradient
+patch(trainer.Trainer, "with_gradient", lambda self, given: rows(self, given, keep_zero_advantage=True))
 """
 
 
@@ -264,13 +268,13 @@ def test_groups_of_equal_rewards_come_to_no_pass_of_any_process(tmp_path, flags,
 
 
 FP32_ANGLES = """
-def checked(run, rehearse=run.Run.rehearse):
+def checked(run, check=trainer.Trainer.check_memory):
     def angles(_, args, kwargs):
         assert all(x.dtype == torch.float32 for x in kwargs["position_embeddings"])
     run.model.model.visual.blocks[0].attn.register_forward_pre_hook(angles, with_kwargs=True)
     assert torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 7200
-    rehearse(run)
-patch(run.Run, "rehearse", checked)
+    check(run)
+patch(trainer.Trainer, "check_memory", checked)
 """
 
 
@@ -296,12 +300,12 @@ def test_freeze_vision_on_two(tmp_path, finished):
 
 
 DIES = """
-log = run.Run.log
+log = trainer.Trainer.log
 def dies(self):
     log(self)
     if self.step == 2:
         raise RuntimeError("power cut")
-patch(run.Run, "log", dies)
+patch(trainer.Trainer, "log", dies)
 """
 
 
@@ -328,7 +332,7 @@ def again(self):
     self.saved = None
     self.save()
     return iter(())
-patch(run.Run, "steps", again)
+patch(trainer.Trainer, "steps", again)
 """
 
 
@@ -420,13 +424,13 @@ def test_evaluation_on_two_processes_and_one_that_was_stopped(tmp_path, pair):
 def test_one_process_dying_ends_the_other_with_the_reason(tmp_path):
     script = tmp_path / "patched.py"
     script.write_text("""
-import grpo, run
-log = run.Run.log
+import grpo, trainer
+log = trainer.Trainer.log
 def dies(self):
     if self.rank == 1 and self.step == 2:
         raise RuntimeError("the fan fell off")
     log(self)
-run.Run.log = dies
+trainer.Trainer.log = dies
 grpo.main()
 """)
     begin, flags = time.time(), ["--output", str(tmp_path / "two"), *FLAGS, "--eval_rows", "0", "--save_every", "1"]
@@ -438,12 +442,12 @@ grpo.main()
 
 
 ONE_IS_STOPPED = """
-log = run.Run.log
+log = trainer.Trainer.log
 def stopped(self):
     log(self)
     if self.rank == 1:
         self.stop()
-patch(run.Run, "log", stopped)
+patch(trainer.Trainer, "log", stopped)
 """
 
 

@@ -1,4 +1,4 @@
-"""common.py, what several methods share: views of a picture, random numbers, distributions compared in chunks."""
+"""common.py, what several methods share: views of an image, random numbers, distributions compared in chunks."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import padded_inputs, tiny_group, tiny_model, tiny_prompt
 
-from common import compare_logits, forward, token_uniforms, with_picture
+from common import compare_logits, forward, token_uniforms, with_image
 from plumbing.data import Data
 
 
@@ -36,13 +36,13 @@ def test_a_prompt_sees_one_draw_a_step(name, toy, monkeypatch):
     first = draw(0, 8)
     assert torch.equal(first, draw(0, 1)) and torch.equal(first, draw(0, 12))
     assert not torch.equal(first, draw(0, 8, step=2))
-    assert not torch.equal(first, draw(0, 8, serial=5))
+    assert not torch.equal(first, draw(0, 8, prompt_id=5))
 
 
 def test_heads_are_compared_in_chunks_as_with_plain_logits():
     model = tiny_model("qwen2_5_vl")
     group = tiny_group(tiny_prompt(model, [(4, 6)]), [7, 1, 4])
-    other = with_picture(group, lambda pixels: pixels + 1)
+    other = with_image(group, lambda pixels: pixels + 1)
     assert other.prompt.pixel_values is not group.prompt.pixel_values and other.mask is group.mask
     hidden = [forward(model, row)[2] for row in (group, other)]
 
@@ -58,10 +58,10 @@ def test_heads_are_compared_in_chunks_as_with_plain_logits():
         assert torch.allclose(a[group.mask], b[group.mask], atol=1e-4) and (a[~group.mask] == 0).all()
 
 
-def test_a_prompt_without_a_picture_is_left_alone():
+def test_a_prompt_without_a_image_is_left_alone():
     model = tiny_model("qwen2_5_vl")
     group = tiny_group(tiny_prompt(model, []), [3, 2])
-    assert with_picture(group, lambda pixels: pixels + 1) is group
+    assert with_image(group, lambda pixels: pixels + 1) is group
 
 
 def test_token_uniforms_depend_on_the_response_alone():

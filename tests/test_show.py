@@ -188,8 +188,8 @@ def test_the_page_stands_alone_and_shows_all_methods_on_the_same_response(page):
     signals = json.loads(re.search(r"const SIGNALS = (\{.*?\});\n", text)[1])
     assert set(re.findall(r'data-t="([\w-]+)"', text)) == set(signals) and text.count("</script>") == 1
     said = next(iter(signals.values()))
-    assert re.search(r"entropy \S+ nats; noise on the picture moves this token's distribution by JSD \S+ nats;", said)
-    for words in ("blackened patches by KL", "weak noise by KL", "visual focus", "similarity to the picture"):
+    assert re.search(r"entropy \S+ nats; noise on the image moves this token's distribution by JSD \S+ nats;", said)
+    for words in ("blackened patches by KL", "weak noise by KL", "visual focus", "similarity to the image"):
         assert words in said
 
 
@@ -222,7 +222,7 @@ def test_one_scale_for_all_advantages_of_a_prompt_and_for_the_scores_of_a_method
             assert {0.0, 1.0} <= {share for _, share, _ in spans}
 
 
-def pictures_of(text):
+def images_of(text):
     """{caption: [pixels (3, H, W)]} of the first prompt of a page."""
     found = {}
     for figure, caption in re.findall(r"<figure>(.*?>)([^<>]+)</figure>", text.split("<h2>")[1]):
@@ -233,7 +233,7 @@ def pictures_of(text):
     return found
 
 
-def test_the_pictures_are_those_that_were_scored(toy, monkeypatch):
+def test_the_images_are_those_that_were_scored(toy, monkeypatch):
     """What the forward passes of VEPO's and PRPO's own functions were given, pixel by pixel."""
     fed, processor = {"vepo": [], "prpo": []}, toy[1].image_processor
 
@@ -248,24 +248,24 @@ def test_the_pictures_are_those_that_were_scored(toy, monkeypatch):
 
     spied(vepo)
     spied(prpo)
-    drawn = pictures_of(show.token_page(show.TokenArgs(prompts=1, seed=3)))
+    drawn = images_of(show.token_page(show.TokenArgs(prompts=1, seed=3)))
     for caption, module in (("VEPO: noise", "vepo"), ("PRPO: patches blackened", "prpo"), ("PRPO: weak noise", "prpo")):
-        (picture,) = drawn[caption]
-        assert not torch.equal(picture, drawn["the picture"][0])
-        assert any(torch.equal(picture, other) for other in fed[module]), caption
-    assert torch.equal(drawn["the picture"][0], fed["vepo"][1])  # first the noised pass, then the clean one
-    clean, attacked = (drawn[caption][0].int() for caption in ("the picture", "SaEI: attacked, 2/255"))
+        (image,) = drawn[caption]
+        assert not torch.equal(image, drawn["the image"][0])
+        assert any(torch.equal(image, other) for other in fed[module]), caption
+    assert torch.equal(drawn["the image"][0], fed["vepo"][1])  # first the noised pass, then the clean one
+    clean, attacked = (drawn[caption][0].int() for caption in ("the image", "SaEI: attacked, 2/255"))
     moved = attacked - clean
     assert set(moved.unique().tolist()) <= {-2, 0, 2} and moved.any()
     (caption,) = [caption for caption in drawn if "60 times" in caption]
     assert torch.equal(drawn[caption][0].int(), (127.5 + 60 * moved).round().int())
 
 
-def group_of(toy, pictures=1, responses=slice(None)):
-    """Responses to the first prompt of the toy with so many pictures, the first of them right."""
+def group_of(toy, images=1, responses=slice(None)):
+    """Responses to the first prompt of the toy with so many images, the first of them right."""
     model, processor = toy
     data = Data("toy", "test", SharedArgs(), processor, model)
-    prompt = data.prompt(next(i for i in data.indices if len(data.fields(i)[1]) == pictures))
+    prompt = data.prompt(next(i for i in data.indices if len(data.fields(i)[1]) == images))
     (group,) = rollout(model, processor.tokenizer, [prompt], SharedArgs(), "show")
     group.accuracy, group.advantages = (torch.arange(8) == 0).float(), torch.linspace(1, -1, 8)
     return group[responses], show.run_of(model, processor)
@@ -284,14 +284,14 @@ def test_scores_are_those_of_the_method_files(toy):
     assert all((value[~group.mask] == 0).all() for value in signals.values())
 
 
-@pytest.mark.parametrize("pictures", [0, 1, 2])
-def test_any_number_of_pictures_and_responses_of_one_token(toy, pictures):
-    group, run = group_of(toy, pictures)
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_any_number_of_images_and_responses_of_one_token(toy, images):
+    group, run = group_of(toy, images)
     text, about = show.section(0, group, run, SharedArgs())
-    assert text.count("<img") == 6 * pictures and ("No picture" in text) == (pictures == 0)
-    assert all(("nats" in said) and ("visual focus" in said) == (pictures > 0) for said in about.values())
+    assert text.count("<img") == 6 * images and ("No image" in text) == (images == 0)
+    assert all(("nats" in said) and ("visual focus" in said) == (images > 0) for said in about.values())
     (lines,) = prompts_of(text)
-    assert len(lines) == (22 if pictures else 14)  # without a picture only VEPO has a score
+    assert len(lines) == (22 if images else 14)  # without an image only VEPO has a score
     short = dataclasses.replace(group, responses=group.responses[:, :1], mask=group.mask[:, :1])
     text, about = show.section(0, short, run, SharedArgs())
     (lines,) = prompts_of(text)
@@ -319,7 +319,7 @@ def test_a_browser_shows_it(page, tmp_path, width, dark):
     drawn = Image.open(shot).convert("RGB")
     corner = drawn.getpixel((2, 2))
     assert (max(corner) < 60) if dark else (min(corner) > 240)
-    assert len(drawn.resize((200, 200)).getcolors(40_000)) > 500  # text, pictures and colours
+    assert len(drawn.resize((200, 200)).getcolors(40_000)) > 500  # text, images and colours
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ CERTAIN, OF_TWO, OF_FOUR, LIKE_THE_PICTURE = 20, 21, 22, 23  # what follows each
 
 
 def blind_model():
-    """Layers that add nothing: what follows a token depends on it alone. The picture's state is e_3."""
+    """Layers that add nothing: what follows a token depends on it alone. The image's state is e_3."""
     model = tiny_model("qwen2_5_vl")
     with torch.no_grad():
         for layer in model.model.language_model.layers:
@@ -373,7 +373,7 @@ def seen_by_the_blind(monkeypatch, lengths=(6,)):
     plain = show.forward
 
     def forward_of(model, row, temperature):
-        """Under the attacked picture token 5 is one of four, under the other one token 3 is one of two."""
+        """Under the attacked image token 5 is one of four, under the other one token 3 is one of two."""
         logps, entropy, hidden = plain(model, row, temperature)
         for pixels, token, kind in ((attacked.pixel_values, 5, 2), (shaken, 3, 1)):
             if row.prompt.pixel_values is pixels and row.mask.sum() >= 6:
@@ -489,7 +489,7 @@ def test_a_random_step_is_as_large_as_the_attack(toy):
     model, processor = toy
     args = SharedArgs()
     data = Data("toy", "test", args, processor, model)
-    prompt = data.prompt(5)  # of two pictures
+    prompt = data.prompt(5)  # of two images
     run, image_processor = show.run_of(model, processor), processor.image_processor
     moved = show.random_step(prompt, run, 0)
     assert torch.equal(moved, show.random_step(prompt, run, 0)) and moved.shape == prompt.pixel_values.shape
@@ -538,17 +538,17 @@ def test_what_cannot_be_written_is_on_the_console(tmp_path, monkeypatch, capsys)
     assert show.TITLES["rvd"] in shown.out and (tmp_path / "signals.json").read_text() == "old"
 
 
-def test_signals_of_data_without_grammar_or_pictures(tmp_path, monkeypatch, picture_file, capsys):
-    run_main(monkeypatch, "signals", "--model", "toy", "--data", picture_file, "--group_size", 2, "--output", tmp_path)
+def test_signals_of_data_without_grammar_or_images(tmp_path, monkeypatch, image_file, capsys):
+    run_main(monkeypatch, "signals", "--model", "toy", "--data", image_file, "--group_size", 2, "--output", tmp_path)
     found = json.loads((tmp_path / "signals.json").read_text())["signals"]
-    assert found["accuracy"]["prompts"] == 2 and "read_share" not in found  # the third row has no picture
+    assert found["accuracy"]["prompts"] == 2 and "read_share" not in found  # the third row has no image
     shown = capsys.readouterr()
     assert "by kind of token" not in shown.out
-    assert "no more than 2 prompts with a picture, of --prompts 128" in shown.err
+    assert "no more than 2 prompts with an image, of --prompts 128" in shown.err
     (tmp_path / "text.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": "2"}) + "\n")
     with pytest.raises(SystemExit) as error:
         run_main(monkeypatch, "signals", "--data", tmp_path / "text.jsonl", "--output", tmp_path)
-    assert error.value.code == 2 and "has no prompt with a picture" in capsys.readouterr().err
+    assert error.value.code == 2 and "has no prompt with an image" in capsys.readouterr().err
 
 
 def test_the_committed_signals_of_the_faint_world():

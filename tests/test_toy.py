@@ -19,10 +19,9 @@ import worlds  # noqa: E402
 from worlds import WORLDS, conclude  # noqa: E402
 
 from common import format_reward, load_model, load_processor
-from plumbing.answers import Checker
+from plumbing.answers import Checker, extract_answer
 from plumbing.arguments import EMBEDDED
-from plumbing.kinds import kinds_of, reads
-from plumbing.rewards import extract_answer
+from toy.kinds import kinds_of, reads
 
 EACH = pytest.mark.parametrize("name", [*WORLDS])
 
@@ -58,17 +57,17 @@ def test_tables_are_in_the_schema_of_geometry3k_and_come_from_the_seed(name):
         for row, made in zip(table, world.puzzles(f"0 {split}", 60)):
             assert (row["problem"], row["answer"]) == (made.problem, conclude(made.family, made.counts))
             assert (row["family"], row["reads"]) == (made.family, made.counts)
-            assert [p.tobytes() for p in row["images"]] == [p.tobytes() for p in made.pictures]
+            assert [p.tobytes() for p in row["images"]] == [p.tobytes() for p in made.images]
 
 
 @EACH
-def test_no_picture_is_in_both_tables(name):
+def test_no_image_is_in_both_tables(name):
     world = WORLDS[name]
-    pictures = [
-        {made.pictures[0].tobytes() for made in world.puzzles(f"0 {split}", count) if made.pictures}
+    images = [
+        {made.images[0].tobytes() for made in world.puzzles(f"0 {split}", count) if made.images}
         for split, count in (("train", world.train), ("test", world.test))
     ]
-    assert not pictures[0] & pictures[1]
+    assert not images[0] & images[1]
 
 
 @EACH
@@ -173,15 +172,15 @@ def test_labels_by_hand():
     assert kinds_of([]) == [] and reads("") == []
 
 
-def test_plain_pictures_by_counting_pixels():
-    """The picture shows what the counts say: cells are counted again from the pixels, by their colour."""
+def test_plain_images_by_counting_pixels():
+    """The image shows what the counts say: cells are counted again from the pixels, by their colour."""
     rng = random.Random(3)
     for _ in range(30):
         scene = worlds.draw_scene(rng)
-        picture = worlds.paint_plain(scene)
+        image = worlds.paint_plain(scene)
         for i, cell in enumerate(scene.cells):
             x, y = (i % scene.columns) * worlds.CELL, (i // scene.columns) * worlds.CELL
-            colours = picture.crop((x, y, x + worlds.CELL, y + worlds.CELL)).getcolors()
+            colours = image.crop((x, y, x + worlds.CELL, y + worlds.CELL)).getcolors()
             assert len(colours) == (1 if cell is None else 2)
             if cell:
                 drawn = next(colour for _, colour in colours if len(set(colour)) > 1)  # the background is grey
@@ -190,13 +189,13 @@ def test_plain_pictures_by_counting_pixels():
         assert scene.things == [cell[:2] for cell in scene.cells if cell]
 
 
-def test_faint_pictures_show_the_same_scene():
+def test_faint_images_show_the_same_scene():
     """Where contrast is high, the mean colour of what a cell holds leans to its hue; blocks are flat."""
     rng, right, total = random.Random(3), 0, 0
     for _ in range(60):
         scene = worlds.draw_scene(rng, 0.65, 1.0)
-        picture = worlds.paint_faint(scene, rng, easy=60)
-        pixels = torch.from_numpy(numpy.array(picture)).float()  # (H, W, 3)
+        image = worlds.paint_faint(scene, rng, easy=60)
+        pixels = torch.from_numpy(numpy.array(image)).float()  # (H, W, 3)
         blocks = pixels.unfold(0, 4, 4).unfold(1, 4, 4)  # (rows, columns, 3, 4, 4)
         assert (blocks == blocks[..., :1, :1]).all() and ((pixels % 4 == 0) | (pixels == 255)).all()
         for i, cell in enumerate(scene.cells):
@@ -224,7 +223,7 @@ def test_families_differ_in_what_they_ask(name):
     assert answers.get("choice", set("ABC")) == set("ABC")
     assert all(len(answer) == 3 for answer in answers.get("list", ()))
     assert all(extract_answer(f"\\boxed{{{a}}}") == a for a in numbers)
-    sizes = {picture.size for made in puzzles(name) for picture in made.pictures}
+    sizes = {image.size for made in puzzles(name) for image in made.images}
     assert len(sizes) == len(worlds.GRIDS)
 
 
@@ -287,25 +286,21 @@ def test_the_oracle_has_a_loss_on_reads_alone(tmp_path, monkeypatch):
     class Seen(arm.WorldRun):
         oracle = True
 
-        def pack_rows(self, *args, **kwargs):
-            rows = super().pack_rows(*args, **kwargs)
-            alike.extend(self.zero_advantage)
-            for row in [*rows, *self.zero_advantage]:
+        def denominator(self, minibatch):
+            found = super().denominator(minibatch)
+            assert found == sum(int(row.loss_mask.sum()) for row in minibatch) > 0
+            alike.extend(row for row in minibatch if row.zero_advantage)
+            for row in minibatch:
                 for response, valid, counted in zip(row.responses, row.mask, row.loss_mask):
                     tokens = [self.tokenizer.decode([t]) for t in response[valid].tolist()]
                     assert [k == "read" for k in kinds_of(tokens)] == counted[valid].tolist()
                     assert not counted[~valid].any()
                     seen.append(int(counted.sum()))
-            return rows
-
-        def denominator(self, rows):
-            found = super().denominator(rows)
-            assert found == sum(int(row.loss_mask.sum()) for row in self.whole(rows)) > 0
             return found
 
     import grpo
 
-    monkeypatch.setattr(grpo, "Run", Seen)
+    monkeypatch.setattr(grpo, "Trainer", Seen)
     flags = ["--model", "toy-faint", "--steps", 1, "--prompts_per_step", 8, "--group_size", 4, "--eval_rows", 0]
     main_of("grpo", tmp_path / "run", [*flags, "--show_every", 0])
     (line,) = read_metrics(tmp_path / "run")
@@ -315,7 +310,7 @@ def test_the_oracle_has_a_loss_on_reads_alone(tmp_path, monkeypatch):
 
 
 def test_of_saei_the_clean_half_is_judged():
-    """Two right responses to the clean picture, two wrong ones to the attacked one; a prompt without one counts not."""
+    """Two right responses to the clean image, two wrong ones to the attacked one; a prompt without one counts not."""
     added = []
     texts = ["<think>I see two red. So two.</think> \\boxed{2}"] * 2 + [
         "<think>I see one red. So one.</think> \\boxed{1}"
@@ -328,8 +323,8 @@ def test_of_saei_the_clean_half_is_judged():
         metrics = SimpleNamespace(add=lambda name, value, weight: added.append((name, value)))
         known = SimpleNamespace(args=args, truth=truth, metrics=metrics)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(arm, "super", lambda: SimpleNamespace(add_groups=lambda _: None), raising=False)
-            arm.WorldRun.add_groups(known, [group, text_only])
+            patch.setattr(arm, "super", lambda: SimpleNamespace(keep_groups=lambda *_: None), raising=False)
+            arm.WorldRun.keep_groups(known, [], [group, text_only])
         assert [value for name, value in added if name == "perception"] == right
         assert all(value for name, value in added if name == "reasoning")
         added.clear()

@@ -30,7 +30,7 @@ def test_noise_on_normalised_normalised_pixels():
 
 
 @pytest.mark.parametrize("noise, std", [("normalised", 2.0), ("diffusion", 0.505)])
-def test_noise_is_as_strong_in_the_picture_whatever_the_model_divides_by(noise, std):
+def test_noise_is_as_strong_in_the_image_whatever_the_model_divides_by(noise, std):
     """Qwen3-VL divides by 0.5: its numbers are smaller, and so must be the noise on them."""
     made = noised_pixels(torch.zeros(2000, 1176), [0.5, 0.5, 0.5], seeded(1), vepo.Args(noise=noise))
     for channel, own in zip(made.view(2000, 3, -1).unbind(1), OPENAI_CLIP_STD):
@@ -109,7 +109,7 @@ def test_scores_do_not_depend_on_scale_padding_or_other_rows():
     assert (want[~mask] == 0).all() and (want >= 0).all() and (want <= 1).all()
 
 
-def test_identical_pictures_score_zero():
+def test_identical_images_score_zero():
     mask = lengths(5, 3)
     logits = torch.randn(2, 5, 50)
     scores = token_scores(*divergences(logits, logits), mask)

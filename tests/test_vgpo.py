@@ -85,7 +85,7 @@ def test_factors_by_hand():
     assert torch.allclose(alpha, torch.tensor([[0.9, 1.5, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]), atol=1e-6)
 
 
-def test_one_token_constant_scores_and_no_picture_give_one():
+def test_one_token_constant_scores_and_no_image_give_one():
     assert token_factors(compensate(torch.tensor([[0.7]]), lengths(1)), lengths(1)).tolist() == [[1.0]]
     mask = lengths(5, 2)
     assert torch.equal(token_factors(torch.full((2, 5), 0.3), mask), mask.float())

@@ -3,10 +3,10 @@
     python toy/arm.py vepo.py --model toy-faint --seed 3     # the flags are the script's own
     python toy/arm.py oracle --model toy-faint               # grpo.py on the reads alone
 
-Into metrics.jsonl, of the sampled responses to prompts with a picture (SaEI: to the clean one): `perception`, those
+Into metrics.jsonl, of the sampled responses to prompts with an image (SaEI: to the clean one): `perception`, those
 whose reads are all right, and `reasoning`, those whose answer follows from what they read. The oracle is a yardstick
 for choices of tokens. It knows the grammar (plumbing/kinds.py): its loss is over the numbers that a response reads,
-also off the text where there is no picture, and over no other token.
+also off the text where there is no image, and over no other token.
 """
 
 import importlib
@@ -18,11 +18,10 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from worlds import conclude  # noqa: E402
 
-import run  # noqa: E402
-from plumbing.arguments import EMBEDDED  # noqa: E402
-from plumbing.commandline import UserError  # noqa: E402
-from plumbing.kinds import KINDS, kinds_of, reads  # noqa: E402
-from plumbing.rewards import extract_answer  # noqa: E402
+import trainer  # noqa: E402
+from plumbing.answers import extract_answer  # noqa: E402
+from plumbing.arguments import EMBEDDED, UserError  # noqa: E402
+from toy.kinds import KINDS, kinds_of, reads  # noqa: E402
 
 
 def kind_masks(group, decode):
@@ -48,7 +47,7 @@ def judged(text, family, counts):
     return said == counts, answer == conclude(family, said)
 
 
-class WorldRun(run.Run):
+class WorldRun(trainer.Trainer):
     """A run that knows the grammar of its world."""
 
     oracle = False
@@ -59,21 +58,20 @@ class WorldRun(run.Run):
             raise UserError(f"--data {self.args.data} is none of the embedded worlds: {', '.join(EMBEDDED)}.")
         self.truth = self.data.rows.select_columns(["family", "reads"])
 
-    def add_groups(self, groups):
-        super().add_groups(groups)
-        for group in groups:
+    def keep_groups(self, groups, sampled):
+        for group in sampled:
             if group.prompt.pixel_values is not None:
                 truth = self.truth[group.prompt.index]
                 for text in group.texts[: getattr(self.args, "n1", None)]:  # the first half of SaEI's
                     right, follows = judged(text, truth["family"], truth["reads"])
                     self.metrics.add("perception", right, 1)
                     self.metrics.add("reasoning", follows, 1)
+        return super().keep_groups(groups, sampled)
 
-    def pack_rows(self, advantages, own_term=False):
-        rows = super().pack_rows(advantages, own_term)
-        for row in [*rows, *self.zero_advantage] if self.oracle else []:
+    def minibatches(self, rows):
+        for row in rows if self.oracle else []:
             row.loss_mask = row.loss_mask & kind_masks(row, self.tokenizer.decode)["read"]
-        return rows
+        return super().minibatches(rows)
 
 
 def main():
@@ -87,7 +85,7 @@ def main():
             f"'{script}' is no arm: name one of the six scripts, such as vepo.py, or oracle, then its flags."
         )
     WorldRun.oracle = script == "oracle"
-    run.Run = WorldRun  # before the script takes it from there
+    trainer.Trainer = WorldRun  # before the script takes it from there
     sys.argv = [f"{Path(script).stem}.py", *flags]  # what --resume and the default --output go by
     importlib.import_module(name).main()
 

@@ -10,7 +10,7 @@ runs at a time, one core each.
 
 The main figure is online accuracy: of the sampled responses over the whole run, on prompts that were not seen before,
 the same ones in the same order in every arm with that seed (of the toy's 2,002 the last 25 steps see some again; SaEI:
-of the half that saw the clean picture). It comes for free, and paired by seed it is the least noisy one. Test accuracy
+of the half that saw the clean image). It comes for free, and paired by seed it is the least noisy one. Test accuracy
 stands beside it.
 """
 
@@ -34,9 +34,8 @@ from scipy.special import stdtr, stdtrit
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
-from plumbing.arguments import EMBEDDED  # noqa: E402
-from plumbing.commandline import UserError  # noqa: E402
-from plumbing.files import write_text  # noqa: E402
+from plumbing.arguments import EMBEDDED, UserError  # noqa: E402
+from plumbing.checkpoints import write_text  # noqa: E402
 
 ARMS = {  # name: (arm of toy/arm.py and flags, the arm that it is compared with)
     "GRPO": ("grpo.py", "GRPO"),
@@ -311,7 +310,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=[*EMBEDDED], default="toy-faint", help="that runs are made in")
     parser.add_argument("--seeds", type=int, default=8, help="of each arm")
-    parser.add_argument("--report", action="store_true", help="no run, only the tables and the picture")
+    parser.add_argument("--report", action="store_true", help="no run, only the tables and the image")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     options = parser.parse_args()
     for name in ("jobs", "seeds"):

@@ -3,7 +3,7 @@
     python toy/credit.py                    # both worlds, an hour on one core; writes toy/credit.json
     python toy/credit.py --world toy-faint --prompts 128 --output credit.json
 
-From the model before reinforcement learning: 8 responses to each of --prompts training prompts with a picture (12,
+From the model before reinforcement learning: 8 responses to each of --prompts training prompts with an image (12,
 and 6 + 6, for SaEI). A batch is 16 prompts, as in a step of the comparison; groups of equal rewards stay in it, with
 a gradient of 0. It is the gradient of the policy term alone, without VEPO's entropy bonus. Of an arm's gradient g of
 a batch, the sum of the parts g_k from tokens of kind k:
@@ -46,12 +46,17 @@ from common import (  # noqa: E402  # noqa: E402
     rollout,
     token_uniforms,
 )
-from plumbing.arguments import EMBEDDED, TOY, SharedArgs, model_source  # noqa: E402
-from plumbing.commandline import UserError  # noqa: E402
+from plumbing.arguments import (  # noqa: E402
+    EMBEDDED,
+    TOY,
+    SharedArgs,
+    UserError,  # noqa: E402
+    model_source,
+)
+from plumbing.checkpoints import write_text  # noqa: E402
 from plumbing.data import Data  # noqa: E402
-from plumbing.files import write_text  # noqa: E402
-from plumbing.kinds import KINDS  # noqa: E402
 from show import run_of, writable  # noqa: E402
+from toy.kinds import KINDS  # noqa: E402
 
 BATCH = 16  # prompts of a step
 REFERENCE = "GRPO, 12"
@@ -146,16 +151,16 @@ def credit(world, wanted):
     data = Data(world, "train", args, processor, model)
     rows = [index for index in data.indices if data.rows[index]["images"]]
     if len(rows) < wanted:
-        raise UserError(f"--prompts {wanted}: {world} has {len(rows)} training prompts with a picture.")
+        raise UserError(f"--prompts {wanted}: {world} has {len(rows)} training prompts with an image.")
     found, unequal = {}, 0
-    for serial, index in enumerate(tqdm(rows[:wanted], desc=world, unit="prompt")):
-        prompt = dataclasses.replace(data.prompt(index), serial=serial)
+    for prompt_id, index in enumerate(tqdm(rows[:wanted], desc=world, unit="prompt")):
+        prompt = dataclasses.replace(data.prompt(index), prompt_id=prompt_id)
         (twelve,) = rollout(model, processor.tokenizer, [prompt], args, "credit")
         moved = saei.attack(twelve[: saei.Args.n1], run, saei.Args())
         (attacked,) = rollout(model, processor.tokenizer, [moved], args, "credit", slice(saei.Args.n1, None))
         groups = {"GRPO": twelve[:8], REFERENCE: twelve, "SaEI, 6 + 6": saei.join(twelve[: saei.Args.n1], attacked)}
         for name, group in groups.items():
-            advantages = group_advantages(reward([group]))[0]  # (G,), 0 where all rewards are equal
+            advantages = group_advantages(reward([group])[0].rewards[None])[0]  # (G,), 0 where all rewards are equal
             logps, entropy, hidden = forward(model, group)
             weights, kinds = {name: group.mask}, kind_masks(group, processor.tokenizer.decode)
             if name == "GRPO":
@@ -175,7 +180,7 @@ def credit(world, wanted):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=[*EMBEDDED], help="one of them alone")
-    parser.add_argument("--prompts", type=int, default=768, help="with a picture, in each world; a multiple of 16")
+    parser.add_argument("--prompts", type=int, default=768, help="with an image, in each world; a multiple of 16")
     parser.add_argument("--output", type=Path, default=TOY / "credit.json")
     options = parser.parse_args()
     if options.prompts < 3 * BATCH or options.prompts % BATCH:

@@ -1,4 +1,4 @@
-"""Builds an embedded world: a real Qwen2.5-VL of 1.1M parameters, its tokenizer, its picture puzzles, a short warm-up.
+"""Builds an embedded world: a real Qwen2.5-VL of 1.1M parameters, its tokenizer, its image puzzles, a short warm-up.
 
     python toy/make.py                      # about 10 minutes on 2 cores; rewrites the model and the tables of toy
     python toy/make.py --world toy-faint    # half an hour on one core; goes on from the model of toy
@@ -6,7 +6,7 @@
 What the worlds are stands in toy/worlds.py. The warm-up is supervised. Clean answers teach the model to see and to
 write the format. Then a teacher who miscounts leaves a policy that can see but does not trust its eyes, and that
 reinforcement learning can put right. In the faint world a model of 1.1M parameters does not learn to count from
-nothing: it begins with the toy's weights, and its vision tower learns to say of faint pictures what the toy's says of
+nothing: it begins with the toy's weights, and its vision tower learns to say of faint images what the toy's says of
 the same scenes in bold colours.
 """
 
@@ -36,19 +36,19 @@ from worlds import CELL, COLOURS, SHAPES, WORLDS, conclude, draw_scene, paint_fa
 from common import image_only, load_model, load_processor  # noqa: E402
 from plumbing.arguments import EMBEDDED, INSTRUCTION  # noqa: E402
 from plumbing.data import prompt_text  # noqa: E402  (the warm-up sees exactly the prompts that training builds)
-from plumbing.kinds import NUMBERS  # noqa: E402
+from toy.kinds import NUMBERS  # noqa: E402
 
 
 def write_parquet(path, puzzles):
     """A table in the schema of hiyouga/geometry3k, with two more columns: family, and the true numbers to be read."""
 
-    def png(picture):
+    def png(image):
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG", optimize=True)
+        image.save(buffer, "PNG", optimize=True)
         return {"bytes": buffer.getvalue(), "path": None}
 
     def row(made):
-        images, answer = [png(picture) for picture in made.pictures], conclude(made.family, made.counts)
+        images, answer = [png(image) for image in made.images], conclude(made.family, made.counts)
         own = {"family": made.family, "reads": made.counts}
         return {"images": images, "problem": made.problem, "answer": answer, **own}
 
@@ -89,8 +89,8 @@ def make_processor(texts, vocabulary):
         chat_template=CHAT_TEMPLATE,
         model_max_length=4096,
     )
-    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * CELL**2, "longest_edge": 32 * CELL**2})
-    return image_only(Qwen2_5_VLProcessor)(pictures, tokenizer, chat_template=CHAT_TEMPLATE)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * CELL**2, "longest_edge": 32 * CELL**2})
+    return image_only(Qwen2_5_VLProcessor)(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def make_model(tokenizer):
@@ -176,14 +176,14 @@ def see(model, processor, rng, steps):
     train([*tower.parameters(), *probe.parameters()], steps, 2e-3, "see", loss_of)
 
 
-def image_states(tower, processor, pictures):
-    """What a vision tower makes of pictures: (image tokens of all of them, D)."""
-    inputs = processor.image_processor(list(pictures), return_tensors="pt")
+def image_states(tower, processor, images):
+    """What a vision tower makes of images: (image tokens of all of them, D)."""
+    inputs = processor.image_processor(list(images), return_tensors="pt")
     return tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
 
 
 def begin_with(model, processor, bold, bold_processor):
-    """Weights of the model for bold pictures: embeddings of the tokens that both have, and digits' for number words."""
+    """Weights of the model for bold images: embeddings of the tokens that both have, and digits' for number words."""
     tokens, old = processor.tokenizer.get_vocab(), bold_processor.tokenizer.get_vocab()
     weights, own = bold.state_dict(), model.state_dict()
     known = {token: token for token in tokens if token in old}
@@ -198,7 +198,7 @@ def begin_with(model, processor, bold, bold_processor):
 
 
 def see_faint(model, bold, processor, rng, steps):
-    """The vision tower learns to say of faint pictures what the model for bold ones says of the same scenes."""
+    """The vision tower learns to say of faint images what the model for bold ones says of the same scenes."""
     tower, teacher, done = model.model.visual, bold.model.visual, iter(range(steps))
 
     def loss_of():
@@ -223,7 +223,7 @@ def answer(model, processor, puzzles, words, steps, peak, name, rng, reported=li
         batch = [next(puzzles) for _ in range(size)]
         prompts = [prompt_text(processor, made.problem, INSTRUCTION) for made in batch]
         answers = [made.response(reported(made.counts), rng, words) + "<|im_end|>" for made in batch]
-        images = [picture for made in batch for picture in made.pictures]
+        images = [image for made in batch for image in made.images]
         texts = [prompt + text for prompt, text in zip(prompts, answers)]
         inputs = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].clone()
@@ -252,7 +252,7 @@ MISCOUNTS = {"toy": 0.6, "toy-faint": 0.25}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=[*WORLDS], default="toy")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures, puzzles, weights and warm-up")
+    parser.add_argument("--seed", type=int, default=0, help="of images, puzzles, weights and warm-up")
     parser.add_argument("--see_steps", type=int, help=f"steps of the vision tower alone {STEPS}")
     parser.add_argument("--answer_steps", type=int, help="steps on right answers")
     parser.add_argument("--doubt_steps", type=int, help="steps on answers from miscounts")
@@ -277,7 +277,7 @@ def main():
     texts += [" " + " ".join(NUMBERS)] * (300 if world.words else 0)  # often enough for each to be a token
     processor = make_processor(texts, VOCABULARY[args.world])
     model = make_model(processor.tokenizer)
-    puzzles = world.puzzles(f"{args.seed} warm-up", sys.maxsize)  # endless, of other pictures than the two files
+    puzzles = world.puzzles(f"{args.seed} warm-up", sys.maxsize)  # endless, of other images than the two files
     learn = model, processor, puzzles, world.words
     doubt = {"rng": say, "reported": miscount(rng, rate)}
     if args.world == "toy":

@@ -1,6 +1,6 @@
-"""Draws toy/picture.png: puzzles of both worlds, each with a right response.
+"""Draws toy/image.png: puzzles of both worlds, each with a right response.
 
-python toy/picture.py
+python toy/image.py
 """
 
 import random
@@ -17,11 +17,11 @@ from worlds import WORLDS  # noqa: E402
 def main():
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     for row, world in zip(figure.subplots(2, 5), WORLDS.values()):
-        made = [puzzle for puzzle in world.puzzles("picture", 140) if len(puzzle.pictures) == 1]
-        several = len(made) // 20  # families of one picture, in turn
+        made = [puzzle for puzzle in world.puzzles("picture", 140) if len(puzzle.images) == 1]
+        several = len(made) // 20  # families of one image, in turn
         full = [next(p for p in made[i % several :: several] if min(p.counts) > 0) for i in range(5)]
         for axes, puzzle in zip(row, full):
-            axes.imshow(puzzle.pictures[0])
+            axes.imshow(puzzle.images[0])
             axes.axis("off")
             question = puzzle.problem.replace("<image>", "").replace(", each kind counted by itself", "")
             axes.set_title(textwrap.fill(question, 36), fontsize=7)

@@ -1,7 +1,7 @@
-"""The two embedded worlds: pictures, puzzles about them, and what a response to one says.
+"""The two embedded worlds: images, puzzles about them, and what a response to one says.
 
-Pictures are grids of coloured shapes, one cell an image token. Puzzles ask for counts of what is in them. A response
-reads the picture first (counts: tokens that depend on it), and reasons about what it read next (tokens that do not):
+Images are grids of coloured shapes, one cell an image token. Puzzles ask for counts of what is in them. A response
+reads the image first (counts: tokens that depend on it), and reasons about what it read next (tokens that do not):
 
     toy        bold colours on white, few words; every read is uncertain, and little else:
                <think>I count 2 red shapes and 3 blue circles. So 2 + 3 = 5.</think> \\boxed{5}
@@ -21,7 +21,7 @@ import numpy
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.kinds import NUMBERS  # noqa: E402
+from toy.kinds import NUMBERS  # noqa: E402
 
 CELL = 28  # pixels; patch 14, merged 2 x 2: one cell is one image token
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 255), "yellow": (241, 196, 15)}
@@ -30,7 +30,7 @@ GRIDS = [(2, 2), (2, 3), (3, 2), (3, 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -75,16 +75,16 @@ def draw_shape(pen, shape, x, y, size, fill):
 
 def paint_plain(scene, rng=None):
     """The scene in bold colours on white."""
-    picture = Image.new("RGB", (scene.columns * CELL, scene.rows * CELL), (scene.background,) * 3)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (scene.columns * CELL, scene.rows * CELL), (scene.background,) * 3)
+    pen = ImageDraw.Draw(image)
     for i, cell in enumerate(scene.cells):
         if cell:
             _, shape, x, y, size, fill = cell
             draw_shape(pen, shape, i % scene.columns * CELL + x, i // scene.columns * CELL + y, size, fill)
-    return picture
+    return image
 
 
-BLOCK = 4  # pixels of equal colour in x and y: a faint picture takes a kilobyte
+BLOCK = 4  # pixels of equal colour in x and y: a faint image takes a kilobyte
 HUES = {"red": (1.2, -0.8, -0.8), "green": (-0.9, 1.2, -0.8), "blue": (-0.8, -0.7, 1.3), "yellow": (1.0, 0.8, -1.2)}
 CONTRAST = (12, 60)  # of a thing against its background, of 255
 GRAIN = (1, 6)  # standard deviation of the blocks' own noise, of 255
@@ -115,7 +115,7 @@ def paint_faint(scene, rng, easy=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Puzzles: a question about what is in the picture, and a response that reads first and reasons next
+# Puzzles: a question about what is in the image, and a response that reads first and reasons next
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +159,7 @@ def conclude(family, numbers):
 
 @dataclass
 class Puzzle:
-    """A question, what is to be read off its pictures, and how a response to it goes."""
+    """A question, what is to be read off its images, and how a response to it goes."""
 
     family: str
     problem: str
@@ -167,7 +167,7 @@ class Puzzle:
     counts: list  # the true numbers, in the order in which a response reads them
     thought: str  # {0}, {1} ...: numbers; {answer}, {truth}, {name}: what follows; [a|b|c]: one of these words
     names: list = field(default_factory=list)  # of what a choice is between
-    pictures: list = field(default_factory=list)
+    images: list = field(default_factory=list)
 
     def response(self, numbers, rng, words):
         """A response that reads these numbers, right or wrong, and reasons on from there; in words, or in digits."""
@@ -210,7 +210,7 @@ def plain_puzzle(rng, family):
     elif family == "choice":
         names = rng.sample(list(COLOURS), 3)
         counts = [sum(colour == name for colour, _ in scenes[0].things) for name in names]
-        if sorted(counts)[-1] == sorted(counts)[-2]:  # a tie for the most common colour: draw another picture
+        if sorted(counts)[-1] == sorted(counts)[-2]:  # a tie for the most common colour: draw another image
             return plain_puzzle(rng, family)
         problem = "<image>Which colour is the most common? (A) {} (B) {} (C) {}".format(*names)
         thought = "I count {{0}} {}, {{1}} {}, {{2}} {}. So the most common is {{name}}.".format(*names)
@@ -225,13 +225,13 @@ def plain_puzzle(rng, family):
     return Puzzle(family, problem, scenes, counts, thought, names)
 
 
-LOOK = "[Okay|Well|Right], [I|we] [see|count|find] "  # slots of words that no picture decides
+LOOK = "[Okay|Well|Right], [I|we] [see|count|find] "  # slots of words that no image decides
 FILL = ["", "", "It [seems|looks|is] [clear|fine|good]. "]
 AGAIN, SO, MAKES = "[Then|Next|Again] ", "[So|Thus] ", " [makes|is] "
 
 
 def faint_puzzle(rng, family):
-    """A puzzle of the toy-faint, of any of its families: three reads, four of two pictures.
+    """A puzzle of the toy-faint, of any of its families: three reads, four of two images.
 
     Most answers list what was read: where an error may be made up for by another one, as in a sum, or by luck, as
     between yes and no, reinforcement learning need not teach to see.
@@ -273,7 +273,7 @@ class World:
 
     families: list
     puzzle: Callable  # of a random generator and a family
-    paint: Callable  # a picture, of a scene and a random generator
+    paint: Callable  # an image, of a scene and a random generator
     words: bool  # responses say numbers in words
     train: int
     test: int = 504
@@ -283,7 +283,7 @@ class World:
         rng = random.Random(seed)
         for i in range(count):
             made = self.puzzle(rng, self.families[i % len(self.families)])
-            made.pictures = [self.paint(scene, rng) for scene in made.scenes]
+            made.images = [self.paint(scene, rng) for scene in made.scenes]
             yield made
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import grpo
-import run
+import trainer
 from common import Reward, SharedPrefixCache, forward, group_advantages, load_processor, rollout
 from plumbing import kernels
-from plumbing.commandline import UserError
-from run import Run
+from plumbing.arguments import UserError
+from trainer import Trainer
 
 FIELDS = ["step", "reward", "accuracy", "format", "response_tokens", "truncated", "entropy", "loss", "grad_norm"]
 FIELDS += ["clip_fraction", "approx_kl", "zero_advantage_groups", "seconds", "seconds_rollout", "seconds_score"]
@@ -98,8 +98,8 @@ def test_kl_against_itself_is_zero_at_first(tmp_path):
 def test_the_loss_reported_is_that_of_the_whole_step(monkeypatch, tmp_path):
     """On-policy the token mean of -ratio * A is -sum_i A_i len_i / N: computed here from the groups."""
     kept = []
-    keep = Run.add_groups
-    monkeypatch.setattr(Run, "add_groups", lambda run, groups: (kept.extend(groups), keep(run, groups))[1])
+    keep = Trainer.keep_groups
+    monkeypatch.setattr(Trainer, "keep_groups", lambda t, groups, new: (kept.extend(new), keep(t, groups, new))[1])
     flags = ["--steps", 1, "--prompts_per_step", 6, "--temperature", 1.3]
     line = grpo_run(tmp_path / "run", *flags)[0]
     advantages = group_advantages(torch.stack([group.rewards for group in kept]))
@@ -119,6 +119,7 @@ def test_filter_replaces_groups_of_one_mind(monkeypatch, tmp_path, capsys):
             group.accuracy = torch.zeros(4) if hopeless else torch.tensor([1.0, 0, 0, 1])
             group.rewards = group.format = group.accuracy
         seen.append(hopeless)
+        return groups
 
     monkeypatch.setattr(Reward, "__call__", reward)
     lines = grpo_run(tmp_path / "run", "--steps", 2, "--filter_groups")
@@ -154,6 +155,7 @@ def test_filter_gives_up_after_its_tries(monkeypatch, tmp_path, capsys):
     def reward(self, groups):
         for group in groups:
             group.rewards = group.accuracy = group.format = torch.ones(4)
+        return groups
 
     monkeypatch.setattr(Reward, "__call__", reward)
     before = load_file(ROOT / "toy/model/model.safetensors")
@@ -167,6 +169,7 @@ def test_equal_rewards_leave_the_gradient_at_zero(monkeypatch, tmp_path):
     def reward(self, groups):
         for group in groups:
             group.rewards = group.accuracy = group.format = torch.full((4,), 0.1)
+        return groups
 
     monkeypatch.setattr(Reward, "__call__", reward)
     line = grpo_run(tmp_path / "run", "--steps", 1)[0]
@@ -182,9 +185,8 @@ def test_leaving_out_groups_of_equal_rewards_changes_nothing(monkeypatch, tmp_pa
     lines = grpo_run(tmp_path / "a", *flags)
     flat = round(4 * sum(line["zero_advantage_groups"] for line in lines))
     assert 0 < flat < 12 and len(passes) == (12 - flat) * updates  # there are some, and there are others
-    pack_rows = Run.pack_rows
-
-    monkeypatch.setattr(Run, "pack_rows", lambda run, advantages: pack_rows(run, advantages, own_term=True))
+    plain = Trainer.with_gradient
+    monkeypatch.setattr(Trainer, "with_gradient", lambda trainer, rows: plain(trainer, rows, keep_zero_advantage=True))
     grpo_run(tmp_path / "b", *flags)
     assert len(passes) == (12 - flat + 12) * updates
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
@@ -192,8 +194,8 @@ def test_leaving_out_groups_of_equal_rewards_changes_nothing(monkeypatch, tmp_pa
 
 def test_the_first_update_is_rehearsed_on_the_largest_row_and_forgotten(args, monkeypatch):
     rows = []
-    monkeypatch.setattr(run, "forward", lambda model, row, *rest: (rows.append(row), forward(model, row, *rest))[1])
-    made = Run(args)
+    monkeypatch.setattr(trainer, "forward", lambda model, row, *rest: (rows.append(row), forward(model, row, *rest))[1])
+    made = Trainer(args)
     assert len(rows) == 1 and rows[0].mask.sum() == args.group_size * args.max_response_tokens
     assert len(rows[0].prompt.input_ids) == max(made.data.tokens[i] for i in made.data.indices)
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "toy" / "model")
@@ -202,7 +204,7 @@ def test_the_first_update_is_rehearsed_on_the_largest_row_and_forgotten(args, mo
     assert not any(value.any() for state in made.optimizer.state.values() for value in state.values())
     args.tokens_per_row = 300
     args.output += "2"
-    Run(args)
+    Trainer(args)
     assert len(rows[1].prompt.input_ids) + rows[1].mask.sum() <= 300
 
 
@@ -217,9 +219,9 @@ def test_sampling_is_rehearsed_with_a_full_cache(args, monkeypatch):
         sampled.append([len(prompt.input_ids) for prompt in prompts])
         return rollout(model, tokenizer, prompts, *rest, **more)
 
-    monkeypatch.setattr(run, "rollout", spy)
+    monkeypatch.setattr(trainer, "rollout", spy)
     args.rollout_prompts, args.prompts_per_step, args.max_response_tokens = 3, 4, 200
-    made = Run(args)
+    made = Trainer(args)
     assert sampled == [[made.data.longest_tokens] * 3]
     assert [(shape[0], shape[2], shape[3]) for shape in rooms] == [(3, args.group_size, 200)]
     assert made.model.training and not made.seconds.keys() - {"update", "rollout"}
@@ -232,8 +234,8 @@ def test_gradients_of_earlier_rows_are_there_when_the_update_is_rehearsed(args, 
         seen.append(all(p.grad is not None for p in model.parameters()))
         return forward(model, row, *rest)
 
-    monkeypatch.setattr(run, "forward", spy)
-    Run(args)
+    monkeypatch.setattr(trainer, "forward", spy)
+    Trainer(args)
     assert seen == [True]
 
 
@@ -243,18 +245,20 @@ def test_a_rehearsal_that_runs_out_of_memory_turns_checkpointing_on(args, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, *rest)
 
-    monkeypatch.setattr(run, "forward", full)
-    assert Run(args).args.gradient_checkpointing is True
+    monkeypatch.setattr(trainer, "forward", full)
+    assert Trainer(args).args.gradient_checkpointing is True
     assert "gradient checkpointing: on, an update does not fit without it" in capsys.readouterr().err
-    monkeypatch.setattr(run, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
+    monkeypatch.setattr(trainer, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
     with pytest.raises(UserError, match="out of memory in the update phase: lower --tokens_per_row"):
-        Run(args)
+        Trainer(args)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_compile_false_compiles_nothing(args, monkeypatch, compiled):
     def broken(*_):
         raise ValueError("compiled")
+
+    torch.compiler.set_stance("default")  # show.py sets another
 
     monkeypatch.setattr(kernels, "compiled", lambda function, device: torch.compile(function, backend=broken))
     args.compile, args.prompts_per_step = compiled, 4
@@ -264,7 +268,7 @@ def test_compile_false_compiles_nothing(args, monkeypatch, compiled):
             if compiled
             else contextlib.nullcontext()
         ):
-            Run(args)
+            Trainer(args)
     finally:
         torch.compiler.set_stance("default")
         torch._dynamo.reset()
@@ -272,13 +276,16 @@ def test_compile_false_compiles_nothing(args, monkeypatch, compiled):
 
 @pytest.mark.parametrize("phase, flag", [("rollout", "--rollout_prompts"), ("update", "--tokens_per_row")])
 def test_out_of_memory_names_the_flags_to_turn(args, phase, flag):
-    with pytest.raises(UserError, match=f"out of memory in the {phase} phase: lower {flag}"), Run(args).phase(phase):
+    with (
+        pytest.raises(UserError, match=f"out of memory in the {phase} phase: lower {flag}"),
+        Trainer(args).phase(phase),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
 def test_evaluation_takes_the_memory_of_sampling_and_fails_like_it(args, monkeypatch):
     args.rollout_prompts, args.eval_rows, args.max_response_tokens = 3, 60, 40
-    made, batches = Run(args), []
+    made, batches = Trainer(args), []
     made.begin = time.perf_counter()
 
     def spy(model, tokenizer, prompts, wide, step, part, temperature):
@@ -288,11 +295,11 @@ def test_evaluation_takes_the_memory_of_sampling_and_fails_like_it(args, monkeyp
         assert len(prompts) * (made.eval_data.longest_tokens + args.max_response_tokens) <= memory
         return rollout(model, tokenizer, prompts, wide, step, part, temperature)
 
-    monkeypatch.setattr(run, "rollout", spy)
+    monkeypatch.setattr(trainer, "rollout", spy)
     made.evaluate()
     assert sum(map(len, batches)) == 60 and len({prompt.index for batch in batches for prompt in batch}) == 60
     assert args.rollout_prompts < len(batches[0]) < 60
-    monkeypatch.setattr(run, "rollout", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
+    monkeypatch.setattr(trainer, "rollout", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
     with pytest.raises(UserError, match="out of memory in the rollout phase: lower --rollout_prompts"):
         made.evaluate()
 
@@ -301,6 +308,7 @@ def test_truncated_responses_may_be_left_out(monkeypatch, tmp_path):
     def reward(self, groups):
         for group in groups:
             group.rewards = group.accuracy = group.format = torch.tensor([1.0, 0, 0, 1])
+        return groups
 
     monkeypatch.setattr(Reward, "__call__", reward)
     flags = ["--steps", 1, "--max_response_tokens", 5, "--temperature", 3]  # nobody ends in five tokens
@@ -316,10 +324,13 @@ def test_one_token_responses(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch, tmp_path, capsys):
-    backward, calls = Run.backward, iter([True, True, False, False])
-    monkeypatch.setattr(
-        Run, "backward", lambda run, loss, *r: backward(run, loss * (torch.inf if next(calls) else 1), *r)
-    )
+    policy_loss, calls = grpo.policy_loss, iter([True, True, False, False])
+
+    def explodes(*rest):
+        loss, info = policy_loss(*rest)
+        return loss * (torch.inf if next(calls) else 1), info
+
+    monkeypatch.setattr(grpo, "policy_loss", explodes)
     lines = grpo_run(tmp_path / "run", "--steps", 2, "--save_every", 1)
     assert [line["skipped_updates"] for line in lines] == [1, 0]
     assert "not finite" in capsys.readouterr().err
@@ -386,7 +397,7 @@ def test_mistakes_in_what_a_run_needs(args, no_waiting, more, sentence):
     for name, value in more.items():
         setattr(args, name, value)
     with pytest.raises(UserError, match=sentence) as error:
-        Run(args)
+        Trainer(args)
     assert error.value.code == 2
     assert not list(Path(args.output).glob("*"))  # nothing is left behind
 
@@ -396,12 +407,12 @@ def test_a_batch_that_cannot_be_split_over_the_processes(args, monkeypatch):
     with pytest.raises(
         UserError, match="--prompts_per_step 2 cannot be split over 3 processes: make it a multiple of 3"
     ):
-        Run(args)
+        Trainer(args)
 
 
 def test_an_output_that_is_a_file(args, tmp_path):
     (tmp_path / "file").write_text("mine")
     args.output = str(tmp_path / "file")
     with pytest.raises(UserError, match="--output .*file could not be written .*: see that it may be written"):
-        Run(args)
+        Trainer(args)
     assert (tmp_path / "file").read_text() == "mine"
