@@ -1,13 +1,12 @@
-"""The shared floor of every method, in the order of the data flow:
+"""What all methods share, in the order of the data flow:
 
-    model loading -> rollout -> reward -> packed forward -> what methods share -> advantages and policy loss
+    model loading -> rollout -> reward -> packed forward -> perturbed images, token scores -> advantages and policy loss
 
-No method lives here, and nothing of a run: what a script's `main` calls by name is in trainer.py, what neither shows in
-plumbing/. Shapes, the same everywhere: P prompts in a step, G responses to each (a group), B responses in a row or
-batch, T tokens of the longest response (up to and including its end-of-turn token), L tokens of a packed row, D hidden
-size, V vocabulary. The one idea that makes it fast: the G responses to a prompt share its long, image-heavy prefix,
-so all that follows sampling runs on ONE row [prompt | response 1 | ... | response G] per group, and sampling computes
-the prompt once.
+Shapes, the same everywhere: P prompts in a step, G responses to each (a group), B responses in a packed row, T tokens
+of the longest response (up to and including its end-of-turn token), L tokens of a packed row, D hidden size, V
+vocabulary. The one idea that makes it fast: the G responses to a prompt share its long prefix, most of which is the
+image. So everything after sampling runs on ONE row [prompt | response 1 | ... | response G] per group, and sampling
+computes the prompt once. Not here: a method (its file), and the steps of a training run (trainer.py).
 """
 
 import contextlib
@@ -33,7 +32,15 @@ from plumbing.adapters import add_adapters, load_adapters, resolve_model, withou
 from plumbing.answers import Checker, extract_answer, load_reward
 from plumbing.arguments import UserError, cannot_open, model_source
 from plumbing.data import Prompt, prompt_text
-from plumbing.families import grey_image, image_inputs, known_family, limit_pixels, patch_attention, vision
+from plumbing.families import (
+    compile_layers,
+    grey_image,
+    image_inputs,
+    known_family,
+    limit_pixels,
+    patch_attention,
+    vision,
+)
 from plumbing.kernels import HEAD_CHUNK
 from plumbing.sharding import is_sharded, on_any_process, on_main, shard, with_full_params
 
@@ -43,12 +50,12 @@ from plumbing.sharding import is_sharded, on_any_process, on_main, shard, with_f
 
 
 def image_only(cls):
-    """The processor class `cls` without its video processor, which transformers handles only with torchvision."""
+    """The processor class `cls` without its video processor, which needs torchvision."""
     return type(cls.__name__, (cls,), {"get_attributes": classmethod(lambda _: ["image_processor", "tokenizer"])})
 
 
 def load_config(name, revision="main"):
-    """The configuration of a model of a known family, never by code that comes with it. Raises UserError for others."""
+    """The configuration of a model of a known family, without remote code. Raises UserError for others."""
     source, _, revision, _ = resolve_model(name, revision)
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -58,58 +65,49 @@ def load_config(name, revision="main"):
     config = known_family(name, config)
     for part in (config.text_config, config.vision_config):
         for setting in vars(part):
-            if "drop" in setting:  # sampling has no dropout, and what was sampled must be what is trained
+            if "drop" in setting:  # the policy that is trained must be the one that samples, without dropout
                 setattr(part, setting, 0.0)
     return config
 
 
 def load_processor(name, revision="main", min_pixels=None, max_pixels=None):
-    """Tokenizer and image processor of a model behind the interface of its own processor class.
+    """The processor of a model: tokenizer and image processor.
 
-    `min_pixels` and `max_pixels`: area of an image after resizing; None keeps the model's own. Raises UserError, also
-    where tokenizer, chat template and model do not fit together.
+    `min_pixels` and `max_pixels`: area of an image after resizing; None keeps the model's own. Raises UserError if
+    tokenizer and chat template do not fit the model.
     """
-    config, (source, _, revision, _) = load_config(name, revision), resolve_model(name, revision)
+    config = load_config(name, revision)
+    source, _, revision, _ = resolve_model(name, revision)
     options = {"revision": revision, "trust_remote_code": False}
+    cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
     try:
-        cls = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(config)]
-        try:
-            processor = cls.from_pretrained(source, **options)
-        except (ImportError, OSError, ValueError):  # no torchvision here, or none where this model was saved
-            processor = image_only(cls).from_pretrained(source, **options)
-    except Exception as error:  # the same
-        raise UserError(cannot_open("--model", name, error)) from None
+        processor = cls.from_pretrained(source, **options)
+    except (ImportError, OSError, ValueError):  # no torchvision here, or none where this model was saved
+        processor = image_only(cls).from_pretrained(source, **options)
     tokenizer = processor.tokenizer
     processor.chat_template = processor.chat_template or tokenizer.chat_template
     untrained_tags_as_text(tokenizer, str(processor.chat_template))
-    try:
-        ids = tokenizer(prompt_text(processor, "<image>1 + 1?", "")).input_ids
-    except Exception as error:  # whatever the template language makes of a broken one
-        raise UserError(f"--model {name} has no chat template that works ({error}): take a whole copy of it.") from None
+    ids = tokenizer(prompt_text(processor, "<image>1 + 1?", "")).input_ids
     if ids.count(config.image_token_id) != 1 or "1 + 1" not in tokenizer.decode(ids):
         raise UserError(
             f"--model {name} has a tokenizer or chat template that loses text or image of a question: tokenizer.json "
             f"and chat_template.jinja must be the model's own."
-        )
-    if (largest := max(tokenizer.get_vocab().values())) >= config.text_config.vocab_size:
-        raise UserError(
-            f"--model {name} has no embedding for token {largest} of its tokenizer: take a whole copy of it."
         )
     limit_pixels(config, processor, min_pixels, max_pixels)
     return processor
 
 
 def untrained_tags_as_text(tokenizer, template):
-    """Encodes <think> and <answer> as plain text where they are tokens that the chat template never writes.
+    """Encodes <think> and <answer> as plain text if they are tokens that the chat template never writes.
 
-    Qwen3-VL Instruct has such tokens and was never trained on them. In a response they are still decoded.
+    Qwen3-VL Instruct has such tokens and was never trained on them. They can still be decoded.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     tags = [t for t in spec["added_tokens"] if re.fullmatch("</?(think|answer)>", t["content"])]
     untrained = [t for t in tags if t["content"] not in template]
     for token in untrained:
         spec["added_tokens"].remove(token)
-        spec["model"]["vocab"][token["content"]] = token["id"]  # no merge leads there
+        spec["model"]["vocab"][token["content"]] = token["id"]  # no merge produces it
     if untrained:
         tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
 
@@ -117,41 +115,46 @@ def untrained_tags_as_text(tokenizer, template):
 def load_model(name, revision="main", meta=False, dtype=torch.float32):
     """A model of a known family, also with adapters (LoRA). Raises UserError for others.
 
-    `dtype`: of the weights, fp32 for training; `.to` afterwards would round the rotary frequencies as well.
-    `meta`: shapes, no weights. Weights come from safetensors alone: what is pickled may run code.
+    `dtype`: of the weights; `.to` afterwards would round the rotary frequencies as well. `meta`: shapes only, no
+    weights. Weights are read from safetensors only: pickled ones may run code.
     """
     options = {"dtype": dtype, "attn_implementation": {"text_config": "shared_prefix"}, "trust_remote_code": False}
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", in each process
     auto = transformers.AutoModelForImageTextToText
     _, source, revision, adapters = resolve_model(name, revision)
-    config = load_config(source, revision)  # that of the weights: beside adapters may be another
-    try:
-        if meta:
-            with torch.device("meta"):
-                return patch_attention(auto.from_config(config, **options))
-        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, found = auto.from_pretrained(source, config=config, revision=revision, **options)
-    except Exception as error:  # whatever transformers says of a damaged file, or of a number in a config
-        if "file named model.safetensors" in str(error):
-            raise UserError(f"--model {name} has no safetensors; pickled weights may run code: convert them.") from None
-        raise UserError(cannot_open("--model", name, error)) from None
+    config = load_config(source, revision)  # that of the weights: next to adapters may be another
+    if meta:
+        with torch.device("meta"):
+            return patch_attention(auto.from_config(config, **options))
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, found = auto.from_pretrained(source, config=config, revision=revision, **options)
     wrong = {kind: list(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
-    if any(wrong.values()):  # what is missing would be drawn at random
+    if any(wrong.values()):  # transformers would initialise what is missing at random
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
-        raise UserError(f"--model {source} is damaged, or no model of its config.json: of its tensors {said}.")
+        raise UserError(f"--model {source} is damaged, or not the model of its config.json: of its tensors {said}.")
     if config.tie_word_embeddings != (model.lm_head.weight is model.get_input_embeddings().weight):
-        raise UserError(f"--model {source}: its head is not its embeddings, tie_word_embeddings must say so: false.")
+        raise UserError(f"--model {source}: head and embeddings differ, so tie_word_embeddings must be false.")
     return patch_attention(load_adapters(model, adapters, dtype) if adapters else model)
 
 
-def trained_model(args, accelerator, checkpoint=None):
-    """The model as a run trains it, from a checkpoint where there is one, on this process's device.
+def load_models(args, accelerator, checkpoint=None):
+    """(processor, model to train, reference model or None) of a run; the model from a checkpoint if there is one."""
+    processor = load_processor(model_source(args), args.model_revision, args.min_pixels, args.max_pixels)
+    model = trained_model(args, accelerator, checkpoint)
+    reference = reference_model(args, accelerator, model) if args.kl_coef else None
+    for each in (model, reference) if reference else (model,):
+        compile_layers(each)
+    return processor, model, reference
 
-    All weights: in fp32, sharded on several processes. LoRA: the base, frozen, in the compute type, and fp32 adapters,
-    whole on every process.
+
+def trained_model(args, accelerator, checkpoint=None):
+    """The model to train, from a checkpoint if there is one, on this process's device.
+
+    Full training: fp32 weights, sharded over several processes. LoRA: the frozen base in the compute type and fp32
+    adapters, whole on every process.
     """
     lora, source = bool(args.lora_rank), (model_source(args), args.model_revision)
-    if checkpoint:  # with adapters: their base, as they name it
+    if checkpoint:  # of adapters: the base that they name
         source = resolve_model(checkpoint / "adapter")[1:3] if lora else (checkpoint, "main")
     dtype = torch.bfloat16 if lora and accelerator.mixed_precision == "bf16" else torch.float32
     model = load_model(*source, meta=accelerator.num_processes > 1 and not lora, dtype=dtype).train()
@@ -165,13 +168,13 @@ def trained_model(args, accelerator, checkpoint=None):
 
 
 def checkpoint_layers(model):
-    """Layers keep what they read alone, and are computed once more in the backward pass."""
+    """Turns gradient checkpointing on."""
     model.activation_checkpointing_enable({"use_reentrant": False})
-    model.disable_input_require_grads()  # only reentrant ones need them; a frozen tower would have a backward pass
+    model.disable_input_require_grads()  # or a frozen tower would have a backward pass
 
 
 def reference_model(args, accelerator, model):
-    """The frozen model that the KL term compares with: what `model` was before training."""
+    """The frozen reference model of the KL term: `model` before training."""
     if args.lora_rank:
         return without_adapters(model)
     source = model_source(args), args.model_revision
@@ -182,7 +185,7 @@ def reference_model(args, accelerator, model):
 
 
 def to_device_or_shard(model, source, accelerator):
-    """The model on this process's device; of several processes each holds a part, and the main one loads the whole."""
+    """The model on this process's device; with several processes sharded, from weights that the main one loads."""
     if accelerator.num_processes > 1:
         whole = on_main(lambda: load_model(*source))
         shard(model, whole, accelerator.device, accelerator.mixed_precision == "bf16")
@@ -196,28 +199,29 @@ def to_device_or_shard(model, source, accelerator):
 
 @dataclass
 class Group:
-    """A prompt and its responses; everything per response has G rows, everything per token is (G, T).
+    """A prompt and its G responses; what is per token is (G, T).
 
-    A slice of a group is a group with fewer responses: a packed row that fits the token budget.
+    A slice `group[a:b]` is a group of fewer responses. `split_group` slices so that prompt and responses fit
+    --tokens_per_row; the code calls such a group a row. responses, mask and the prompt's text never change.
     """
 
     prompt: Prompt
     responses: torch.Tensor  # (G, T) token ids
     mask: torch.Tensor  # (G, T) True up to and including the first end-of-turn token
     truncated: torch.Tensor  # (G,) True where there is no end-of-turn token
-    texts: list
+    texts: list  # G decoded responses, without end and padding tokens
     rewards: torch.Tensor | None = None  # (G,)
     accuracy: torch.Tensor | None = None  # (G,)
     format: torch.Tensor | None = None  # (G,)
     advantages: torch.Tensor | None = None  # (G,)
     zero_advantage: bool = False  # all rewards are equal: no gradient
-    loss_mask: torch.Tensor | None = None  # (G, T) tokens that the loss counts
-    old_logps: torch.Tensor | None = None  # (G, T)
+    loss_mask: torch.Tensor | None = None  # (G, T) tokens in the loss: mask, but for --drop_truncated
+    old_logps: torch.Tensor | None = None  # (G, T) before the step's first update; None: on-policy
     ref_logps: torch.Tensor | None = None  # (G, T)
-    scores: torch.Tensor | None = None  # (G, T) what a method says of each token
-    weights: torch.Tensor | None = None  # (G, T) what it makes of that: factors of the advantage, or which tokens count
-    lengths: list = dataclasses.field(init=False)  # G, on the host: a pass that counts them would wait for the GPU
-    packed: dict | None = dataclasses.field(init=False, default=None)  # of `pack`, made at the first pass
+    scores: torch.Tensor | None = None  # (G, T) a method's score of each token
+    weights: torch.Tensor | None = None  # (G, T) factors of the advantage, or which tokens are trained
+    lengths: list = dataclasses.field(init=False)  # G, on the host: counting them later would wait for the GPU
+    packed: dict | None = dataclasses.field(init=False, default=None)  # what `pack` returns, made once
 
     def __post_init__(self):
         self.lengths = self.mask.sum(1).tolist()
@@ -259,7 +263,7 @@ class SharedPrefixCache(transformers.DynamicCache):
     def grow(self, group_size, capacity):
         """Makes space for so many tokens of each response, when all prompts are there."""
         more = capacity - self.capacity
-        for i, prefix in enumerate(self.prefix):  # one layer at a time is there twice, here and below
+        for i, prefix in enumerate(self.prefix):  # one layer at a time is held twice
             if not self.capacity:
                 self.prefix[i] = prefix = tuple(map(torch.cat, zip(*prefix)))
                 self.suffix[i] = tuple(x.new_zeros(*x.shape[:2], group_size, 0, x.shape[3]) for x in prefix)
@@ -278,7 +282,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
 
     query (P, H, G, d); key and value: (prefix (P, H', Lp, d), suffix (P, H', G, t, d)) from `SharedPrefixCache`, H' the
     key-value heads, t its capacity; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors
-    take the usual path (prefill), or, with `segments` from `pack`, that of a packed row.
+    take the usual path (prefill), or, with `segments` from `pack`, that of a packed row; attention_mask then holds
+    indices, (1, 1, 1, K): the keys that each segment sees.
     """
     if segments:  # of a packed row
         query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (L, H, d)
@@ -328,8 +333,12 @@ def banned_tokens(model, tokenizer):
 
 
 def make_sampler(banned, temperature, top_p, top_k):
-    """`sample(logits (B, V), uniforms (B,)) -> (B,)`: inverse-transform sampling after generate's own warpers; never a
-    token that is `banned` (V,). In fp64, in two levels: which 128 tokens, and which of these."""
+    """Returns `sample(logits (B, V), uniforms (B,)) -> (B,)`, by the inverse of the cumulative distribution.
+
+    The distribution is that of transformers' `model.generate` (temperature, then top-k, then top-p), without tokens
+    that are `banned` (V,). Probabilities are fp32, cumulative sums fp64, in two levels: first a block of 128 tokens,
+    then a token of it. Temperature 0: argmax.
+    """
     warpers = []
     if temperature != 1.0 and temperature > 0:
         warpers.append(transformers.TemperatureLogitsWarper(temperature))
@@ -348,7 +357,7 @@ def make_sampler(banned, temperature, top_p, top_k):
         target = uniforms[:, None] * sums[:, -1:]  # (B, 1)
         part = (torch.searchsorted(sums, target, right=True) - 1).clamp(max=parts.shape[1] - 1)  # (B, 1)
         own = parts.take_along_dim(part[..., None], 1)[:, 0].double().cumsum(-1)  # (B, 128)
-        rest = (target - sums.gather(1, part)).minimum(own[:, -1:] * (1 - 1e-15))  # below the last token that may be
+        rest = (target - sums.gather(1, part)).minimum(own[:, -1:] * (1 - 1e-15))  # never a token of probability 0
         token = 128 * part + torch.searchsorted(own, rest, right=True)
         return token[:, 0].clamp(max=logits.shape[-1] - 1)  # of a model that computes NaN
 
@@ -630,7 +639,7 @@ def pack(row, device):
             "written": torch.cat([i * T + torch.arange(n) for i, n in enumerate(row.lengths)]),
             "images": prompt.image_mask.nonzero()[:, 0],
             "position_ids": positions[:, None].squeeze(0),
-            "attention_mask": seen[None, None, None],  # transformers leaves what has four dimensions alone
+            "attention_mask": seen[None, None, None],  # indices: transformers passes four dimensions on unchanged
             "starts": starts,
             "key_starts": key_starts,
             "prompt": prompt.input_ids,
@@ -645,7 +654,7 @@ def pack(row, device):
 
 
 def unpack(values, row):
-    """Values (N, ...) of a row's response tokens, row by row, as (G, T, ...) with 0 on padding."""
+    """Values (N, ...), one per response token, response by response, as (G, T, ...) with 0 on padding."""
     out = values.new_zeros(row.mask.numel(), *values.shape[1:])
     return out.index_copy(0, pack(row, values.device)["written"], values).view(*row.mask.shape, *values.shape[1:])
 
@@ -745,7 +754,7 @@ def with_image(row, change):
 def still_noise(pixel_values, generator):
     """Standard normal noise for pixel_values (patches, 3 x 2 x p x p): channel, time, height and width of a patch.
 
-    A still image stands there twice, and both get the same noise.
+    An image is repeated in time, and both copies get the same noise.
     """
     noise = torch.randn(len(pixel_values), 3, 1, pixel_values.shape[1] // 6, generator=generator)
     return noise.expand(-1, -1, 2, -1).flatten(1)

@@ -1,13 +1,13 @@
 """GRPO: group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300), the base that every other file changes.
 
-Sample G responses to each prompt, reward them, and compare each with the others of its group: no value model. With
-r_i the reward of response i, o_i its tokens, pi_old the policy that sampled and pi the one being trained:
+Sample G responses to each of P prompts, reward them, and compare each with the others of its group: no value model.
+With r_i the reward of response i, o_i its tokens, pi_old the policy that sampled and pi the one being trained:
 
     A_i    = (r_i - mean_j r_j) / (std_j r_j + 1e-6)                                                advantage
     rho_it = pi(o_it | image, question, o_i<t) / pi_old(o_it | image, question, o_i<t)              ratio
     loss   = - 1/N sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - clip_low, 1 + clip_high) A_i)       N: all tokens
 
-Deviations from the paper, as the field trains today:
+Deviations from the paper, all common practice:
   1. The loss is a mean over all tokens of the mini-batch (DAPO, 2503.14476); `--aggregation sequence` is the paper's.
   2. No KL term; `--kl_coef 0.001` brings it back, with the paper's k3 estimator and a reference model.
   3. The standard deviation has Bessel's correction (G - 1) and eps is 1e-6, as in EasyR1 and verl.
@@ -37,7 +37,7 @@ def main():
     trainer = Trainer(args)
     model, clip = trainer.model, (args.clip_low, args.clip_high)
     for step in trainer.steps():
-        groups = []  # P prompts of this process, each with G responses and their rewards
+        groups = []  # of this process: P prompts, each with G responses and their rewards
         with trainer.phase("rollout"):
             while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
                 sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
@@ -46,7 +46,7 @@ def main():
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
+        rows = pack_rows(groups, advantages, args)  # one packed row per group: B responses of up to T tokens
 
         with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in trainer.with_gradient(rows):

@@ -1,9 +1,9 @@
 """PEPO: perception-exploration policy optimisation (arXiv 2603.22847).
 
-Good reasoning with an image goes back and forth between looking and trying. A token whose hidden state resembles
-those of the image is looking; a token of high entropy is trying. PEPO weighs every token of a response by the first,
-gated softly by the second, with weights of mean 1, so that a response's advantage moves among its tokens. With h^l_t
-the state of response token t before layer l (last: after the final norm), v^l_n that of image token n, u(x) = x / |x|:
+Good reasoning with an image alternates between perception and exploration. Perception tokens have hidden states like
+the image's; exploration tokens have high entropy. PEPO weights the tokens of a response by the first, gated softly by
+the second, with mean 1: the advantage moves among the tokens of a response. With h^l_t the state of response token t
+before layer l (last: after the final norm), v^l_n that of image token n, u(x) = x / |x|:
 
     VS_t = mean_l u(h^l_t) . mean_n u(v^l_n)                                   visual similarity
     g_t  = (VS' + H')_t - mean_t (VS' + H')          ' : min-max within the response; H: entropy of the token's draw
@@ -14,7 +14,7 @@ Formulas follow the released code (xzxxntxdy/PEPO). What differs, or is silent i
   1. The paper averages over "all layers"; the code, and this file, count the embeddings too: 37 states of its
      Qwen2.5-VL-3B, of 36 layers, and 29 of its InternVL3-2B, of 28: `--no_embedding_layer`.
   2. The paper's softmax has no temperature; every released script divides by tau = 1.8.
-  3. Before a layer of Qwen3-VL stands what it reads, with the image's deep features added.
+  3. The state before a layer of Qwen3-VL is the layer's input, with the image's deep features added.
   4. A prompt without an image has w = 1: plain GRPO.
   5. The released script of PEPO_D with InternVL3-2B sets `--use_vision_weights false`: that run is DAPO.
 
@@ -108,7 +108,7 @@ def main():
     trainer = Trainer(args)
     model, clip = trainer.model, (args.clip_low, args.clip_high)
     for step in trainer.steps():
-        groups = []  # P prompts of this process, each with G responses and their rewards
+        groups = []  # of this process: P prompts, each with G responses and their rewards
         with trainer.phase("rollout"):
             while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
                 sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
@@ -117,7 +117,7 @@ def main():
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
+        rows = pack_rows(groups, advantages, args)  # one packed row per group: B responses of up to T tokens
 
         with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in trainer.with_gradient(rows):
@@ -128,15 +128,13 @@ def main():
 
         with trainer.phase("update"):
             for minibatch in trainer.minibatches(rows):
-                # PEPO: lambda rises from 0 to --strength over the run
-                progress = min(1, trainer.scheduler.last_epoch / (args.steps * args.updates_per_step))
-                strength = args.strength * (progress if args.weight_schedule == "linear" else 1)
+                progress = min(1, trainer.scheduler.last_epoch / (args.steps * args.updates_per_step))  # PEPO
+                strength = args.strength * (progress if args.weight_schedule == "linear" else 1)  # lambda
                 denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
                 for row in trainer.with_gradient(minibatch):
                     logps, entropy = scoring_forward(row, trainer, args)  # PEPO: (B, T), sets the weights once
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
-                    # PEPO: (B, T), in a response as large as before
-                    token_advantages = row.advantages[:, None] * ((1 - strength) + strength * row.weights)
+                    token_advantages = row.advantages[:, None] * ((1 - strength) + strength * row.weights)  # PEPO
                     mask = row.loss_mask  # (B, T)
                     loss, info = policy_loss(
                         logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator

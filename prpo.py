@@ -11,8 +11,8 @@ an argument. With P_t the policy's distribution of token t over the full vocabul
     RVD_t = VD_t (1 - VI_t)          VD, VI: min-max within the response of log(1 + S), log(1 + S'), as in PGPO
     w_t   = 1 + strength RVD_t,  A_it = A_i w_it                          strength 2; w >= 1 preserves the other tokens
 
-Min-max gives VI = 1 to the least stable token of every response, stable as it may be. `--shuffle` is the control arm:
-equal weights at random places of the response. A prompt without an image has w = 1: plain GRPO.
+Min-max gives VI = 1 to the least stable token of every response, however stable it is. `--shuffle` is the control:
+the same weights at random positions of the response. A prompt without an image has w = 1: plain GRPO.
 
 Two more forward passes, without gradient: the clean distributions come out of a pass that is made anyway.
 
@@ -40,7 +40,7 @@ class Args(SharedArgs):
     blacken: float = flag(0.6, "strong view: the share of patches that are blackened", min=0, max=1)
     weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]", min=0)
     strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO", min=0)
-    shuffle: bool = flag(False, "control arm: shuffle RVD inside each response")
+    shuffle: bool = flag(False, "control: shuffle RVD within each response")
 
 
 def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, places=slice(None)):
@@ -142,7 +142,7 @@ def main():
     trainer = Trainer(args)
     model, clip = trainer.model, (args.clip_low, args.clip_high)
     for step in trainer.steps():
-        groups = []  # P prompts of this process, each with G responses and their rewards
+        groups = []  # of this process: P prompts, each with G responses and their rewards
         with trainer.phase("rollout"):
             while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
                 sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
@@ -151,7 +151,7 @@ def main():
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
+        rows = pack_rows(groups, advantages, args)  # one packed row per group: B responses of up to T tokens
 
         with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in trainer.with_gradient(rows):

@@ -1,27 +1,23 @@
 """SaEI: selective-adversarial entropy intervention (arXiv 2512.10414).
 
-Explore by what the policy sees, not by a term of the loss: sample n1 responses from the image, move the image one
-small step towards more uncertainty, sample n2 more from that, and train on all of them with the clean image. With H_t
-the entropy of the policy at token t of a response to the clean image I:
+Exploration comes from what the policy sees, not from a term of the loss: sample n1 responses from the image, move the
+image one small step towards higher entropy, sample n2 more from that, and train on all of them with the clean image.
+H_t is the entropy of the policy at token t of a response to the clean image I:
 
     K_i   = the middle third of response i's tokens by entropy                                      TsEC
     H     = mean_i mean_{t in K_i} H_t
     I_adv = clamp(I + step sign(dH / dI), 0, 1)                                                     EgAS
     A_i   = (r_i - mean_j r_j) / (std_j r_j + 1e-6)              one group of n1 + n2; then GRPO's loss on I
 
-(The paper writes I + a sign(grad(-H)) with a = -2/255, which is the same.) The lowest third carries facts and fluent
-continuation, the highest explores already. With two steps instead of one the paper sees entropy and accuracy
-break; see it by `--iterations 2 --epsilon 0.0157`, as by default all steps together stay within the size of one.
+With two steps instead of one the paper's entropy and accuracy break down: `--iterations 2 --epsilon 0.0157`.
 
-No code has been released. Stated: the above, n1 = n2 = 6, step 2/255, one step, no random start. Where the paper is
-silent, our choices:
-  1. Tokens are ranked in each response, by an ascending stable sort; fewer than 3 tokens are all kept.
+No code has been released. The paper states the above, n1 = n2 = 6, step 2/255, no random start. Our choices:
+  1. Tokens are ranked within a response, by an ascending stable sort; fewer than 3 tokens are all kept.
   2. The step is taken on the image as the vision tower gets it, after resizing, in [0, 1], in fp32, clamped there.
-  3. Old log-probs are those of the clean image, so that the ratio begins at 1. That half of the group was sampled
-     from another image is left uncorrected, by design, as in NoisyRollout.
-  4. Without an image, or where the gradient is not finite (counted), all responses are sampled from the clean prompt.
+  3. The ratio begins at 1, as in NoisyRollout: old log-probs of both halves are those of the clean image.
+  4. Without an image, or if the gradient is not finite (counted), all responses are sampled from the clean prompt.
 
-The fair comparison is GRPO with n1 + n2 responses, which `--step 0` is, to the bit. The attack costs a forward and a
+The fair comparison is GRPO with n1 + n2 responses; `--step 0` is bit-identical to it. The attack costs a forward and a
 backward pass over n1 responses, in which no parameter gets a gradient.
 
     python saei.py                                                                  # the toy, minutes on a laptop CPU
@@ -62,7 +58,7 @@ class Args(SharedArgs):
             raise UserError(f"--group_size {self.group_size} is not --n1 {self.n1} + --n2 {self.n2}: leave it out.")
         self.group_size = self.n1 + self.n2
         if self.reshard_while_sampling:
-            raise UserError("--reshard_while_sampling: the attack needs gathered weights; leave it out, on more GPUs.")
+            raise UserError("--reshard_while_sampling: the attack needs unsharded weights: leave it out, on more GPUs.")
         super().__post_init__()
 
 
@@ -79,7 +75,6 @@ def middle_third(entropy, mask):
     return mask & ((length < 3) | ((rank >= length // 3) & (rank < 2 * length // 3)))
 
 
-@torch.no_grad()
 def adversarial_step(image, gradient, step=2 / 255):
     """The image, in [0, 1], one signed step up the gradient, clamped to [0, 1]. A pixel of gradient 0 stays.
 
@@ -89,18 +84,16 @@ def adversarial_step(image, gradient, step=2 / 255):
     return (image + step * gradient.sign()).clamp(0, 1)
 
 
-def mean_and_std(image_processor, device):
-    """Of the processor's normalisation, each (3, 1, 1)."""
-    return [
-        send(torch.tensor(x)[:, None, None], device) for x in (image_processor.image_mean, image_processor.image_std)
-    ]
+def mean_and_std(processor, device):
+    """Of the image processor's normalisation, each (3, 1, 1)."""
+    return [send(torch.tensor(x)[:, None, None], device) for x in (processor.image_mean, processor.image_std)]
 
 
 def patchify(image, image_processor):
     """An image (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
 
-    What is done with an image of the right size: it is normalised, cut into patches, of which m x m stand together,
-    those of an image token (of InternVL m is 1), and a still image is repeated in time.
+    As the image processor does with an image of the right size: it normalises, cuts into patches, groups the m x m
+    patches of an image token (InternVL: m = 1), and repeats the image in time.
     """
     p, m, time = patch_shape(image_processor)
     mean, std = mean_and_std(image_processor, image.device)
@@ -123,13 +116,11 @@ def unpatchify(pixel_values, grid, image_processor):
 def frozen(model):
     """No parameter gets a gradient inside: a compiled layer would compute those of its weights, asked for or not."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
+    for p in trained:
+        p.requires_grad_(False)
+    yield
+    for p in trained:
+        p.requires_grad_(True)
 
 
 def entropy_of(group, images, trainer, args):
@@ -140,11 +131,11 @@ def entropy_of(group, images, trainer, args):
 
 
 def entropy_gradient(group, images, trainer, args):
-    """H, its gradient by each image (3, H, W), and the tokens it is made of (G, T)."""
+    """H, its gradient by each image (3, height, width), and its tokens (G, T); the weights must be unsharded."""
     leaves = [image.clone().requires_grad_() for image in images]
     H, gradients, kept = 0.0, [0.0] * len(leaves), []
     with frozen(trainer.model):
-        for entropy, mask in entropy_of(group, leaves, trainer, args):  # a row's graph is gone before the next is built
+        for entropy, mask in entropy_of(group, leaves, trainer, args):
             kept.append(middle_third(entropy, mask))
             share = aggregate(entropy, kept[-1], "sequence", len(group.mask))  # of the mean over the group's responses
             gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(share, leaves))]
@@ -153,47 +144,50 @@ def entropy_gradient(group, images, trainer, args):
 
 
 def attack(group, trainer, args):
-    """The prompt of a group with images that make the policy less certain of the group's responses."""
+    """The prompt of a group with attacked images; unchanged without an image or if a gradient is not finite."""
     prompt, processor = group.prompt, trainer.processor.image_processor
     if prompt.pixel_values is None or args.step == 0:
         return prompt
     pixels = send(prompt.pixel_values, trainer.model.device)
     parts = pixels.split(prompt.image_grid_thw.prod(1).tolist())
     clean = [unpatchify(part, grid, processor) for part, grid in zip(parts, prompt.image_grid_thw)]
-    images, first, finite = clean, None, True
+    images, on_clean, finite = clean, None, True
     epsilon = abs(args.step) if args.epsilon is None else args.epsilon
     for _ in range(args.iterations):
         H, gradients, kept = entropy_gradient(group, images, trainer, args)
-        first = first or (H, kept)
+        on_clean = on_clean or (H, kept)
         for gradient in gradients:
-            finite = gradient.isfinite().all() & finite  # a tensor: nothing waits for it
+            finite = gradient.isfinite().all() & finite  # a tensor: the host does not wait for it
         moved = [adversarial_step(image, gradient, args.step) for image, gradient in zip(images, gradients)]
         images = [x.minimum(origin + epsilon).maximum(origin - epsilon) for x, origin in zip(moved, clean)]
-    trainer.metrics.add("attack_failed", ~finite, 1)
     images = [torch.where(finite, x, origin) for x, origin in zip(images, clean)]
-    if prompt.prompt_id % args.measure_every == 0:
-        with torch.no_grad():
-            entropy = torch.cat([entropy for entropy, _ in entropy_of(group, images, trainer, args)])
-        trainer.metrics.add("attack_entropy_before", torch.where(finite, first[0], 0.0), finite)
-        after = aggregate(entropy, first[1], "sequence", len(entropy))
-        trainer.metrics.add("attack_entropy_after", torch.where(finite, after, 0.0), finite)
-    change = torch.stack([(x - origin).abs().max() for x, origin in zip(images, clean)]).max()
-    trainer.metrics.add("attack_pixel_change", change, finite)
+    record_attack(group, clean, images, *on_clean, finite, trainer, args)
     if prompt.prompt_id < args.save_images:
         save_images(trainer.output / "images", prompt.prompt_id, clean, images)
     attacked = torch.cat([patchify(image, processor) for image in images])
     return dataclasses.replace(prompt, pixel_values=torch.where(finite, attacked, pixels))
 
 
+def record_attack(group, clean, images, H, kept, finite, trainer, args):
+    """For the log: failed attacks, the largest change of a pixel, and H before and after, on the same tokens."""
+    trainer.metrics.add("attack_failed", ~finite, 1)
+    change = torch.stack([(x - origin).abs().max() for x, origin in zip(images, clean)]).max()
+    trainer.metrics.add("attack_pixel_change", change, finite)
+    if group.prompt.prompt_id % args.measure_every == 0:
+        with torch.no_grad():
+            entropy = torch.cat([entropy for entropy, _ in entropy_of(group, images, trainer, args)])
+        after = aggregate(entropy, kept, "sequence", len(entropy))
+        for name, value in (("before", H), ("after", after)):
+            trainer.metrics.add(f"attack_entropy_{name}", torch.where(finite, value, 0.0), finite)
+
+
 def save_images(folder, prompt_id, clean, attacked):
-    """PNG files of a prompt's images: as they were, attacked, and 0.5 + 10 times the difference, side by side."""
+    """PNG files of a prompt's images: clean, attacked, and 0.5 + 10 times the difference, side by side."""
     folder.mkdir(exist_ok=True)
     for i, (before, after) in enumerate(zip(clean, attacked)):
         shown = torch.cat([before, after, (0.5 + 10 * (after - before)).clamp(0, 1)], 2)  # (3, H, 3 W)
         image = Image.fromarray((255 * shown).round().byte().permute(1, 2, 0).cpu().numpy())
-        beside = folder / f"prompt-{prompt_id}-{i}.unfinished"
-        image.save(beside, format="PNG")
-        beside.replace(beside.with_suffix(".png"))
+        image.save(folder / f"prompt-{prompt_id}-{i}.png")
 
 
 def join(clean, attacked):
@@ -203,8 +197,8 @@ def join(clean, attacked):
     def both(name):
         return torch.cat([pad(getattr(half, name), (0, T - half.mask.shape[1])) for half in (clean, attacked)])
 
-    truncated = torch.cat([clean.truncated, attacked.truncated])
-    group = Group(clean.prompt, both("responses"), both("mask"), truncated, clean.texts + attacked.texts)
+    texts, truncated = clean.texts + attacked.texts, torch.cat([clean.truncated, attacked.truncated])
+    group = Group(clean.prompt, both("responses"), both("mask"), truncated, texts)
     group.scores = torch.zeros_like(group.mask, dtype=torch.float)
     group.scores[len(clean.mask) :] = 1
     return group
@@ -232,7 +226,7 @@ def main():
     trainer = Trainer(args)
     model, clip = trainer.model, (args.clip_low, args.clip_high)
     for step in trainer.steps():
-        groups = []  # P prompts of this process, each with G responses and their rewards
+        groups = []  # of this process: P prompts, each with G responses and their rewards
         with trainer.phase("rollout"):
             while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
                 # SaEI: n1 responses from the clean image, n2 from the attacked one, one group on the clean image
@@ -247,7 +241,7 @@ def main():
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
+        rows = pack_rows(groups, advantages, args)  # one packed row per group: B responses of up to T tokens
 
         with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in trainer.with_gradient(rows):

@@ -22,22 +22,11 @@ import transformers
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from common import (
-    Reward,
-    checkpoint_layers,
-    dummy_row,
-    forward,
-    load_processor,
-    longest_row,
-    loss_denominator,
-    reference_model,
-    rollout,
-    trained_model,
-)
+from common import Reward, checkpoint_layers, dummy_row, forward, load_models, longest_row, loss_denominator, rollout
 from plumbing import checkpoints
 from plumbing.arguments import UserError, model_source
 from plumbing.data import Data, Stream, some_of
-from plumbing.families import compile_layers, processor_files
+from plumbing.families import processor_files
 from plumbing.kernels import use_cores
 from plumbing.memory import choose_checkpointing, dry_run, out_of_memory, trial_update
 from plumbing.metrics import Metrics, draw_curves, evaluation_metrics, means, read_runs, shown
@@ -65,7 +54,9 @@ class Trainer:
         folder, state = checkpoints.find_checkpoint(args)
         args.gradient_checkpointing, why = choose_checkpointing(args, self.world_size)
         self.print_main(f"{why}; {use_cores()}")
-        self.load_models(folder)
+        self.processor, self.model, self.reference = load_models(args, self.accelerator, folder)
+        self.tokenizer, source = self.processor.tokenizer, (model_source(args), args.model_revision)
+        self.processor_files = on_main(lambda: processor_files(*source, self.processor.image_processor))
         self.load_data()
         self.make_optimizer()
         self.check_memory()
@@ -81,17 +72,6 @@ class Trainer:
         """Ctrl-C, and the SIGTERM of a scheduler."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handler)
-
-    def load_models(self, checkpoint):
-        """Processor, the model to train, from a checkpoint if there is one, and the reference model."""
-        args, source = self.args, (model_source(self.args), self.args.model_revision)
-        self.processor = load_processor(*source, args.min_pixels, args.max_pixels)
-        self.processor_files = on_main(lambda: processor_files(*source, self.processor.image_processor))
-        self.tokenizer = self.processor.tokenizer
-        self.model = trained_model(args, self.accelerator, checkpoint)
-        self.reference = reference_model(args, self.accelerator, self.model) if args.kl_coef else None
-        for model in filter(None, (self.model, self.reference)):
-            compile_layers(model)
 
     def load_data(self):
         args = self.args
@@ -350,10 +330,16 @@ class Trainer:
         self.saved = self.step
         if self.all_reduce(sum(not local(p).isfinite().all() for p in self.parameters.values())):
             raise UserError(f"after step {self.step} the weights are not finite, and are not saved: {RUINED}.")
-        writers = 1 if self.args.lora_rank else self.world_size  # of the optimizer's state
-        updates, contents = self.scheduler.last_epoch, self.data.contents
-        place = self.step, updates, self.stream.position, contents, writers
-        state = checkpoints.State(*place, self.history, Path(sys.argv[0]).stem, dataclasses.asdict(self.args))
+        state = checkpoints.State(
+            step=self.step,
+            updates=self.scheduler.last_epoch,
+            position=self.stream.position,
+            contents=self.data.contents,
+            processes=1 if self.args.lora_rank else self.world_size,
+            history=self.history,
+            script=Path(sys.argv[0]).stem,
+            arguments=dataclasses.asdict(self.args),
+        )
         trained, folder = (self.model, self.processor_files, self.optimizer, self.parameters), f"step-{self.step}"
         ending = self.stopping or self.step == self.args.steps
         checkpoints.save_checkpoint(self.output / folder, *trained, state, self.is_main, self.args.keep, ending)

@@ -1,23 +1,19 @@
 """VEPO: vision-entropy token selection (arXiv 2606.03937).
 
-Training on the most uncertain tokens alone is a poor choice where there is an image: many tokens that depend on it are
-certain. VEPO scores each token by how much a noised image moves its prediction and by how uncertain it is, trains on
-the best 20 % of each response, and leaves the advantage as it is. With P_t the policy's distribution of token t, over
-the full vocabulary, and Q_t that of the same policy and response when the image is noised:
+Many tokens that depend on the image have a low entropy, so entropy alone chooses badly. VEPO scores a token by how much
+noise on the image changes its prediction, and by its entropy, and trains on the best 20 % of each response. P_t is the
+policy's distribution of token t, over the full vocabulary, and Q_t the same under the noised image:
 
     j_t = JSD(P_t, Q_t),  H_t = H(P_t),  g_t = |H(Q_t) - H(P_t)|
     score_t = [1 - (1 - j'_t)^alpha (1 - g'_t)^(1 - alpha)] H'_t          ' : min-max within the response
     loss = - 1/|K| sum_{t in K} min(rho_t A, clip(rho_t) A) - 1e-3 mean_t H_t     K: the ceil(k T) best of each response
 
-The factor H' outside means that a token of entropy 0 scores 0 whatever its JSD: the uncertain tokens are ranked anew.
-
-Formulas follow the released code (Leonnnnnn929/VEPO). What differs, or is described in several ways:
-  1. The noise. The code adds N(0, 2^2) to normalised pixels, once for each of the 12 responses of a prompt, which share
-     one array: a standard deviation of 6.9. Here one draw per prompt and step, of 2.0: `--noise_std`; for models that
-     divide pixels by another standard deviation it is scaled, so that the image gets the same noise. The paper is said
-     to use step 500 of a forward diffusion, which is 3.4 times weaker (0.505 / 0.863 = 0.59): `--noise diffusion`.
-  2. A divergence below 1e-6 is rounding and counts as 0, or min-max would blow it up.
-  3. The entropy bonus, over all tokens, stands in the code only.
+The formulas follow the released code (Leonnnnnn929/VEPO), except:
+  1. The code adds N(0, 2^2) to normalised pixels once for each of the 12 responses of a prompt, which share one array:
+     a standard deviation of 6.9. Here it is added once per prompt and step (`--noise_std 2`), and scaled for models
+     that normalise otherwise. `--noise diffusion` is step 500 of a forward diffusion, 3.4 times weaker.
+  2. A divergence below 1e-6 is rounding and counts as 0, or min-max would amplify it.
+  3. The entropy bonus, over all tokens, appears only in the code, not in the paper.
   4. A prompt without an image has no divergence: its tokens are chosen by entropy.
 
 One more forward pass, without gradient: the clean distributions come out of a pass that is made anyway.
@@ -25,7 +21,7 @@ One more forward pass, without gradient: the clean distributions come out of a p
     python vepo.py                                                                  # the toy, minutes on a laptop CPU
     torchrun --nproc_per_node=8 vepo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs
     ... vepo.py --group_size 12 --freeze_vision                                     # the paper's setting
-    ... vepo.py --select entropy                                                    # what it is compared with
+    ... vepo.py --select entropy                                                    # its baseline
 """
 
 import math
@@ -38,7 +34,7 @@ from transformers.image_utils import OPENAI_CLIP_STD
 from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
 from plumbing.arguments import SharedArgs, parse_args
 from trainer import Trainer
-from common import compare_logits, loss_denominator, min_max, quantiles, seeded, still_noise, token_uniforms, with_image
+from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_image
 from plumbing.arguments import flag
 
 
@@ -111,7 +107,6 @@ def kept_tokens(mask, ratio=0.2):
     return wanted.clamp(min=1).minimum(length)
 
 
-@torch.no_grad()
 def select_top(scores, mask, ratio=0.2):
     """(B, T) True on the `kept_tokens` best of each response; of equal ones the earlier. Padding is never chosen.
 
@@ -122,57 +117,38 @@ def select_top(scores, mask, ratio=0.2):
     return mask & (order.argsort(1) < kept_tokens(mask, ratio)[:, None])  # rank < k
 
 
-def count_chosen(rows, args):
-    """What the policy loss is divided by: the tokens that are chosen from these rows, or (sequence) the responses."""
-    if args.aggregation == "sequence":
-        return sum(loss_denominator(row.loss_mask, "sequence") for row in rows)
-    return sum(kept_tokens(row.loss_mask, args.keep_ratio).sum() for row in rows)
-
-
 def scoring_forward(row, trainer, args, step):
-    """`forward` of a row by the policy that sampled, which also sets `row.weights` (B, T): True on tokens to train on.
-
-    Returns logps and entropy (B, T).
-    """
+    """Logps and entropy (B, T) of a row under the policy that sampled; sets `row.weights`: True on tokens to train."""
     noised = noised_hidden(row, trainer, args, step)  # before a pass whose graph is kept
     logps, entropy, hidden = forward(trainer.model, row, args.temperature)  # (B, T), (B, T), (L, D)
-    uncertainty, jsd, noised_entropy = entropy.detach(), None, None
+    row.scores, signals = entropy.detach(), {}  # of --select entropy, and without an image
+    if args.select == "random":
+        row.scores = token_uniforms(row, args.seed, step)
     if noised is not None:
         states = hidden.detach(), noised
         jsd, _, noised_entropy = compare_logits(divergences, trainer.model, row, *states, temperature=args.temperature)
-    row.scores = scores_by(args.select, row, uncertainty, jsd, noised_entropy, args, step)
+        if row.prompt.pixel_values is not None:
+            signals = {"jsd": jsd, "entropy_gap": (noised_entropy - row.scores).abs()}
+            by_vepo = token_scores(jsd, row.scores, noised_entropy, row.mask, args.alpha)
+            row.scores = jsd if args.select == "jsd" else by_vepo
     row.weights = select_top(row.scores, row.mask, args.keep_ratio)
-    record_choice(row, uncertainty, jsd, noised_entropy, trainer, args)
+    record_choice(row, entropy.detach(), signals, trainer, args)
     return logps, entropy
 
 
-def scores_by(select, row, entropy, jsd, noised_entropy, args, step):
-    """The scores (B, T) of --select; without an image, for which there is no jsd, those of "vepo" are entropy."""
-    if select == "random":
-        return token_uniforms(row, args.seed, step)
-    if select == "entropy" or row.prompt.pixel_values is None:
-        return entropy
-    return jsd if select == "jsd" else token_scores(jsd, entropy, noised_entropy, row.mask, args.alpha)
-
-
-def record_choice(row, entropy, jsd, noised_entropy, trainer, args):
-    """For the log: quantiles of the divergences, and how many tokens are kept, also by entropy alone."""
-    if jsd is not None and row.prompt.pixel_values is not None:
-        gap = (noised_entropy - entropy).abs()
-        info = quantiles("jsd", jsd, row.mask) | quantiles("entropy_gap", gap, row.mask)
-        trainer.metrics.add_means(info, row.loss_mask)
+def record_choice(row, entropy, signals, trainer, args):
+    """For the log: the share of chosen tokens, that of these which entropy alone would choose, and the signals."""
     both = row.weights & select_top(entropy, row.mask, args.keep_ratio)
-    shares = {"kept_tokens": row.weights.sum() / row.mask.sum(), "kept_top_entropy": both.sum() / row.weights.sum()}
-    trainer.metrics.add_means(shares, row.loss_mask)
+    info = {"kept_tokens": row.weights.sum() / row.mask.sum(), "kept_top_entropy": both.sum() / row.weights.sum()}
+    for name, values in signals.items():
+        info |= quantiles(name, values, row.mask)
+    trainer.metrics.add_means(info, row.loss_mask)
 
 
 def noised_hidden(row, trainer, args, step):
-    """Hidden states (L, D) of the row under its noised images: one draw for each prompt and step.
-
-    None where --select needs none, and where there is no image, on one process; several gather sharded weights
-    together, so all make the pass.
-    """
-    if args.select not in ("vepo", "jsd") or (row.prompt.pixel_values is None and trainer.world_size == 1):
+    """Hidden states (L, D) of the row under its noised images, one draw per prompt and step; None if not needed."""
+    no_image = row.prompt.pixel_values is None and trainer.world_size == 1  # several processes make all passes together
+    if no_image or args.select not in ("vepo", "jsd"):
         return None
     generator = seeded(args.seed, step, row.prompt.index, row.prompt.prompt_id, "noise")
     image_std = trainer.processor.image_processor.image_std
@@ -186,7 +162,7 @@ def main():
     trainer = Trainer(args)
     model, clip = trainer.model, (args.clip_low, args.clip_high)
     for step in trainer.steps():
-        groups = []  # P prompts of this process, each with G responses and their rewards
+        groups = []  # of this process: P prompts, each with G responses and their rewards
         with trainer.phase("rollout"):
             while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
                 sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
@@ -195,7 +171,7 @@ def main():
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
+        rows = pack_rows(groups, advantages, args)  # one packed row per group: B responses of up to T tokens
 
         with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in trainer.with_gradient(rows):
@@ -207,8 +183,9 @@ def main():
         with trainer.phase("update"):
             for minibatch in trainer.minibatches(rows):
                 denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
-                # VEPO: the policy term is a mean over the chosen tokens
-                chosen_denominator = trainer.all_reduce(count_chosen(minibatch, args))
+                # VEPO: the policy term is a mean over the chosen tokens (or the responses)
+                chosen = trainer.all_reduce(sum(kept_tokens(x.loss_mask, args.keep_ratio).sum() for x in minibatch))
+                chosen_denominator = chosen if args.aggregation == "token" else denominator
                 for row in trainer.with_gradient(minibatch):
                     # VEPO: the policy that sampled also chooses the tokens
                     if args.updates_per_step == 1:

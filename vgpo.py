@@ -1,8 +1,8 @@
 """VGPO: visually-guided policy optimisation (arXiv 2604.09349).
 
-Vision-language models look at the image less and less as a response goes on. VGPO measures how close each token's
-last hidden state h_t is to the mean state mu of the image tokens, raises late tokens that still look, and moves
-advantage to what looks: in a response by a token factor psi, in a group by a rollout factor alpha. For t = 0 .. T - 1:
+Vision-language models attend to the image less and less as a response goes on. VGPO measures how close each token's
+last hidden state h_t is to the mean state mu of the image tokens, and moves advantage to tokens that are close: in a
+response by a token factor psi, in a group by a rollout factor alpha. For t = 0 .. T - 1:
 
     rho_t   = (cos(h_t, mu) - floor) / (1 - floor)                                      visual focus, eq. 4
     omega_t = rho_t (1 + beta t / (T - 1)) for the best kappa of t >= gamma T, else rho_t      compensated, eq. 5-6
@@ -10,14 +10,12 @@ advantage to what looks: in a response by a token factor psi, in a group by a ro
     alpha_i = clamp(1 + Phi'_i - mean_i Phi', 0.9, 2)         ' : min-max in the group         rollout factor, eq. 9-10
     A_it    = A_i alpha_i psi_it                              Phi_i = sum_t omega_it           eq. 11
 
-Formulas follow the released code (wzb-bupt/VGPO); the clamps stand in the code only: psi never reaches 2, since omega'
-and its mean are in [0, 1], and the floor of 0.9 makes alpha's mean above 1 (1.10 for evenly spread Phi and G = 8).
-Deviations:
+The formulas follow the released code (wzb-bupt/VGPO); the clamps appear only there: psi never reaches 2, and the lower
+clamp of 0.9 makes alpha's mean larger than 1 (1.10 for evenly spread Phi and G = 8). Deviations:
   1. The code's floor is min(0, smallest cosine of a micro-batch); here -1, which depends on no batch: `--floor`.
   2. Phi sums omega as the paper does; the code sums omega': `--accumulate normalised`.
   3. The code's groups are 8 consecutive rows of a shuffled micro-batch; here, as in the paper, the G of one prompt.
   4. A prompt without an image has psi = alpha = 1: plain GRPO.
-Phi is a sum, so it grows with length: the log has its correlation with length, and how often alpha is at its floor.
 
 No extra pass, but a scoring pass where a group is cut into several rows, since alpha compares whole responses.
 
@@ -63,7 +61,7 @@ def visual_focus(hidden, image_hidden, floor=-1.0):
     tensor([[0.9950, 0.1464]])
     """
     if image_hidden.shape[1] == 0:
-        return torch.zeros_like(hidden[..., 0], dtype=torch.float)
+        return hidden.new_zeros(hidden.shape[:2], dtype=torch.float)
     mean = image_hidden.float().mean(1, keepdim=True)  # (B, 1, D)
     return (cosine_similarity(hidden.float(), mean, dim=-1) - floor) / (1 - floor)
 
@@ -122,7 +120,7 @@ def rollout_factors(accumulated):
 def row_focus(hidden, row, args):
     """Visual focus (B, T) of a row's tokens, from the hidden states (L, D) of its forward pass."""
     own, image = response_and_image_states(hidden.detach(), row)  # (B, T, D), (N, D)
-    return visual_focus(own, image[None], floor=args.floor)
+    return visual_focus(own, image[None], args.floor)
 
 
 def set_weights(rows, trainer, args):
@@ -137,8 +135,7 @@ def set_weights(rows, trainer, args):
     trainer.metrics.add("gated_tokens", (compensated > focus).sum(), mask.sum())
     trainer.metrics.add("rollout_factor", alpha.sum(), len(alpha))
     trainer.metrics.add("rollout_factor_clamped", ((alpha <= 0.9) | (alpha >= 2.0)).sum(), len(alpha))
-    a, b = alpha.double() - alpha.double().mean(), mask.sum(1) - mask.sum(1).double().mean()
-    correlation = (a * b).sum() / (a.norm() * b.norm())  # NaN where all are equal
+    correlation = torch.corrcoef(torch.stack([alpha, mask.sum(1)]).double())[0, 1]  # NaN where all are equal
     trainer.metrics.add("rollout_factor_length_correlation", correlation.nan_to_num(), correlation.isfinite())
 
 
@@ -147,7 +144,7 @@ def main():
     trainer = Trainer(args)
     model, clip = trainer.model, (args.clip_low, args.clip_high)
     for step in trainer.steps():
-        groups = []  # P prompts of this process, each with G responses and their rewards
+        groups = []  # of this process: P prompts, each with G responses and their rewards
         with trainer.phase("rollout"):
             while prompts := trainer.draw_prompts(groups):  # once; with --filter_groups until the step is full
                 sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt
@@ -156,20 +153,19 @@ def main():
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = pack_rows(groups, advantages, args)  # one packed row of B = G responses per group
+        rows = pack_rows(groups, advantages, args)  # one packed row per group: B responses of up to T tokens
         groups_are_cut = trainer.all_reduce(len(rows) > len(groups)) > 0  # VGPO: on any process
 
         with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in trainer.with_gradient(rows):
-                # VGPO: the rollout factor compares whole groups; it needs this pass if one is cut into several rows
-                if args.updates_per_step > 1 or (args.inter and groups_are_cut):
+                if args.updates_per_step > 1 or (args.inter and groups_are_cut):  # VGPO: alpha needs whole groups
                     row.old_logps, _, hidden = forward(model, row, args.temperature)  # (B, T)
                     row.scores = row_focus(hidden, row, args)  # (B, T)
                 if args.kl_coef:
                     row.ref_logps, _, _ = forward(trainer.reference, row, args.temperature)  # (B, T)
-            for group in groups:
+            for group in groups:  # VGPO
                 if parts := [row for row in rows if row.prompt is group.prompt and row.scores is not None]:
-                    set_weights(parts, trainer, args)  # VGPO
+                    set_weights(parts, trainer, args)
 
         with trainer.phase("update"):
             for minibatch in trainer.minibatches(rows):

@@ -4,7 +4,6 @@ user's.
 Not here: the reward of a run without a custom one (`Reward` in common.py).
 """
 
-import contextlib
 import importlib.util
 import inspect
 import json
@@ -56,43 +55,25 @@ def extract_gold(answer):
     return ", ".join(found) or extract_answer(answer) or answer
 
 
-@contextlib.contextmanager
-def as_user_error(sentence):
-    """Whatever the user's file raises as a UserError; but not Ctrl-C, which trainer.py makes an exit with 130."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if getattr(error, "code", None) == 130:
-            raise
-        raise UserError(sentence.format(f"{type(error).__name__}: {error}")) from None
-
-
 def load_reward(spec):
     """The function named by `my_file.py:function`: problems, responses, answers -> a list of as many floats.
 
-    Raises UserError, now and whenever it is called, for a mistake in the user's file: for a reward that is not finite,
-    or beyond 1e6, it names prompt and response.
+    It raises UserError for another number of rewards, and, with prompt and response, for one that is not finite or
+    larger than 1e6.
     """
     file, _, name = spec.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
+    if not Path(file).is_file():
         raise UserError(f"--reward {spec}: there is no file {file or spec}; write it as my_file.py:function.")
-    with as_user_error(f"--reward {spec} cannot be imported ({{}}): mend it."):
-        sys.path.append(str(Path(file).resolve().parent))  # what lies beside the file can be imported by it
-        module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-        module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"--reward {spec}: {file} has no function {name}.")
+    sys.path.append(str(Path(file).resolve().parent))  # it may import what lies next to it
+    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name)
 
     def rewards(problems, responses, answers):
-        with as_user_error(f"--reward {spec} failed ({{}})."):
-            values = function(list(problems), list(responses), list(answers))
-            values = [float(value) for value in values]
+        values = [float(value) for value in function(list(problems), list(responses), list(answers))]
         if len(values) != len(responses):
-            raise UserError(
-                f"--reward {spec} returned {len(values)} values for {len(responses)} responses: return one for each."
-            )
+            raise UserError(f"--reward {spec} returned {len(values)} values for {len(responses)} responses.")
         for value, problem, response in zip(values, problems, responses):
             if not abs(value) <= LARGEST:
                 raise UserError(

@@ -31,31 +31,32 @@ def known_family(name, config):
     what = config.model_type + (f" with {config.text_config.model_type}" if is_internvl(config) else "")
     if what not in FAMILIES:
         raise UserError(f"--model {name} is {what}; use one of {', '.join(FAMILIES)}.")
-    if is_internvl(config):  # the hub's files do not say that the head is not the embeddings; transformers' default is
+    if is_internvl(config):  # transformers' default is a tied head, and the hub's files do not contradict it
         config.tie_word_embeddings &= config.text_config.tie_word_embeddings
     return config
 
 
 def patch_attention(model):
-    """The model with kernels.py's `window_attention` in Qwen-VL's tower, or with InternVL3's rotary frequencies fixed.
+    """Changes a model in place, and returns it.
 
-    transformers would change them in rows longer than data.py allows, and wait for the GPU at each token to see. In
-    both towers patches are embedded by a matrix product.
+    Patches are embedded by a matrix product. Qwen-VL's tower gets kernels.py's `window_attention`, and positions that
+    are computed on the host. InternVL3's rotary frequencies are fixed: transformers would change them in rows longer
+    than data.py allows, and wait for the GPU at each token to see.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
             module.forward = MethodType(patch_product, module)
     if is_internvl(model.config):
         model.model.language_model.rotary_emb.rope_type = "default"
-        model.model.vision_tower._output_capturing_hooks_installed = True  # none inside a layer: they do not compile
+        model.model.vision_tower._output_capturing_hooks_installed = True  # they do not compile
     else:  # registered in kernels.py; as attn_implementation=..., transformers would look for a flash-attn package
         model.model.visual.config._attn_implementation = "flash_windows"
         model.model.visual.register_forward_pre_hook(places_of_patches, with_kwargs=True)
     return model
 
 
-def places_of_patches(tower, pixels, inputs):
-    """A hook that computes positions and windows of patches on the host, where the grid is.
+def places_of_patches(tower, args, inputs):
+    """A forward pre-hook: positions, windows and interpolation weights of patches, computed on the host from the grid.
 
     Qwen-VL's tower would read the grid from the GPU, and the host would wait for it.
     """
@@ -71,7 +72,8 @@ def places_of_patches(tower, pixels, inputs):
         made["interp_indices"], made["interp_weights"] = found
     longest = {"max_seqlen": "cu_seqlens", "max_window_seqlen": "cu_window_seqlens"}
     longest = {name: int(made[ends].diff().max()) for name, ends in longest.items() if ends in made}
-    return pixels, inputs | longest | {name: kernels.send(value, pixels[0].device) for name, value in made.items()}
+    sent = {name: kernels.send(value, args[0].device) for name, value in made.items()}
+    return args, {**inputs, **longest, **sent}
 
 
 def patch_product(conv, pixels):
@@ -94,18 +96,18 @@ def vision(model):
 
 
 def compile_layers(model):
-    """Decoder layers and the tower's, each for itself: hooks, FSDP2's and those of `layer_hooks`, stay outside.
+    """Compiles each decoder layer and each layer of the tower; hooks (FSDP2's, common.py's) stay outside.
 
-    After sharding, which makes a class of its own of each, in which transformers looks whether to checkpoint.
+    To be called after sharding: FSDP2 replaces a layer's class, where transformers looks up whether to checkpoint.
     """
     for layer in [*vision(model)[1], *model.model.language_model.layers]:
         layer.forward = kernels.compiled(layer.forward, model.device)
 
 
 def patch_shape(image_processor):
-    """(p, m, copies): a patch is p x p pixels, m x m patches stand together in pixel_values, each so many times."""
+    """(p, m, copies): a patch is p x p pixels; pixel_values hold groups of m x m patches, each so many times."""
     if hasattr(image_processor, "crop_to_patches"):
-        return 14, 1, 2  # every InternVL's, whose patches stand row by row
+        return 14, 1, 2  # every InternVL's, whose patches are row by row
     return image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
 
 
@@ -225,9 +227,10 @@ def patches_of(config, pixel_values, grid):
 
 
 def patch_places(config, grid):
-    """The place, from 0 on, that each patch of a prompt's images shows: (patches,), or slice(None), each its own.
+    """The number of the image area that each patch shows, (patches,), so that canvas and thumbnail change together.
 
-    A patch of InternVL's thumbnail is a block of the canvas's: with a canvas of 2 x 3 tiles, of 2 x 3 patches.
+    InternVL: with a canvas of 2 x 3 tiles, 2 x 3 patches of it share their area with one patch of the thumbnail.
+    Others: slice(None), each patch is its own area.
     """
     if grid is None or not is_internvl(config):
         return slice(None)
@@ -240,9 +243,9 @@ def patch_places(config, grid):
 
 
 def grey_image(model):
-    """The tower run on a grey image, before the text model, for a row that has none: the sum of its outputs.
+    """Runs the tower on a grey image, for a row that has none; returns the sum of its outputs.
 
-    Sharded weights are gathered by all processes together and in one order, and another may have an image.
+    Sharded weights are gathered by all processes together and in one order, and another process may have an image.
     """
     tower = model.config.vision_config
     if is_internvl(model.config):
@@ -256,7 +259,7 @@ def grey_image(model):
 
 
 def largest_image(config, pixels, tokens):
-    """Patches of the largest image: of so many pixels, or, for None, as large as a prompt of so many tokens holds."""
+    """Tokens in the tower of the largest image: of so many pixels; None: that a prompt of so many tokens can hold."""
     tower = config.vision_config
     if not is_internvl(config):
         return pixels // tower.patch_size**2 if pixels else tokens * tower.spatial_merge_size**2

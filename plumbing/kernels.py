@@ -1,6 +1,6 @@
-"""What computes, and how much of it at a time: threads, attention kernels that are installed, CUDA graphs, chunks.
+"""How things are computed: attention kernels, compiled functions, CUDA graphs, pinned copies, CPU threads.
 
-Not here: what attention attends to (common.py).
+Not here: which keys a token attends to (common.py).
 """
 
 import functools
@@ -22,13 +22,13 @@ HEAD_CHUNK = 512  # tokens whose logits exist at the same time: 512 x 152k x 4 b
 
 
 def attend(query, key, value, starts, key_starts, longest, scale=None, seen=None):
-    """Attention of each segment's queries to the keys that it sees, by flash attention, which torch brings.
+    """Attention within segments of a row: (N, H, d) from query (N, H, d) and key, value (M, H', d), H' key-value heads.
 
-    Args: query (N, H, d); key, value (M, H', d), H' the key-value heads; `seen` (K,): the keys that each segment sees,
-    one segment after the other; its queries are the last of them, and each sees what stands before it; None: a segment
-    sees all of its own keys; starts, key_starts (segments + 1,) int32: where each begins among queries, and among seen
-    keys, and N, and K; longest: the most queries, and the most keys, of one. Returns (N, H, d). On a CPU, and in fp32,
-    one call for all segments of the same lengths.
+    starts, key_starts (segments + 1,) int32: where the queries and the keys of each segment begin, and their number;
+    longest: the most queries and the most keys of a segment. Without `seen`, attention is bidirectional in a segment.
+    With `seen` (K,), it is causal: segment i reads key[seen[key_starts[i] : key_starts[i + 1]]], the last of which
+    belong to its own queries. bf16 and fp16 on a GPU use flash attention (torch's own, or FA3 if flash_attn_interface
+    is installed); everything else scaled_dot_product_attention, one call for all segments of the same lengths.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         if seen is not None:
@@ -48,7 +48,7 @@ def attend(query, key, value, starts, key_starts, longest, scale=None, seen=None
 
 @functools.lru_cache(maxsize=4)
 def equal_lengths(starts, key_starts, causal, device):
-    """For each pair of lengths (queries (n, length), keys (n, length), mask); where each query is in their results."""
+    """[(queries (n, length), keys (n, length), mask)] of segments of equal lengths, and the order of all results."""
     kinds, batches = {}, []
     for (q, k), (q_end, k_end) in itertools.pairwise(zip(starts, key_starts)):
         kinds.setdefault((q_end - q, k_end - k), []).append((q, k))
@@ -60,67 +60,70 @@ def equal_lengths(starts, key_starts, causal, device):
 
 
 def compiled(function, device):
-    """The function, on a GPU in few kernels that are made when it is first called, for inputs of any length.
+    """The function, compiled on a GPU when it is first called, for inputs of any length; unchanged on a CPU.
 
-    Never on a CPU: whoever learns on a laptop does not wait for a compiler. One code makes a graph for each class of
-    layer, with gradients and without, frozen and not: some ten in all.
+    It is recompiled for each class of layer, with and without gradients, frozen or not: about ten graphs in all, more
+    than torch's default limit.
     """
     many = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
     return torch.compile(function, **many) if device.type == "cuda" else function
 
 
 def send(tensor, device):
-    """A tensor of the host on the device; the host goes on at once, and does not wait for what the GPU is doing."""
+    """A tensor of the host on the device, by a pinned copy: the host does not wait for the GPU."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
-    """Attention of each window's patches to those of the same window, for transformers' vision towers.
+    """`attend` for transformers' vision towers, bidirectional within each window or image.
 
     query, key, value (1, H, N, d); cu_seq_lens_q: where the windows begin, and N. Returns (1, N, H, d). transformers
-    itself would call another attention window by window, 2,272 times for an image of a megapixel.
+    itself would call its attention once per window.
     """
     x = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (N, H, d)
     starts, longest = cu_seq_lens_q.int(), kwargs["max_length_q"]
     return attend(*x, starts, starts, (longest, longest), scaling)[None], None
 
 
-AttentionInterface.register("flash_windows", window_attention)  # only a "flash" is told where the windows begin
+AttentionInterface.register(
+    "flash_windows", window_attention
+)  # transformers passes cu_seq_lens_q to names with "flash"
 
 
 def products_in_bf16(model):
-    """The frozen model with the weights of its products in bf16, as autocast would make them anew at each use.
+    """The frozen model with the weights of its matrix products in bf16, as autocast would cast them at each use.
 
-    Autocast keeps its copies of what has a gradient alone. Norms and embeddings stay, so that the results are equal.
+    Autocast caches its casts only of weights with a gradient. Norms and embeddings stay, so the results are equal.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d):
-            for name, p in list(module.named_parameters(recurse=False)):  # a head that is the embeddings gets its own
+            for name, p in list(module.named_parameters(recurse=False)):  # a tied head gets a copy
                 setattr(module, name, torch.nn.Parameter(p.bfloat16(), requires_grad=False))
     return model
 
 
 def aligned(tokens, device):
-    """A prompt's cache is so many tokens wide: on a GPU a multiple of 8, which products of bf16 want."""
+    """The width of the prompts' cache: on a GPU a multiple of 8, which bf16 products need to be fast."""
     return -(-tokens // 8) * 8 if device.type == "cuda" else tokens
 
 
 def tokens_between_checks(device):
-    """After how many tokens sampling asks whether all responses have ended: a GPU stands still while it is asked."""
+    """After how many tokens sampling checks whether all responses have ended: the host waits for the GPU then."""
     return 16 if device.type == "cuda" else 1
 
 
 def recorded(function, *inputs):
     """`function(*inputs)` as a CUDA graph, to be called without arguments: `inputs` and the result stay in place.
 
-    Its memory is a pool of its own, which is given back when it is gone: torch refuses a pool without a living graph.
+    The function runs here and at each replay, so it must be idempotent and may not wait for the GPU. The graph has its
+    own memory pool, freed with the graph.
     """
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        function(*inputs)  # libraries set themselves up, and autocast fills its cache, before the recording
+        function(*inputs)  # initialises libraries and autocast's cache before the recording
     torch.cuda.current_stream().wait_stream(stream)
     graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's watchdog asks after events meanwhile
     try:
@@ -142,10 +145,9 @@ def capture_stream():
 
 
 def use_cores():
-    """Gives torch as many threads as there are cores that this process may use; says so in words.
+    """Gives torch one thread per core that this process may use, unless OMP_NUM_THREADS is set; says so in words.
 
-    Torch counts the machine's cores, and a thread without a core of its own keeps the others waiting. OMP_NUM_THREADS,
-    where it is set, stands.
+    Torch counts the machine's cores, but affinity or a container may allow fewer, and surplus threads block the others.
     """
     if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == 1:
         return f"threads: {torch.get_num_threads()}, as set"

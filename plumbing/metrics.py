@@ -123,12 +123,9 @@ def read_runs(folders):
 
 
 def read_metrics(path):
-    """Lines of a metrics.jsonl, [] where there is none; the last may be half written. Raises UserError."""
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in (lines if not lines or lines[-1].endswith("}") else lines[:-1])]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): mend that line, or leave the run out.") from None
+    """Lines of a metrics.jsonl, [] if there is none; a half-written line of a run that was killed is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def series(lines, name):
@@ -192,13 +189,7 @@ def draw_curves(runs, output, window=10):
             axes[row, column].grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     for kind in ("png", "svg"):
-        beside = Path(f"{output}.{kind}.unfinished")
-        try:
-            figure.savefig(beside, dpi=110, format=kind)
-            beside.replace(f"{output}.{kind}")
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise UserError(f"{cannot_write(f'{output}.{kind}', error)}.") from None
+        figure.savefig(f"{output}.{kind}", dpi=110, format=kind)
     return summary(runs)
 
 

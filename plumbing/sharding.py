@@ -1,11 +1,10 @@
-"""Several processes: weights sharded by FSDP2, gathered for sampling, and what all processes do together.
+"""Several processes: weights sharded by FSDP2, unsharded for sampling, and what all processes do together.
 
-One rule stands behind the odd lines: gathering is collective, so whatever one process computes with sharded weights,
-all compute, in the same order. Not here: which process trains on which rows (trainer.py).
+The rule behind it: gathering weights is collective, so whatever one process computes with sharded weights, all compute,
+in the same order. Not here: which process trains on which rows (trainer.py).
 """
 
 import contextlib
-import os
 from datetime import timedelta
 
 import torch
@@ -29,8 +28,6 @@ PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # of processes wi
 def start_processes(args):
     """The Accelerator: devices, precision, trackers. Raises UserError for what this machine cannot run."""
     gpu = torch.cuda.is_available()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError("weights are sharded here by FSDP2: start with torchrun, or accelerate without DeepSpeed.")
     trackers = args.report_to.split(",") if args.report_to else []
     for tracker in trackers:
         if tracker not in (installed := [*map(str, get_available_trackers()), "all"]):
@@ -51,10 +48,6 @@ def start_processes(args):
     refuse_adapters(args)
     if args.cuda_graphs is None:
         args.cuda_graphs = gpu and world_size == 1 and not args.reshard_while_sampling
-    if args.cuda_graphs and not gpu:
-        raise UserError("--cuda_graphs needs a GPU: leave it out.")
-    if args.cuda_graphs and args.reshard_while_sampling:
-        raise UserError("--cuda_graphs and --reshard_while_sampling exclude each other: leave one out.")
     refuse_uneven(args, world_size)
     refuse_what_cannot_fit(args, world_size)
     return accelerator
@@ -76,7 +69,7 @@ def shard(model, source, device, bf16):
         unit.set_force_sum_reduction_for_comms(True)
     load_shards(model, source, device)
     type(model).with_full_params = lambda model, function, *args: function(model, *args)
-    register_fsdp_forward_method(model, "with_full_params")  # what runs there finds the root's weights gathered
+    register_fsdp_forward_method(model, "with_full_params")  # gathers the root's weights for a function
     model.with_full_params(lambda model: None)  # FSDP2 takes the first module to run for the root
     model.reshard()
 
@@ -134,7 +127,7 @@ def is_gathered(model):
 
 
 def with_full_params(model, function):
-    """`function(model)`; where weights are sharded, embeddings and head, the root's own, are gathered for it."""
+    """`function(model)`; if weights are sharded, embeddings and head (the root's own) are gathered for it."""
     return function(model) if is_gathered(model) else model.with_full_params(function)
 
 

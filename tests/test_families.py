@@ -340,7 +340,7 @@ def test_a_head_of_its_own_that_the_configuration_denies_is_refused(tmp_path, fa
     saved = json.loads((tmp_path / "config.json").read_text())
     saved["tie_word_embeddings"] = saved["text_config"]["tie_word_embeddings"] = True
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="its head is not its embeddings, tie_word_embeddings must say so: false"):
+    with pytest.raises(UserError, match="head and embeddings differ, so tie_word_embeddings must be false"):
         load_model(str(tmp_path))
 
 

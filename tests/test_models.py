@@ -38,11 +38,6 @@ def saved(**changes):
     return lambda folder: save_file(changed, folder / "model.safetensors", {"format": "pt"})
 
 
-def pickled(folder):
-    torch.save(WEIGHTS, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 def configured(**changes):
     def write(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -60,12 +55,8 @@ DAMAGES = {
     "a missing tensor": (saved(**{ONE: None}), "is damaged.* of its tensors 1 missing, such as model.language_model"),
     "a tensor too much": (saved(nonsense=torch.ones(2)), "of its tensors 1 unexpected, such as nonsense"),
     "another shape": (saved(**{ONE: torch.ones(2)}), "of its tensors 1 mismatched, such as .*layers.0"),
-    "pickled weights": (pickled, "has no safetensors; pickled weights may run code"),
     "no tokenizer.json": (file("tokenizer.json"), "loses text or image of a question"),
-    "a broken tokenizer": (file("tokenizer.json", "{"), "cannot be opened"),
     "another image token": (configured(image_token_id=17), "loses text or image of a question"),
-    "a broken chat template": (file("chat_template.jinja", "{% for x in %}"), "has no chat template that works"),
-    "no chat template": (file("chat_template.jinja"), "has no chat template that works"),
     "a template without the image": (file("chat_template.jinja", "1 + 1?"), "loses text or image of a question"),
     "a template without the text": (file("chat_template.jinja", "<|image_pad|>"), "loses text or image"),
     "a broken config": (file("config.json", "{"), "cannot be opened"),
@@ -88,6 +79,15 @@ def test_a_damaged_model_gets_a_sentence(tmp_path, name, monkeypatch):
         load_processor(folder)
         load_model(folder)
     assert error.value.code == 2
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "toy" / "model", folder)
+    torch.save(WEIGHTS, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(folder)
 
 
 def test_a_tied_head_that_is_saved_is_not_unexpected(tmp_path):
@@ -241,13 +241,6 @@ def test_embeddings_beyond_the_tokenizer_are_never_sampled(toy):
     wide.text_config.vocab_size = 500
     banned = banned_tokens(SimpleNamespace(config=wide, device="cpu"), processor.tokenizer)
     assert set(banned.nonzero()[:, 0].tolist()) == set(range(500)) - known | {11, 12}
-
-
-def test_a_tokenizer_of_more_tokens_than_embeddings(model_with):
-    config = json.loads((ROOT / "toy/model/config.json").read_text())
-    folder = model_with(configured(text_config=config["text_config"] | {"vocab_size": 400}))
-    with pytest.raises(UserError, match="has no embedding for token 447 of its tokenizer"):
-        load_processor(folder)
 
 
 def test_dropout_of_a_configuration_is_off(model_with, tmp_path):

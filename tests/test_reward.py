@@ -78,17 +78,8 @@ def test_a_reward_file_is_a_module_like_any_other(tmp_path):
     "code, spec, sentence",
     [
         ("def f(problems, responses, answers):\n    return [1.0]", "f", "returned 1 values for 4 responses"),
-        ("def f(problems, responses, answers):\n    return 1 / 0", "f", "failed .ZeroDivisionError"),
-        ("import nowhere", "f", "cannot be imported .ModuleNotFoundError"),
-        ("def f(", "f", "cannot be imported .SyntaxError"),
-        ("x = 1", "f", "mine.py has no function f"),
-        ("x = 1", "x", "mine.py has no function x"),
-        ("def f(problems, responses, answers):\n    return [1.0, None, 0, 0]", "f", "failed .TypeError"),
         ("def f(*_):\n    return [0, float('nan'), 0, 0]", "f", "returned nan for the response 'b' to 'Q'"),
         ("def f(*_):\n    return [0, 0, 0, float('-inf')]", "f", "returned -inf for the response 'b' to 'Q'"),
-        ("def f(*_):\n    return dict(a=1, b=2, c=3, d=4)", "f", "failed .ValueError: could not convert"),
-        ("import sys\ndef f(*_):\n    sys.exit(0)", "f", "failed .SystemExit: 0"),
-        ("raise SystemExit(0)", "f", "cannot be imported .SystemExit"),
         ("def f(*_):\n    return [0, 0, 1e38, 0]", "f", "returned 1e.38 for the response 'a' .* from -1e.06 to 1e.06"),
     ],
 )
@@ -98,15 +89,6 @@ def test_a_reward_file_with_a_mistake(tmp_path, code, spec, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         Reward(SharedArgs(reward=f"{file}:{spec}"))(groups(("1", ("a", "b")), ("1", ("a", "b"))))
     assert error.value.code == 2
-
-
-@pytest.mark.parametrize("code", ["raise SystemExit(130)", "def f(*_):\n    raise SystemExit(130)"])
-def test_ctrl_c_in_a_reward_is_not_its_mistake(tmp_path, code):
-    """run.py makes it an exit with 130, wherever it comes."""
-    (tmp_path / "mine.py").write_text(code)
-    with pytest.raises(SystemExit) as stop:
-        Reward(SharedArgs(reward=f"{tmp_path}/mine.py:f"))(groups(("1", ("a", "b"))))
-    assert stop.value.code == 130 and not isinstance(stop.value, UserError)
 
 
 @pytest.mark.parametrize("spec", ["nowhere.py:f", "nowhere.py", "f", "", ":f", "/tmp:f"])

@@ -153,7 +153,9 @@ def test_a_model_that_only_the_main_process_opens_and_refuses(tmp_path, start, i
     tensors = load_file(model / "model.safetensors")
     save_file({name: value for name, value in tensors.items() if "norm" not in name}, model / "model.safetensors")
     codes, console = start(2, tmp_path / "two", "--model", model, "--data", model / "rows.jsonl")
-    assert codes == [2, 2] and "is damaged, or no model of its config.json" in console and "Traceback" not in console
+    assert (
+        codes == [2, 2] and "is damaged, or not the model of its config.json" in console and "Traceback" not in console
+    )
 
 
 @pytest.mark.parametrize("script", ["grpo", "eval"])

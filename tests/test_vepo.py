@@ -144,9 +144,9 @@ def test_the_divisor_is_the_number_of_kept_tokens_of_the_whole_minibatch(monkeyp
     """Not the number of all tokens, not that of a row: the mask and the divisor that the loss is given."""
     calls, plain = [], vepo.policy_loss
 
-    def spy(logps, old_logps, advantages, mask, *rest, **options):
-        calls.append((mask, options["denominator"]))
-        return plain(logps, old_logps, advantages, mask, *rest, **options)
+    def spy(logps, old_logps, advantages, mask, *rest):
+        calls.append((mask, rest[-1]))
+        return plain(logps, old_logps, advantages, mask, *rest)
 
     monkeypatch.setattr(vepo, "policy_loss", spy)
     train("vepo", tmp_path / "run", "--prompts_per_step", 2, "--steps", 1, "--updates_per_step", updates)

@@ -75,7 +75,7 @@ def traced_but_decode(function, device):
     """A decode step, which takes longest to trace, stays as it is; test_compile.py has a test of its own for it."""
     return (
         torch.compiler.set_stance("force_eager")(function)
-        if function.__name__ == "decode"
+        if function.__name__ == "decode_once"
         else traced(function, device)
     )
 
