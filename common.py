@@ -442,7 +442,7 @@ class Batch:
         if self.tokens == 0 or self.tokens % self.check_every:
             return True
         still_active = (~ended[self.active].all(1)).nonzero()[:, 0]
-        if 0 < len(still_active) <= len(self.active) // 2:
+        if 1 < len(still_active) <= len(self.active) // 2:  # a batch of one prompt would be compiled once more
             self.active, self.real, self.after = (x[still_active] for x in (self.active, self.real, self.after))
             self.cache.select(still_active)
             self.step = None
@@ -708,7 +708,7 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
     """
 
     def head(hidden, targets):
-        logps = (linear(hidden, weight).float() / temperature).log_softmax(-1)  # autocast casts the weight once
+        logps = (linear(hidden, weight).float() / temperature).log_softmax(-1)
         return torch.stack([logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)])
 
     head = kernels.compiled(head, hidden.device)

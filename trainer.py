@@ -27,7 +27,7 @@ from plumbing import checkpoints
 from plumbing.arguments import UserError, model_source
 from plumbing.data import Data, Stream, some_of
 from plumbing.families import processor_files
-from plumbing.kernels import use_cores
+from plumbing.kernels import bf16_products, use_cores
 from plumbing.memory import choose_checkpointing, dry_run, out_of_memory, trial_update
 from plumbing.metrics import Metrics, draw_curves, evaluation_metrics, means, read_runs, shown
 from plumbing.sharding import all_reduce, clip_gradients, local, on_main, start_processes, unsharded
@@ -102,8 +102,9 @@ class Trainer:
         args, prompt = self.args, self.data.prompt(self.data.longest_row)
 
         def backward():
-            logps, entropy, _ = forward(self.model, longest_row(prompt, args), args.temperature)
-            (0 * (logps + entropy).sum()).backward()
+            with self.bf16_weights(gradients=True):
+                logps, entropy, _ = forward(self.model, longest_row(prompt, args), args.temperature)
+                (0 * (logps + entropy).sum()).backward()
 
         def less_memory():
             args.gradient_checkpointing = True
@@ -163,7 +164,12 @@ class Trainer:
         start = time.perf_counter()
         gather = name == "rollout" and not self.args.reshard_while_sampling
         try:
-            with self.accelerator.autocast(), unsharded(self.model) if gather else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.accelerator.autocast())
+                if gather:
+                    stack.enter_context(unsharded(self.model))
+                if name in ("rollout", "score"):
+                    stack.enter_context(self.bf16_weights(gradients=False))
                 yield
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -175,6 +181,11 @@ class Trainer:
             said = " ".join(str(error).split())[:160]
             raise UserError(f"compiling failed ({said}): turn it off with --compile false.") from None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def bf16_weights(self, gradients):
+        """Casts the weights to bf16 once, on one process; FSDP2 does it on several, and LoRA's base is bf16 already."""
+        alone = self.world_size == 1 and not self.args.lora_rank and self.accelerator.mixed_precision == "bf16"
+        return bf16_products(self.model, gradients) if alone else contextlib.nullcontext()
 
     def draw_prompts(self, groups):
         """This process's share of the next --prompts_per_step prompts; [] when `groups` of all processes are enough.
@@ -225,7 +236,8 @@ class Trainer:
         ids = sorted({*gather_object([row.prompt.prompt_id for row in rows])})
         size = max(1, math.ceil(len(ids) / self.args.updates_per_step))
         for start in range(0, len(ids), size):
-            yield [row for row in rows if row.prompt.prompt_id in ids[start : start + size]]
+            with self.bf16_weights(gradients=True):  # cast again after each step of the optimizer
+                yield [row for row in rows if row.prompt.prompt_id in ids[start : start + size]]
 
     def denominator(self, minibatch):
         """What the loss of a mini-batch is divided by: its tokens (or responses), over all processes."""

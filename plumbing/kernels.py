@@ -3,6 +3,7 @@
 Not here: which keys a token attends to (common.py).
 """
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -92,16 +93,40 @@ AttentionInterface.register(
 )  # transformers passes cu_seq_lens_q to names with "flash"
 
 
-def products_in_bf16(model):
-    """The frozen model with the weights of its matrix products in bf16, as autocast would cast them at each use.
+def product_weights(model):
+    """[(module, "weight" or "bias")] of the model's matrix products, which autocast computes in bf16."""
+    modules = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d)]
+    return [(module, name) for module in modules for name, _ in module.named_parameters(recurse=False)]
 
-    Autocast caches its casts only of weights with a gradient. Norms and embeddings stay, so the results are equal.
+
+def products_in_bf16(model):
+    """The frozen model with the weights of its matrix products in bf16, so that autocast need not cast them again.
+
+    Norms and embeddings stay, so the results are equal; a tied head gets a copy.
     """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d):
-            for name, p in list(module.named_parameters(recurse=False)):  # a tied head gets a copy
-                setattr(module, name, torch.nn.Parameter(p.bfloat16(), requires_grad=False))
+    for module, name in product_weights(model):
+        weight = getattr(module, name).bfloat16()
+        setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
     return model
+
+
+@contextlib.contextmanager
+def bf16_products(model, gradients):
+    """Inside, matrix products use bf16 copies of the model's weights, made once, as autocast would at each call.
+
+    (Autocast caches its copies, but not inside a compiled function.) With `gradients`, backward passes reach the fp32
+    weights through the copies; these must not change inside.
+    """
+    places = product_weights(model)
+    weights = [getattr(module, name) for module, name in places]
+    with torch.set_grad_enabled(gradients):
+        for (module, name), weight in zip(places, weights):
+            module._parameters[name] = weight.bfloat16()
+    try:
+        yield
+    finally:
+        for (module, name), weight in zip(places, weights):
+            module._parameters[name] = weight
 
 
 def aligned(tokens, device):
@@ -123,7 +148,7 @@ def recorded(function, *inputs):
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        function(*inputs)  # initialises libraries and autocast's cache before the recording
+        function(*inputs)  # initialises libraries before the recording
     torch.cuda.current_stream().wait_stream(stream)
     graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's watchdog asks after events meanwhile
     try:

@@ -178,7 +178,6 @@ def clip_gradients(parameters, max_norm):
             grad.copy_(part.view_as(grad))
     foreach = parameters[0].is_cuda  # one kernel for all, sharded or not
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=foreach)
-    torch.clear_autocast_cache()  # frees the bf16 copies of the old weights before the optimizer's peak
     return full_tensor(norm).item()  # the one number that an update waits for
 
 

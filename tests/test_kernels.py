@@ -136,6 +136,24 @@ def test_no_weight_is_cast_anew_for_a_sampled_token(freeze_vision):
     assert casts(20) == casts(1) > 20
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_weights_are_cast_once_for_all_rows_of_an_update(family):
+    """And gradients are those of autocast's own casts."""
+
+    def gradients(model, weights):
+        with torch.autocast("cpu", torch.bfloat16), weights(model), Casts(model) as counted:
+            for lengths in ([7, 1, 4], [3, 9]):
+                logps, entropy, _ = forward(model, tiny_group(tiny_prompt(model, [(4, 6)]), lengths))
+                (logps + entropy).sum().backward()
+        return [p.grad for p in model.parameters()], counted.count
+
+    want, casts = gradients(tiny_model(family), lambda _: contextlib.nullcontext())
+    model = tiny_model(family)
+    got, none = gradients(model, lambda model: kernels.bf16_products(model, gradients=True))
+    assert casts > 20 and none == 0 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(p.is_leaf and p.dtype == torch.float32 for p in model.parameters())
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_the_weights_of_a_frozen_models_products_are_bf16_already_and_nothing_else_changes(family):
     def measured(model):

@@ -246,6 +246,14 @@ def test_the_random_numbers_at_the_ends_pick_a_possible_token():
     assert choose(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [40, 60]
 
 
+def test_logits_that_are_nan_sample_a_token_of_the_vocabulary():
+    """So that the run ends with its own sentence, and not with an index out of range."""
+    logits = torch.randn(4, 300)
+    logits[1, 3], logits[2, 5] = torch.nan, torch.inf
+    tokens = common.make_sampler(torch.zeros(300, dtype=torch.bool), 1.0, 1.0, 0)(logits, torch.rand(4))
+    assert ((tokens >= 0) & (tokens < 300)).all()
+
+
 def test_sampler_and_forward_agree_on_the_distribution():
     """Greedy tokens of the sampler are the argmax of the packed forward pass: no drift between the two."""
     model = tiny_model("qwen2_5_vl").eval()
