@@ -43,15 +43,13 @@ def cannot_write(path, error):
     return f"{path} could not be written ({error}): {'make room on the disk' if full else 'see that it may be written'}"
 
 
-def flag(default, help, gt=None, min=None, max=None, lt=None, may_change=False, **options):
+def flag(default, help, gt=None, min=None, max=None, lt=None, **options):
     """A flag of the command line, a field of a dataclass.
 
-    A number must be greater than `gt` or at least `min`, less than `lt` or at most `max`. A flag that `may_change` may
-    differ when a run is resumed: it changes no result, or is meant to be changed.
+    A number must be greater than `gt` or at least `min`, less than `lt` or at most `max`. options: argparse's.
     """
     limits = {name: limit for name, limit in {"gt": gt, "min": min, "max": max, "lt": lt}.items() if limit is not None}
-    metadata = {"help": help, "limits": limits, "may_change": may_change, "options": options}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "limits": limits, "options": options})
 
 
 LIMITS = {  # name: (in words, whether a value is within it)
@@ -107,6 +105,19 @@ def parse_args(cls, argv=None):
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 EMBEDDED = {"toy": TOY, "toy-faint": TOY / "faint"}  # the embedded models and their data
+# may differ when a run is resumed: they change no result, or are meant to be changed
+MAY_CHANGE = [
+    "steps",
+    "output",
+    "resume",
+    "allow_changed",
+    "dry_run",
+    "gpu_memory",
+    "compile",
+    "gradient_checkpointing",
+]
+MAY_CHANGE += ["tokens_per_row", "rollout_prompts", "reshard_while_sampling", "cuda_graphs", "eval_data", "eval_split"]
+MAY_CHANGE += ["eval_every", "eval_rows", "eval_temperature", "save_every", "keep", "show_every", "report_to"]
 INSTRUCTION = "Think step by step inside <think> </think>, then give the final answer inside \\boxed{}."
 
 
@@ -135,23 +146,17 @@ def check_together(args):
 class ModelArgs:
     """model"""
 
-    model: str = flag(
-        "toy", "hub id or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL3; tiny embedded ones: toy, toy-faint"
-    )
+    model: str = flag("toy", "hub id or folder of a Qwen2(.5)-VL, Qwen3-VL or InternVL3; built in: toy, toy-faint")
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
     freeze_vision: bool = flag(False, "do not train the vision tower and what joins it to the decoder")
-    lora_rank: int = flag(0, "train LoRA adapters of this rank in the language model; 0: all weights", min=0, max=1024)
+    lora_rank: int = flag(0, "LoRA adapters of this rank in the language model; 0: all weights", min=0, max=1024)
     lora_alpha: int | None = flag(
-        None, "what adapters add counts lora_alpha / lora_rank times (default: --lora_rank)", gt=0, max=10**6
+        None, "adapters are scaled by lora_alpha / lora_rank (default: --lora_rank)", gt=0, max=10**6
     )
-    compile: bool = flag(True, "on a GPU: compile layers and head, once in a run's first minutes", may_change=True)
+    compile: bool = flag(True, "on a GPU: compile layers and head, once in a run's first minutes")
     gradient_checkpointing: bool | None = flag(
-        None,
-        "recompute activations in the backward pass (default: where a card has too little memory to keep them)",
-        nargs="?",
-        const=True,
-        may_change=True,
+        None, "recompute activations (default: if a GPU has too little memory to keep them)", nargs="?", const=True
     )
 
 
@@ -159,12 +164,10 @@ class ModelArgs:
 class DataArgs:
     """data"""
 
-    data: str | None = flag(
-        None, "hub id, id:config, or parquet, json or jsonl file or folder (toy: its own, else: geometry3k)"
-    )
-    eval_data: str | None = flag(None, "the same for evaluation (default: --data)", may_change=True)
+    data: str | None = flag(None, "hub id, id:config, or local parquet, json or jsonl (toy: its own, else: geometry3k)")
+    eval_data: str | None = flag(None, "the same for evaluation (default: --data)")
     data_split: str = flag("train", "split of a hub data set to train on")
-    eval_split: str = flag("test", "split of a hub data set to evaluate on", may_change=True)
+    eval_split: str = flag("test", "split of a hub data set to evaluate on")
     data_revision: str = flag("main", "branch, tag or commit of a hub data set")
     image_column: str | None = flag(None, "column of the image or images (default: images or image)")
     problem_column: str | None = flag(None, "column of the question (default: problem, question or query)")
@@ -179,24 +182,16 @@ class DataArgs:
 class RolloutArgs:
     """rollout"""
 
-    prompts_per_step: int | None = flag(
-        None, "prompts sampled in a step, all processes together (toy: 16, else: 512)", gt=0
-    )
+    prompts_per_step: int | None = flag(None, "prompts in a step, over all processes (toy: 16, else: 512)", gt=0)
     group_size: int = flag(8, "responses sampled for each prompt")
-    max_response_tokens: int | None = flag(None, "a response is cut after so many tokens (toy: 64, else: 2048)", gt=0)
+    max_response_tokens: int | None = flag(None, "longer responses are cut (toy: 64, else: 2048)", gt=0)
     temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss", gt=0, max=100)
     top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", gt=0, max=1)
     top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", min=0)
-    rollout_prompts: int = flag(32, "prompts that are sampled together, on each process", gt=0, may_change=True)
-    reshard_while_sampling: bool = flag(
-        False, "gather weights layer by layer for every token: slow, for what fits no card", may_change=True
-    )
+    rollout_prompts: int = flag(32, "prompts that are sampled together, on each process", gt=0)
+    reshard_while_sampling: bool = flag(False, "gather weights layer by layer for every token: slow, needs less memory")
     cuda_graphs: bool | None = flag(
-        None,
-        "replay the kernels of a sampled token as one launch (one GPU: on, else: off)",
-        nargs="?",
-        const=True,
-        may_change=True,
+        None, "replay the kernels of a sampled token as one launch (default: on one GPU)", nargs="?", const=True
     )
 
 
@@ -207,7 +202,7 @@ class RewardArgs:
     reward: str | None = flag(None, "your own reward, my_file.py:function, instead of the weighted sum below")
     accuracy_weight: float = flag(0.9, "weight of a right answer", min=0, max=1e6)
     format_weight: float = flag(0.1, "weight of <think> </think> followed by \\boxed{}", min=0, max=1e6)
-    check_seconds: float = flag(3.0, "an answer that takes the maths checker longer than this is wrong", gt=0, max=3600)
+    check_seconds: float = flag(3.0, "an answer that the maths checker needs longer for is wrong", gt=0, max=3600)
 
 
 @dataclass
@@ -217,14 +212,10 @@ class LossArgs:
     clip_low: float = flag(0.2, "the ratio is clipped from below at 1 - clip_low", min=0, max=1)
     clip_high: float = flag(0.2, "and from above at 1 + clip_high (DAPO: 0.28)", min=0, max=1e6)
     aggregation: Literal["token", "sequence"] = flag("token", "mean over all tokens, or over responses")
-    kl_coef: float = flag(
-        0.0, "weight of the KL term; the reference model is loaded only when it is not 0", min=0, max=1e6
-    )
+    kl_coef: float = flag(0.0, "weight of the KL term; not 0: loads the reference model", min=0, max=1e6)
     entropy_coef: float = flag(0.0, "weight of the entropy bonus", min=-1e6, max=1e6)
     filter_groups: bool = flag(False, "replace groups that are all right or all wrong by new prompts (DAPO)")
-    filter_tries: int = flag(
-        10, "draws of --prompts_per_step prompts in a step before going on with what there is", gt=0
-    )
+    filter_tries: int = flag(10, "draws of --prompts_per_step prompts before a step goes on with what there is", gt=0)
     drop_truncated: bool = flag(False, "leave responses that hit --max_response_tokens out of the loss")
 
 
@@ -232,56 +223,34 @@ class LossArgs:
 class UpdateArgs:
     """update"""
 
-    steps: int | None = flag(None, "steps of the whole run (toy: 150, else: 60)", gt=0, may_change=True)
-    updates_per_step: int | None = flag(
-        None, "updates in a step, each on a share of the prompts (toy: 1, else: 4)", gt=0
-    )
+    steps: int | None = flag(None, "steps of the whole run (toy: 150, else: 60)", gt=0)
+    updates_per_step: int | None = flag(None, "updates, each on a share of the prompts (toy: 1, else: 4)", gt=0)
     learning_rate: float | None = flag(None, "AdamW's (toy: 1e-4, else: 1e-6; of LoRA 10 times that)", gt=0, max=1)
     schedule: Literal["constant", "linear", "cosine"] = flag("constant", "of the learning rate, over the whole run")
     warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", min=0)
     weight_decay: float = flag(0.01, "AdamW's", min=0, max=1)
     beta2: float = flag(0.999, "AdamW's", min=0, lt=1)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", gt=0)
-    tokens_per_row: int = flag(
-        16384, "of a forward pass: longer groups are cut into rows, and prompts come in parts", gt=0, may_change=True
-    )
+    tokens_per_row: int = flag(16384, "of a forward pass: longer groups are cut into rows", gt=0)
 
 
 @dataclass
 class RunArgs:
     """run"""
 
-    output: str | None = flag(None, "folder of everything the run writes (default: runs/<script>)", may_change=True)
+    output: str | None = flag(None, "folder of everything the run writes (default: runs/<script>)")
     seed: int = flag(0, "of the order of the data and of every sampled token")
-    eval_every: int = flag(
-        20,
-        "steps between evaluations; there is also one before the first and after the last step",
-        min=0,
-        may_change=True,
-    )
-    eval_rows: int = flag(-1, "rows of --eval_data to evaluate on; -1: all, 0: never evaluate", min=-1, may_change=True)
-    eval_temperature: float | None = flag(
-        None, "temperature of evaluation; 0: greedy (toy: 1, else: 0)", min=0, max=100, may_change=True
-    )
-    save_every: int = flag(
-        20, "steps between checkpoints; there is also one after the last step", min=0, may_change=True
-    )
-    keep: int = flag(2, "checkpoints that stay, the newest ones; 0: all", min=0, may_change=True)
-    resume: bool = flag(False, "go on from <output>/last", may_change=True)
-    allow_changed: bool = flag(False, "--resume with other flags than the run was begun with", may_change=True)
-    dry_run: int = flag(
-        0,
-        "print the memory that this run needs on so many GPUs, and stop; --model may be a config.json",
-        min=0,
-        may_change=True,
-    )
-    gpu_memory: float | None = flag(
-        None, "GB of a GPU, for --dry_run (default: of the card found, else 80)", gt=0, may_change=True
-    )
-    show_every: int = flag(10, "steps between sampled responses on the console; 0: never", min=0, may_change=True)
-    report_to: str | None = flag(
-        None, "trackers of accelerate besides metrics.jsonl, e.g. tensorboard,wandb", may_change=True
-    )
+    eval_every: int = flag(20, "steps between evaluations; also before the first and after the last step", min=0)
+    eval_rows: int = flag(-1, "rows of --eval_data to evaluate on; -1: all, 0: never evaluate", min=-1)
+    eval_temperature: float | None = flag(None, "of evaluation; 0: greedy (toy: 1, else: 0)", min=0, max=100)
+    save_every: int = flag(20, "steps between checkpoints; there is also one after the last step", min=0)
+    keep: int = flag(2, "checkpoints that stay, the newest ones; 0: all", min=0)
+    resume: bool = flag(False, "go on from <output>/last")
+    allow_changed: bool = flag(False, "--resume with other flags than the run was begun with")
+    dry_run: int = flag(0, "print the memory that this run needs on so many GPUs, and stop", min=0)
+    gpu_memory: float | None = flag(None, "GB of a GPU, for --dry_run (default: of the one found, else 80)", gt=0)
+    show_every: int = flag(10, "steps between sampled responses on the console; 0: never", min=0)
+    report_to: str | None = flag(None, "accelerate's trackers in addition to metrics.jsonl, e.g. tensorboard,wandb")
 
 
 @dataclass

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from tqdm.auto import tqdm
 
 from plumbing.adapters import adapters_of, resolve_model, save_adapters
-from plumbing.arguments import EMBEDDED, UserError, cannot_write
+from plumbing.arguments import EMBEDDED, MAY_CHANGE, UserError, cannot_write
 from plumbing.data import refuse_output_among
 from plumbing.sharding import from_main, full_tensor
 
@@ -141,7 +141,7 @@ def changes(args, state, contents=None):
 
     The number of steps is a part of that where a flag called schedule, or ..._schedule, goes over the whole run.
     """
-    compared = [f.name for f in dataclasses.fields(args) if not f.metadata["may_change"]]
+    compared = [f.name for f in dataclasses.fields(args) if f.name not in MAY_CHANGE]
     scheduled = [name for name, value in vars(args).items() if name.endswith("schedule") and value != "constant"]
     compared += ["steps"] if scheduled else []
     found = {"script": (state.script, Path(sys.argv[0]).stem), "prompts": (state.contents, contents or state.contents)}
