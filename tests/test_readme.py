@@ -1,4 +1,4 @@
-"""What the pages promise: its example in TRL runs, its flags exist, its error texts are those of the code."""
+"""What the pages promise: flags and links exist, commands run, the examples of a custom reward and of TRL work."""
 
 import dataclasses
 import glob
@@ -19,8 +19,8 @@ from plumbing.answers import load_reward
 from plumbing.arguments import INSTRUCTION, TOY
 from plumbing.data import load_rows
 
-GUIDE = (ROOT / "GUIDE.md").read_text()
-PAGES = "".join((ROOT / f"{name}.md").read_text() for name in ("README", "GUIDE", "RESULTS", "CONTRIBUTING"))
+PAGES = {f"{name}.md": (ROOT / f"{name}.md").read_text() for name in ("README", "GUIDE", "RESULTS", "CONTRIBUTING")}
+GUIDE = PAGES["GUIDE.md"]
 METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
 
 
@@ -28,11 +28,22 @@ def test_its_flags_exist():
     classes = [importlib.import_module(name).Args for name in METHODS]
     classes += [eval.Args, show.TokenArgs, show.SignalArgs, show.CurveArgs]
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    known |= {"help", "methods", "no_methods", "repeats", "image_tokens", "gpu"}  # of python and tests/bench.py
-    known |= {"report", "check", "no"}  # of toy/compare.py, ruff, pip --no-build-isolation
-    known |= {"world", "seeds", "groups"}  # of toy/
+    known |= {"help", "no_methods", "repeats", "image_tokens", "gpu"}  # of python and tests/bench.py
+    known |= {"report", "check"}  # of toy/compare.py and ruff
     known |= {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # of torchrun
-    assert set(re.findall(r"--([a-z_0-9]+)", PAGES)) <= known
+    assert set(re.findall(r"--([a-z_0-9]+)", "".join(PAGES.values()))) <= known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_links_exist(page):
+    """Of files, and of headings: GitHub's anchor of a heading is its words in lower case, joined by hyphens."""
+    headings = {name: re.findall(r"^#+ (.*)", text, re.MULTILINE) for name, text in PAGES.items()}
+    for file, anchor in re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]*)#?([^)\"]*)", PAGES[page]):
+        assert (ROOT / file).exists(), file
+        anchors = [
+            re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings.get(file or page, [])
+        ]
+        assert not anchor or anchor in anchors, anchor
 
 
 SHORT = {"eval": ["--rows", 4], "show": ["--prompts", 1]}  # of the pages' commands, which take minutes
@@ -41,7 +52,7 @@ SHORT |= dict.fromkeys(METHODS, ["--steps", 1, "--prompts_per_step", 2, "--eval_
 
 def commands():
     """[script, flags] of README and GUIDE in the order of the pages, each once; not those that need a hub or a file."""
-    text = (ROOT / "README.md").read_text() + GUIDE
+    text = PAGES["README.md"] + GUIDE
     found = dict.fromkeys(re.findall(r"\bpython (\w+)\.py\b *([^`\n#|]*?) *(?=[`\n#|])", text))
     return [[name, *flags.split()] for name, flags in found if not re.search(r"Qwen/|mmk12|mine\.|--nproc", flags)]
 
@@ -67,7 +78,7 @@ def test_the_reward_of_boxes(tmp_path):
     (block,) = re.findall(r"```python\n(import re\n.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "boxes.py").write_text(block)
     overlap = load_reward(f"{tmp_path / 'boxes.py'}:overlap")
-    said = {
+    rewards = {
         "so \\boxed{[0, 0, 10, 10]}": 1.0,
         "[5, 0, 15, 10]": 50 / 150,
         "from 3 to 7: [2.5, 0, 7.5, 10]": 0.5,
@@ -76,8 +87,8 @@ def test_the_reward_of_boxes(tmp_path):
         "[0, 0, 10]": 0.0,
         "": 0.0,
     }
-    boxes = ["[0, 0, 10, 10]"] * len(said)
-    assert overlap(boxes, list(said), boxes) == pytest.approx(list(said.values()))
+    boxes = ["[0, 0, 10, 10]"] * len(rewards)
+    assert overlap(boxes, list(rewards), boxes) == pytest.approx(list(rewards.values()))
     assert overlap([""], ["[3, 3, 3, 3]"], ["[3, 3, 3, 3]"]) == [0.0]
     lines = train("grpo", tmp_path / "run", "--reward", f"{tmp_path / 'boxes.py'}:overlap", "--steps", 1)
     assert lines[0]["reward"] == 0  # the toy names no box
@@ -86,26 +97,22 @@ def test_the_reward_of_boxes(tmp_path):
 def test_vepo_in_trl(tmp_path):
     trl = pytest.importorskip("trl")
     (block,) = re.findall(r"```python\n(import torch, trl.*?)```", GUIDE, re.DOTALL)
-    assert len([line for line in block.splitlines() if line.strip()]) <= 20
+    assert len([line for line in block.splitlines() if line.strip()]) == 15
     names = {}
     exec(block, names)  # the guide's own lines
-    masks, plain = [], names["select_top"]
+    masks = []
 
-    def spy(scores, mask):
-        masks.append((plain(scores, mask), mask))
+    def select_top(scores, mask):
+        masks.append((vepo.select_top(scores, mask), mask))
         return masks[-1][0]
 
-    names["select_top"] = spy
+    names["select_top"] = select_top
     processor = load_processor(TOY / "model")
     model = transformers.AutoModelForImageTextToText.from_pretrained(TOY / "model", dtype=torch.float32)
-    data = load_rows("toy", "train", "main").select([0, 1])
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": row["problem"].replace("<image>", "") + "\n" + INSTRUCTION}],
-            "image": row["images"][0],
-        }
-        for row in data
-    ]
+    rows = []
+    for row in load_rows("toy", "train", "main").select([0, 1]):
+        content = row["problem"].replace("<image>", "") + "\n" + INSTRUCTION
+        rows.append({"prompt": [{"role": "user", "content": content}], "image": row["images"][0]})
     config = trl.GRPOConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=8,
@@ -131,6 +138,6 @@ def test_vepo_in_trl(tmp_path):
         train_dataset=datasets.Dataset.from_list(rows),
     )
     trainer.train()
-    (chosen, mask) = masks[0]
+    chosen, mask = masks[0]
     assert torch.equal(chosen.sum(1), vepo.kept_tokens(mask)) and chosen.sum() < 0.3 * mask.sum()
     assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
