@@ -13,6 +13,7 @@ without a gold answer are left out, and counted. Numbers from papers that ask a 
 import ast
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -51,6 +52,7 @@ from plumbing.kernels import use_cores
 from plumbing.sharding import PATIENCE, on_main
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FROM_TRAINING = ("instruction", "max_response_tokens", "image_column", "problem_column", "answer_column")
 
 
 @dataclass
@@ -72,9 +74,7 @@ class Args:
     top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", min=0)
     instruction: str | None = flag(None, "sentence that follows every question (default: that of training)")
     max_prompt_tokens: int | None = flag(None, "longer prompts are not asked, and count as wrong (default: 8192)", gt=0)
-    max_response_tokens: int | None = flag(
-        None, "cut longer responses (default: as in training; toy: 64, else: 2048)", gt=0
-    )
+    max_response_tokens: int | None = flag(None, "of a response (default: as in training; toy: 64, else: 2048)", gt=0)
     min_pixels: int | None = flag(None, "smaller images are enlarged to this (default: as in training)", gt=0)
     max_pixels: int | None = flag(None, "larger images are shrunk to this (default: as in training)", gt=0)
     rollout_prompts: int = flag(128, "responses sampled together on each process; halved if memory runs out", gt=0)
@@ -98,16 +98,10 @@ class Args:
         self.output = self.output or f"runs/eval/{name}"
         toys = {str(path / "model"): toy for toy, path in EMBEDDED.items()}  # adapters may be of a toy, too
         toy = trained["model"] if trained.get("model") in EMBEDDED else toys.get(str(base))
-        defaults = {
-            "instruction": INSTRUCTION,
-            "max_response_tokens": 64 if toy else 2048,
-            "image_column": None,
-            "problem_column": None,
-            "answer_column": None,
-        }
-        for name, default in defaults.items():
+        defaults = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
+        for name in FROM_TRAINING:
             if getattr(self, name) is None:
-                setattr(self, name, trained.get(name, default))
+                setattr(self, name, trained.get(name, defaults.get(name)))
         if self.benchmarks is None and self.data is None:
             source = trained.get("eval_data") or trained.get("data") or toy or "hiyouga/geometry3k"
             self.benchmarks = {benchmark.id: name for name, benchmark in BENCHMARKS.items()}.get(source)
@@ -131,9 +125,7 @@ class Args:
             raise UserError(f"--samples {self.samples} at --temperature 0 are all the same: set --temperature 1.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks: how a row becomes a question
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -155,21 +147,16 @@ def choose(problem, options):
     return "\n".join([problem, *lines, "Answer with the letter of the right option."])
 
 
-def place_images(text, pattern, images):
+def place_images(text, images):
     """The text with `<image>` where the number of an image first occurs, and the images in the order of the text.
 
     Images that the text does not mention come first.
     """
-    order = []
-
-    def place(match):
-        number = int(match[1])
-        if number in order or number not in images:
-            return f"image {number}"
-        order.append(number)
-        return "<image>"
-
-    text = re.sub(pattern, place, text)
+    mentioned = dict.fromkeys(int(number) for number in re.findall(r"<image ?(\d+)>", text))
+    order = [number for number in mentioned if number in images]
+    for number in order:
+        text = re.sub(rf"<image ?{number}>", "<image>", text, count=1)
+    text = re.sub(r"<image ?(\d+)>", r"image \1", text)
     rest = [number for number in images if number not in order]
     return "<image>" * len(rest) + text, [images[number] for number in rest + order]
 
@@ -203,27 +190,27 @@ def mathvista(row):
 
 def mathverse(row):
     kind = "choice" if row["question_type"] == "multi-choice" else "free"
-    question = row["question"] or "<image>"  # the version "Vision Only" asks by its image alone
+    question = "<image>" if row["question"] == "" else row["question"]  # the version "Vision Only" has no text
     problem = choose(question, []) if kind == "choice" else question
     return Question(problem, [row["image"]], row["answer"], kind, group={"version": row["problem_version"]})
 
 
 def mathvision(row):
-    problem, images = place_images(row["question"], r"<image(\d+)>", {1: row["decoded_image"]})
-    if options := row["options"]:
-        return Question(choose(problem, options), images, row["answer"], "choice", options)
+    problem, images = place_images(row["question"], {1: row["decoded_image"]})
+    if row["options"]:
+        return Question(choose(problem, row["options"]), images, row["answer"], "choice", row["options"])
     return Question(problem, images, row["answer"])
 
 
 def logicvista(row):
-    problem = f"{row['question']}\nAnswer with the letter of every right option."
+    problem = row["question"] + "\nAnswer with the letter of every right option."
     return Question(problem, [row["image"]], row["answer"], "letters")
 
 
 def mmmu_pro(row):
     options = list_of(row["options"])
     found = {n: row[f"image_{n}"] for n in range(1, 8) if row[f"image_{n}"] is not None}
-    problem, images = place_images(choose(row["question"], options), r"<image (\d+)>", found)
+    problem, images = place_images(choose(row["question"], options), found)
     return Question(problem, images, row["answer"], "choice", options)
 
 
@@ -240,11 +227,12 @@ def hallusionbench(row):
     if row["category"] == "VS" and str(row["figure_id"]) == "0":  # asked without its visual supplement: no figure
         kind = "yes/no or unsure"
         group["figure"] = None
-    return Question(f"{row['question']} Answer yes or no.", listed(row.get("image")), answer, kind, group=group)
+    return Question(row["question"] + " Answer yes or no.", listed(row.get("image")), answer, kind, group=group)
 
 
 def wemath(row):
-    options, rest = [], " " + row["option"].rstrip("; ")
+    options = []
+    rest = " " + row["option"].rstrip("; ")
     for letter in LETTERS:  # a label has a text behind it: "to point ;B.;" ends an option and begins none
         *before, rest = re.split(rf"[;\s]{letter}\s?[.:．：](?!\s*(?:;|$))", rest, maxsplit=1)
         options += [text.strip("; ") for text in before]
@@ -309,19 +297,15 @@ class Questions(Data):
         benchmark = BENCHMARKS[name]
         source, self.option = args.data or benchmark.id, "--data" if args.data else "--benchmarks"
         self.name, self.args, self.processor, self.model = source, args, processor, model
-        self.read, self.split, self.title = benchmark.read, split, f"{name} ({split})"
+        self.read, self.title = benchmark.read, f"{name} ({split})"
         self.rows = load_rows(source, split, benchmark.revision, self.option)
         self.folders = image_folders(source, split)
         self.measure()
 
     def question(self, index):
         """A row as the benchmark means it. Raises Unusable where it is not in its schema."""
-        row = self.rows[index]
         try:
-            for column in {"question", "problem"} & set(row):
-                if row[column] != "" or self.read is not mathverse:
-                    plain_text(row[column], "question")
-            question = self.read(row)
+            question = self.read(self.rows[index])
             return dataclasses.replace(question, answer=plain_text(question.answer, "answer"))
         except (LookupError, ValueError, SyntaxError, TypeError, AttributeError) as error:
             raise Unusable(f"is not in the schema of --benchmarks {self.args.benchmarks} ({error!r})") from None
@@ -331,10 +315,7 @@ class Questions(Data):
         return question.problem, question.images, question.answer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Is it right
-# ---------------------------------------------------------------------------------------------------------------------
-
+# Verdicts: is a response right
 
 UNSURE = r"unsure|uncertain|unknown|unclear|unable|undetermined|insufficient|no idea|cannot|can't|don't know"
 UNSURE += r"|\bnot (?:sure|certain|clear|known|given|possible|enough)"
@@ -392,9 +373,7 @@ def same_number(check, answer, question):
     return round(said, question.digits) == round(right, question.digits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Asking
-# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 def checksum(model):
@@ -415,9 +394,7 @@ class Evaluation:
         refuse_output_among(args.output, args.data or args.trained.get("data"))
         self.protocol = {}
         on_main(self.refuse_others)  # before the model loads
-        cores = use_cores()
-        if self.rank == 0:
-            print(cores, file=sys.stderr)
+        self.accelerator.print(use_cores(), file=sys.stderr)
         source = model_source(args)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())
@@ -425,11 +402,9 @@ class Evaluation:
         self.model.to(self.accelerator.device).eval()
         self.check, self.retries = Checker(args.check_seconds), 0
         self.parts = {name: self.find_questions(name) for name in args.benchmarks.split(",")}
-        for name, parts in self.parts.items():
-            for data in parts:
-                if self.rank == 0 and (data.dropped or data.unusable):
-                    wrong = "; of the others, what is not asked counts as wrong" if args.data or name != "own" else ""
-                    print(f"{data}{wrong}", file=sys.stderr)
+        for data in itertools.chain(*self.parts.values()):
+            if data.dropped or data.unusable:
+                self.accelerator.print(data, file=sys.stderr)
         self.protocol = self.make_protocol()
         self.lock = on_main(self.open_output)
 
@@ -463,7 +438,7 @@ class Evaluation:
         protocol["min_pixels"], protocol["max_pixels"] = limit_pixels(self.model.config, self.processor)
         protocol["dtype"] = str(self.model.dtype).removeprefix("torch.")
         protocol["weights_checksum"] = checksum(self.model)
-        protocol["rows_checksums"] = [data.contents for parts in self.parts.values() for data in parts]
+        protocol["rows_checksums"] = [data.contents for data in itertools.chain(*self.parts.values())]
         return protocol
 
     def find_questions(self, name):
@@ -475,7 +450,7 @@ class Evaluation:
         if args.data:
             return [Data(args.data, "test", args, *model)]
         trained = SimpleNamespace(**args.trained)
-        for flag_name in ("instruction", "max_response_tokens", "image_column", "problem_column", "answer_column"):
+        for flag_name in FROM_TRAINING:
             setattr(trained, flag_name, getattr(args, flag_name))
         data = Data(trained.data, trained.data_split, trained, *model)
         found = data.for_evaluation()
@@ -492,19 +467,17 @@ class Evaluation:
     def ask(self, prompts):
         """Groups of responses; a batch that runs out of memory is cut in two, and counted."""
         try:
-            tokenizer = self.processor.tokenizer
-            return rollout(self.model, tokenizer, prompts, self.args, "evaluation")
+            return rollout(self.model, self.processor.tokenizer, prompts, self.args, "evaluation")
         except torch.OutOfMemoryError:
             if len(prompts) == 1:
-                sentence = "one prompt is too much: lower --samples, --max_response_tokens or --max_pixels."
-                raise UserError(sentence) from None
+                raise UserError("one prompt is too much: lower --samples or --max_response_tokens.") from None
         self.retries += 1
         torch.cuda.empty_cache()
         half = len(prompts) // 2
         return self.ask(prompts[:half]) + self.ask(prompts[half:])
 
     def run(self, name):
-        """Asks what has not been asked yet; returns all rows of a benchmark on the main process, None on the others."""
+        """Asks what has not been asked yet; returns the benchmark's scores on the main process, None on the others."""
         args, parts = self.args, self.parts[name]
         all_rows = args.data or name != "own"  # training evaluates on the usable rows alone
         order = []
@@ -533,7 +506,7 @@ class Evaluation:
                 file.flush()
                 bar.update(len(batch))
         self.accelerator.wait_for_everyone()
-        return on_main(lambda: self.collect(name, order))
+        return on_main(lambda: scores(name, self.collect(name, order)))
 
     def row(self, data, index, group):
         """What is written of a row; `group` is None where it could not be asked."""
@@ -572,19 +545,11 @@ class Evaluation:
         return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Scores
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def scores(name, rows):
-    """Accuracy with its standard error over rows, shares of unparsed and truncated responses, and the benchmark's own.
-
-    >>> row = {"parsed": [True], "truncated": [False], "asked": True, "group": {}}
-    >>> rows = [row | {"correct": [correct]} for correct in (True, False, True, True)]
-    >>> {key: round(value, 4) for key, value in scores("toy", rows).items()}
-    {'rows': 4, 'accuracy': 0.75, 'stderr': 0.25, 'unparsed': 0.0, 'truncated': 0.0, 'not_asked': 0}
-    """
+    """Accuracy, its standard error over rows, shares of unparsed and truncated responses, and a benchmark's own."""
     means = [sum(row["correct"]) / len(row["correct"]) for row in rows]
     accuracy = sum(means) / len(means)
     variance = sum((mean - accuracy) ** 2 for mean in means) / max(len(means) - 1, 1)
@@ -618,7 +583,10 @@ def all_right(rows, key):
         if group is not None:
             groups[group].append(row["correct"])
     samples = max(len(row["correct"]) for row in rows)
-    right = [sum(all(c[min(s, len(c) - 1)] for c in g) for s in range(samples)) / samples for g in groups.values()]
+    right = []
+    for group in groups.values():
+        of_samples = [all(correct[min(s, len(correct) - 1)] for correct in group) for s in range(samples)]
+        right.append(sum(of_samples) / samples)
     return sum(right) / len(right)
 
 
@@ -635,11 +603,12 @@ def compare(first, second, resamples=10_000):
     lines = [f"{'benchmark':16s}{'rows':>6s}{'first':>9s}{'second':>9s}{'difference, 95 % interval':>32s}  sign test"]
     for name in found[0]["scores"]:
         texts = [(folder / f"{name}.jsonl").read_text() for folder in folders]
-        rows = [[json.loads(line) for line in text.split("\n")[:-1]] for text in texts]
+        rows = [[json.loads(line) for line in text.split("\n") if line] for text in texts]
         if len(rows[0]) != len(rows[1]) or any(map(differ, *rows)):
             raise UserError(f"--compare: {first} and {second} hold other rows of {name}: evaluate them alike.")
         one, two = (torch.tensor([sum(r["correct"]) / len(r["correct"]) for r in x], dtype=torch.float64) for x in rows)
-        difference, generator = two - one, torch.Generator().manual_seed(0)
+        difference = two - one
+        generator = torch.Generator().manual_seed(0)
         picks = (torch.randint(len(one), (len(one),), generator=generator) for _ in range(resamples))
         means = torch.stack([difference[pick].mean() for pick in picks])
         low, high = means.quantile(torch.tensor([0.025, 0.975]).double())
@@ -652,8 +621,8 @@ def compare(first, second, resamples=10_000):
 
 def differ(row, other):
     """Whether two rows are of different questions; a row that could not be read has no texts."""
-    texts = ("problem", "answer") if "problem" in row and "problem" in other else ()
-    return any(row[name] != other[name] for name in ("part", "index", *texts))
+    known = {"part", "index", "problem", "answer"} & row.keys() & other.keys()
+    return any(row[name] != other[name] for name in known)
 
 
 def table(results):
@@ -672,11 +641,8 @@ def main():
         first, second = args.compare
         print("\n".join(compare(first, second)))
         return
-    evaluation, results = Evaluation(args), {}
-    for name in evaluation.parts:
-        rows = evaluation.run(name)
-        if evaluation.rank == 0:
-            results[name] = scores(name, rows)
+    evaluation = Evaluation(args)
+    results = {name: evaluation.run(name) for name in evaluation.parts}
     evaluation.check.close()
     retries = sum(gather_object([evaluation.retries]))
     if evaluation.rank == 0:
