@@ -289,7 +289,7 @@ BENCHMARKS = {
 
 
 class Questions(Data):
-    """One split of a benchmark, as prompts: built where training builds them."""
+    """One split of a benchmark as prompts, by the code that builds the prompts of training."""
 
     has_images = True
 
@@ -337,7 +337,9 @@ def judge(check, response, question):
     if kind == "choice":
         texts = dict(zip(LETTERS, map(str, question.options)))
         letter = chosen(check, answer, question.options, last)
-        return letter is not None and texts.get(letter, letter) == texts.get(gold, gold)  # a text may stand twice
+        return letter is not None and texts.get(letter, letter) == texts.get(
+            gold, gold
+        )  # two options may have one text
     said = set(re.findall(r"\b(?:yes|no)\b(?! idea)", answer.casefold()))
     if not said:
         return kind == "yes/no or unsure" and bool(re.search(UNSURE, answer.casefold()))
@@ -374,14 +376,6 @@ def same_number(check, answer, question):
 
 
 # Evaluation
-
-
-def checksum(model):
-    """Of the first thousand numbers of each weight: an evaluation that goes on asks the same model."""
-    found = 0
-    for weight in model.state_dict().values():
-        found = zlib.crc32(weight.flatten()[:1000].float().cpu().numpy().tobytes(), found)
-    return f"{found:08x}"
 
 
 class Evaluation:
@@ -437,7 +431,10 @@ class Evaluation:
             protocol["data"] = {name: self.args.trained[name] for name in ("data", "eval_data", "seed")}
         protocol["min_pixels"], protocol["max_pixels"] = limit_pixels(self.model.config, self.processor)
         protocol["dtype"] = str(self.model.dtype).removeprefix("torch.")
-        protocol["weights_checksum"] = checksum(self.model)
+        checksum = 0
+        for weight in self.model.state_dict().values():
+            checksum = zlib.crc32(weight.flatten()[:1000].float().cpu().numpy().tobytes(), checksum)
+        protocol["weights_checksum"] = f"{checksum:08x}"
         protocol["rows_checksums"] = [data.contents for data in itertools.chain(*self.parts.values())]
         return protocol
 
@@ -458,10 +455,7 @@ class Evaluation:
         if found is None or (held_out and trained.eval_rows == 0):
             raise UserError(f"{args.model} was trained on all of {trained.data}: name other rows with --data.")
         if held_out and data.contents != trained.contents:
-            raise UserError(
-                f"{trained.data}, read from here and with these flags, is not what {args.model} was trained on: which "
-                f"rows were held out cannot be known; name rows with --data."
-            )
+            raise UserError(f"{trained.data}, read from here, is not what {args.model} was trained on: give --data.")
         return [found]
 
     def ask(self, prompts):
@@ -488,7 +482,8 @@ class Evaluation:
         done = self.read_rows(name)
         self.accelerator.wait_for_everyone()  # everybody has read before anybody writes
         left = [place for place in order if place not in done][self.rank :: self.world_size]
-        size, limit = max(1, args.rollout_prompts // args.samples), args.max_prompt_tokens
+        size = max(1, args.rollout_prompts // args.samples)
+        limit = args.max_prompt_tokens
         with (
             open(self.output / f"{name}.{self.rank}.part", "a") as file,
             tqdm(total=len(left), desc=name, disable=self.rank > 0, unit="row") as bar,
@@ -529,7 +524,7 @@ class Evaluation:
         """{(part, index): row} of what any process of this evaluation, or of the one it resumes, has written so far."""
         rows = {}
         for path in [*self.output.glob(f"{name}.*.part"), *self.output.glob(f"{name}.jsonl")]:
-            for line in path.read_text(errors="replace").split("\n"):  # other line ends stand inside of texts
+            for line in path.read_text(errors="replace").split("\n"):  # texts may contain other line ends
                 with contextlib.suppress(ValueError):  # the last line of a process that was killed
                     row = json.loads(line)
                     rows[row["part"], row["index"]] = row
@@ -604,7 +599,11 @@ def compare(first, second, resamples=10_000):
     for name in found[0]["scores"]:
         texts = [(folder / f"{name}.jsonl").read_text() for folder in folders]
         rows = [[json.loads(line) for line in text.split("\n") if line] for text in texts]
-        if len(rows[0]) != len(rows[1]) or any(map(differ, *rows)):
+        others = len(rows[0]) != len(rows[1])
+        for row, other in zip(*rows):
+            known = {"part", "index", "problem", "answer"} & row.keys() & other.keys()  # a damaged row has no texts
+            others = others or any(row[key] != other[key] for key in known)
+        if others:
             raise UserError(f"--compare: {first} and {second} hold other rows of {name}: evaluate them alike.")
         one, two = (torch.tensor([sum(r["correct"]) / len(r["correct"]) for r in x], dtype=torch.float64) for x in rows)
         difference = two - one
@@ -617,12 +616,6 @@ def compare(first, second, resamples=10_000):
         interval = f"{difference.mean():+.1%} [{low:+.1%}, {high:+.1%}]"
         lines.append(f"{name:16s}{len(one):6d}{one.mean():9.1%}{two.mean():9.1%}{interval:>32s}  p = {p:.3g}")
     return lines
-
-
-def differ(row, other):
-    """Whether two rows are of different questions; a row that could not be read has no texts."""
-    known = {"part", "index", "problem", "answer"} & row.keys() & other.keys()
-    return any(row[name] != other[name] for name in known)
 
 
 def table(results):
@@ -646,9 +639,10 @@ def main():
     evaluation.check.close()
     retries = sum(gather_object([evaluation.retries]))
     if evaluation.rank == 0:
-        protocol, titles, without_answer = evaluation.protocol, [], {}
+        protocol = evaluation.protocol
+        titles = [data.title for data in itertools.chain(*evaluation.parts.values())]
+        without_answer = {}
         for name, parts in evaluation.parts.items():
-            titles += [data.title for data in parts]
             without_answer[name] = sum(list(data.unusable.values()).count("has no answer") for data in parts)
         written = {"protocol": protocol, "scores": results, "memory_retries": retries}
         written["rows_without_answer"] = without_answer
