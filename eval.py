@@ -1,4 +1,4 @@
-"""Benchmarks without a judge: accuracy by rule, with error bars, by the prompt, sampler and checker of training.
+"""Benchmarks without a judge model: accuracy by rule, with error bars, by the prompt, sampler and checker of training.
 
     python eval.py                                                                      # the toy, on a CPU
     torchrun --nproc_per_node=8 eval.py --model runs/vepo/last --benchmarks geometry3k,mathvista,hallusionbench
@@ -7,12 +7,13 @@
 
 Writes <output>/results.json, with the whole protocol, and <output>/<benchmark>.jsonl, every row with its responses.
 Rows that cannot be asked (too long, or damaged) and responses without an answer count as wrong, and are counted; rows
-that do not say what is right are left out, and counted. Numbers of papers that ask a judge model do not compare.
+without a gold answer are left out, and counted. Numbers from papers that ask a judge model do not compare with these.
 """
 
 import ast
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -51,6 +52,7 @@ from plumbing.kernels import use_cores
 from plumbing.sharding import PATIENCE, on_main
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FROM_TRAINING = ("instruction", "max_response_tokens", "image_column", "problem_column", "answer_column")
 
 
 @dataclass
@@ -59,24 +61,20 @@ class Args:
 
     model: str = flag("toy", "hub id, folder or checkpoint of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL3")
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "type of weights; auto: bfloat16 on a GPU, else float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of weights; auto: bfloat16 on a GPU, else float32")
     benchmarks: str | None = flag(None, "names, with commas between them (default: the data that the model trained on)")
     data: str | None = flag(None, "file or folder of your own, or of the one benchmark that is named, in its schema")
     image_column: str | None = flag(None, "of your own data (default: as in training, else images or image)")
     problem_column: str | None = flag(None, "the same (default: problem, question or query)")
     answer_column: str | None = flag(None, "the same (default: answer, solution or ground_truth)")
-    rows: int = flag(-1, "of each benchmark, a random choice by --seed; -1: all", min=-1)
+    rows: int = flag(-1, "of each benchmark, a random choice by --seed; -1 or 0: all", min=-1)
     samples: int = flag(1, "responses to each prompt; more than 1: their mean, and whether any is right", gt=0)
     temperature: float = flag(0.0, "0: greedy", min=0, max=100)
     top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", gt=0, max=1)
     top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", min=0)
     instruction: str | None = flag(None, "sentence that follows every question (default: that of training)")
     max_prompt_tokens: int | None = flag(None, "longer prompts are not asked, and count as wrong (default: 8192)", gt=0)
-    max_response_tokens: int | None = flag(
-        None, "a response is cut after so many tokens (default: as in training; toy: 64, else: 2048)", gt=0
-    )
+    max_response_tokens: int | None = flag(None, "of a response (default: as in training; toy: 64, else: 2048)", gt=0)
     min_pixels: int | None = flag(None, "smaller images are enlarged to this (default: as in training)", gt=0)
     max_pixels: int | None = flag(None, "larger images are shrunk to this (default: as in training)", gt=0)
     rollout_prompts: int = flag(128, "responses sampled together on each process; halved if memory runs out", gt=0)
@@ -85,94 +83,87 @@ class Args:
     output: str | None = flag(None, "folder of everything that is written (default: runs/eval/<model>)")
     resume: bool = flag(False, "go on with what a stopped evaluation wrote to --output")
     compare: list[str] | None = flag(None, "two result folders: the difference of the second to the first, and stop")
-    reshard_while_sampling, cuda_graphs = False, torch.cuda.is_available()  # flags of training's sampler
-    tokens_per_row = 16384  # prompts are computed so many tokens at a time
+    reshard_while_sampling = False  # this and the next three: flags of training that the sampler and the data need
+    cuda_graphs = torch.cuda.is_available()
+    tokens_per_row = 16384
     data_revision = "main"
 
     def __post_init__(self):
-        given, self.model = self.model, without_links(self.model)
-        self.trained = trained = trained_with(self.model)  # a checkpoint of ours knows how it was trained
-        folder, base, _, _ = resolve_model(model_source(self))  # adapters may be of a toy, too
-        toys = {str(path / "model"): name for name, path in EMBEDDED.items()}
-        toy = trained["model"] if trained.get("model") in EMBEDDED else toys.get(str(base))
-        usual = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
-        for name in (*usual, "image_column", "problem_column", "answer_column"):
-            if getattr(self, name) is None:
-                setattr(self, name, trained.get(name, usual.get(name)))
-        if self.benchmarks is None and self.data is None:  # what a checkpoint's own run was evaluated on
-            source = trained.get("eval_data") or trained.get("data") or toy or "hiyouga/geometry3k"
-            self.benchmarks = {b.id: name for name, b in BENCHMARKS.items()}.get(source, "own")
-        self.benchmarks = self.benchmarks or "own"
-        if not toy and not trained:  # a checkpoint's processor has the limits of its training
-            self.min_pixels, self.max_pixels = self.min_pixels or 262_144, self.max_pixels or 1_000_000
-        held_out = self.benchmarks == "own" and not self.data
-        longest = max(8192, trained.get("max_prompt_tokens", 0) if held_out else 0)
-        self.max_prompt_tokens = self.max_prompt_tokens or longest
-        name = Path(folder).resolve().parent.name if trained else Path(given).name
+        name = Path(self.model).name
+        self.model = without_links(self.model)
+        self.trained = trained = trained_with(self.model)  # the flags of a checkpoint's run; {} for any other model
+        folder, base, _, _ = resolve_model(model_source(self))
+        if trained:
+            name = Path(folder).resolve().parent.name  # of the run
         self.output = self.output or f"runs/eval/{name}"
+        toys = {str(path / "model"): toy for toy, path in EMBEDDED.items()}  # adapters may be of a toy, too
+        toy = trained["model"] if trained.get("model") in EMBEDDED else toys.get(str(base))
+        defaults = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
+        for name in FROM_TRAINING:
+            if getattr(self, name) is None:
+                setattr(self, name, trained.get(name, defaults.get(name)))
+        if self.benchmarks is None and self.data is None:
+            source = trained.get("eval_data") or trained.get("data") or toy or "hiyouga/geometry3k"
+            self.benchmarks = {benchmark.id: name for name, benchmark in BENCHMARKS.items()}.get(source)
+        self.benchmarks = self.benchmarks or "own"
+        if self.max_prompt_tokens is None:
+            of_training = trained.get("max_prompt_tokens", 0) if self.benchmarks == "own" and not self.data else 0
+            self.max_prompt_tokens = max(8192, of_training)
+        if not toy and not trained:  # a checkpoint's processor has the limits of its training
+            self.min_pixels = self.min_pixels or 262_144
+            self.max_pixels = self.max_pixels or 1_000_000
         self.group_size = self.samples
         check_numbers(self)
         check_together(self)
-        if self.rows == 0:
-            raise UserError(f"--rows {self.rows} leaves nothing to ask: give a number above 0, or -1 for all.")
+        known = [*BENCHMARKS, "own"] if self.data or trained else [*BENCHMARKS]
         for name in self.benchmarks.split(","):
-            if name not in (*BENCHMARKS, "own"):
-                raise UserError(f"--benchmarks {name} is not one of {', '.join(BENCHMARKS)}, own.")
-            if name == "own" and not (self.data or trained):
-                raise UserError("--benchmarks own needs --data, or the checkpoint of a run on data of your own.")
+            if name not in known:
+                raise UserError(f"--benchmarks {name} is not one of {', '.join(known)}; your own data needs --data.")
         if self.data and "," in self.benchmarks:
             raise UserError("--data is for one benchmark: name it alone with --benchmarks.")
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--samples {self.samples} at --temperature 0 are all the same: set --temperature 1.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks: how a row becomes a question
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Question:
-    """`kind` says how an answer is compared: free, choice (one letter), letters, yes/no (or unsure), integer, float."""
-
     problem: str
     images: list
     answer: str
-    kind: str = "free"
+    kind: str = "free"  # or choice (one letter), letters, yes/no, yes/no or unsure, integer, float: how to compare
     options: list = field(default_factory=list)  # texts of a choice, where they are known
     digits: int | None = None  # float: both are rounded to so many digits, or differ by 0.001 at most
     group: dict = field(default_factory=dict)  # what the benchmark's own scores group by
 
 
 def choose(problem, options):
-    """The problem with its options as "(A) ..." lines, and the wish for a letter. Raises Unusable for too many."""
-    if len(options) > len(LETTERS):
-        raise Unusable(f"has {len(options)} options, more than there are letters")
+    """The problem, its options as "(A) ..." lines, and the request for a letter."""
     lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options)]
     if [str(option) for option in options] == list(LETTERS[: len(options)]):
         lines = []  # the image shows them
     return "\n".join([problem, *lines, "Answer with the letter of the right option."])
 
 
-def place_images(text, pattern, images):
-    """The text with `<image>` where a numbered placeholder stands for the first time, and the images in that order."""
-    order = []
+def place_images(text, images):
+    """The text with `<image>` where the number of an image first occurs, and the images in the order of the text.
 
-    def place(match):
-        number = int(match[1])
-        if number in order or images.get(number) is None:
-            return f"image {number}"
-        order.append(number)
-        return "<image>"
-
-    text = re.sub(pattern, place, text)
-    rest = [number for number in images if number not in order and images[number] is not None]
+    Images that the text does not mention come first.
+    """
+    mentioned = dict.fromkeys(int(number) for number in re.findall(r"<image ?(\d+)>", text))
+    order = [number for number in mentioned if number in images]
+    for number in order:
+        text = re.sub(rf"<image ?{number}>", "<image>", text, count=1)
+    text = re.sub(r"<image ?(\d+)>", r"image \1", text)
+    rest = [number for number in images if number not in order]
     return "<image>" * len(rest) + text, [images[number] for number in rest + order]
 
 
 def list_of(options):
     """The options of a row: a list, the text of one, or a list in a list."""
-    options = ast.literal_eval(options) if isinstance(options, str) else list(options)
+    options = ast.literal_eval(options) if isinstance(options, str) else options
     return options[0] if len(options) == 1 and isinstance(options[0], list) else options
 
 
@@ -188,7 +179,7 @@ def as_it_is(row):  # the toys, geometry3k, clevr_count_70k
 
 def mathvista(row):
     if row["question_type"] == "multi_choice":
-        options = list(row["choices"])
+        options = row["choices"]
         gold = letter_of(options, row["answer"])
         return Question(choose(row["question"], options), [row["decoded_image"]], gold, "choice", options)
     problem = row["question"] + (f" (unit: {row['unit']})" if row["unit"] else "")
@@ -199,28 +190,28 @@ def mathvista(row):
 
 def mathverse(row):
     kind = "choice" if row["question_type"] == "multi-choice" else "free"
-    question = row["question"] or "<image>"  # the version "Vision Only" asks by its image alone
+    question = "<image>" if row["question"] == "" else row["question"]  # the version "Vision Only" has no text
     problem = choose(question, []) if kind == "choice" else question
     return Question(problem, [row["image"]], row["answer"], kind, group={"version": row["problem_version"]})
 
 
 def mathvision(row):
-    problem, images = place_images(row["question"], r"<image(\d+)>", {1: row["decoded_image"]})
-    options = list(row["options"] or [])
-    if options:
-        return Question(choose(problem, options), images, row["answer"], "choice", options)
+    problem, images = place_images(row["question"], {1: row["decoded_image"]})
+    if row["options"]:
+        return Question(choose(problem, row["options"]), images, row["answer"], "choice", row["options"])
     return Question(problem, images, row["answer"])
 
 
 def logicvista(row):
-    problem = f"{row['question']}\nAnswer with the letter of every right option."
+    problem = row["question"] + "\nAnswer with the letter of every right option."
     return Question(problem, [row["image"]], row["answer"], "letters")
 
 
 def mmmu_pro(row):
     options = list_of(row["options"])
-    text, images = choose(row["question"], options), {n: row[f"image_{n}"] for n in range(1, 8)}
-    return Question(*place_images(text, r"<image (\d+)>", images), row["answer"], "choice", options)
+    found = {n: row[f"image_{n}"] for n in range(1, 8) if row[f"image_{n}"] is not None}
+    problem, images = place_images(choose(row["question"], options), found)
+    return Question(problem, images, row["answer"], "choice", options)
 
 
 def mmmu_pro_vision(row):
@@ -230,16 +221,18 @@ def mmmu_pro_vision(row):
 
 def hallusionbench(row):
     answer = {"1": "yes", "0": "no"}.get(str(row["gt_answer"]))
-    part = [str(row[name]) for name in ("category", "subcategory", "set_id")]
-    group = {"figure": "/".join([*part, str(row["figure_id"])]), "question": "/".join([*part, str(row["question_id"])])}
+    part = f"{row['category']}/{row['subcategory']}/{row['set_id']}"
+    group = {"figure": f"{part}/{row['figure_id']}", "question": f"{part}/{row['question_id']}"}
     kind = "yes/no"
     if row["category"] == "VS" and str(row["figure_id"]) == "0":  # asked without its visual supplement: no figure
-        kind, group["figure"] = "yes/no or unsure", None
-    return Question(f"{row['question']} Answer yes or no.", listed(row.get("image")), answer, kind, group=group)
+        kind = "yes/no or unsure"
+        group["figure"] = None
+    return Question(row["question"] + " Answer yes or no.", listed(row.get("image")), answer, kind, group=group)
 
 
 def wemath(row):
-    options, rest = [], " " + row["option"].rstrip("; ")
+    options = []
+    rest = " " + row["option"].rstrip("; ")
     for letter in LETTERS:  # a label has a text behind it: "to point ;B.;" ends an option and begins none
         *before, rest = re.split(rf"[;\s]{letter}\s?[.:．：](?!\s*(?:;|$))", rest, maxsplit=1)
         options += [text.strip("; ") for text in before]
@@ -260,9 +253,8 @@ def dynamath(row):
 
 def puzzlevqa(row):
     options = list_of(row["options"])
-    return Question(
-        choose(row["question"], options), [row["image"]], letter_of(options, row["answer"]), "choice", options
-    )
+    gold = letter_of(options, row["answer"])
+    return Question(choose(row["question"], options), [row["image"]], gold, "choice", options)
 
 
 def mmk12(row):
@@ -297,7 +289,7 @@ BENCHMARKS = {
 
 
 class Questions(Data):
-    """One split of a benchmark, as prompts: built where training builds them."""
+    """One split of a benchmark as prompts, by the code that builds the prompts of training."""
 
     has_images = True
 
@@ -305,34 +297,25 @@ class Questions(Data):
         benchmark = BENCHMARKS[name]
         source, self.option = args.data or benchmark.id, "--data" if args.data else "--benchmarks"
         self.name, self.args, self.processor, self.model = source, args, processor, model
-        self.read, self.split, self.title = benchmark.read, split, f"{name} ({split})"
+        self.read, self.title = benchmark.read, f"{name} ({split})"
         self.rows = load_rows(source, split, benchmark.revision, self.option)
         self.folders = image_folders(source, split)
         self.measure()
 
     def question(self, index):
         """A row as the benchmark means it. Raises Unusable where it is not in its schema."""
-        row = self.rows[index]
         try:
-            for column in {"question", "problem"} & set(row):
-                if row[column] != "" or self.read is not mathverse:
-                    plain_text(row[column], "question")
-            question = self.read(row)
+            question = self.read(self.rows[index])
             return dataclasses.replace(question, answer=plain_text(question.answer, "answer"))
-        except KeyError as error:
-            raise Unusable(f"has no column {error}; it has {', '.join(row)}") from None
-        except (ValueError, SyntaxError, TypeError, AttributeError) as error:
-            raise Unusable(f"is not in the schema of --benchmarks {self.args.benchmarks} ({error})") from None
+        except (LookupError, ValueError, SyntaxError, TypeError, AttributeError) as error:
+            raise Unusable(f"is not in the schema of --benchmarks {self.args.benchmarks} ({error!r})") from None
 
     def fields(self, index):
         question = self.question(index)
         return question.problem, question.images, question.answer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Is it right
-# ---------------------------------------------------------------------------------------------------------------------
-
+# Verdicts: is a response right
 
 UNSURE = r"unsure|uncertain|unknown|unclear|unable|undetermined|insufficient|no idea|cannot|can't|don't know"
 UNSURE += r"|\bnot (?:sure|certain|clear|known|given|possible|enough)"
@@ -340,9 +323,10 @@ UNSURE += r"|\bnot (?:sure|certain|clear|known|given|possible|enough)"
 
 def judge(check, response, question):
     """Whether a response is right, by rule; `check` is training's `Checker`."""
-    answer, kind, last = extract_answer(response), question.kind, last_letter(question.options)
+    answer, kind = extract_answer(response), question.kind
     if answer is None:
         return False
+    last = LETTERS[max(len(question.options), 10) - 1]  # that an option may have: J, where they are not known
     gold = letters(question.answer, last) if kind in ("letters", "choice") else None
     if kind == "free" or (kind in ("letters", "choice") and gold is None):  # the right answer names no option
         return bool(check.equal(answer, question.answer))
@@ -351,22 +335,20 @@ def judge(check, response, question):
     if kind in ("float", "integer"):
         return same_number(check, answer, question)
     if kind == "choice":
-        texts, letter = dict(zip(LETTERS, map(str, question.options))), chosen(check, answer, question.options)
-        return letter is not None and texts.get(letter, letter) == texts.get(gold, gold)  # a text may stand twice
+        texts = dict(zip(LETTERS, map(str, question.options)))
+        letter = chosen(check, answer, question.options, last)
+        return letter is not None and texts.get(letter, letter) == texts.get(
+            gold, gold
+        )  # two options may have one text
     said = set(re.findall(r"\b(?:yes|no)\b(?! idea)", answer.casefold()))
     if not said:
         return kind == "yes/no or unsure" and bool(re.search(UNSURE, answer.casefold()))
     return said == {question.answer}
 
 
-def last_letter(options):
-    """The last letter that an option may have: J, where they are not known."""
-    return LETTERS[max(len(options), 10) - 1]
-
-
-def chosen(check, answer, options):
+def chosen(check, answer, options, last):
     """The letter of the option that an answer means, or None: "C", "C. its text", or the text of a single one."""
-    options, last = [plain(str(option)) for option in options], last_letter(options)
+    options = [plain(str(option)) for option in options]
 
     def named(text):
         return [i for i, option in enumerate(options) if option == plain(text)] or check.equal(text, *options)
@@ -381,36 +363,19 @@ def chosen(check, answer, options):
 
 
 def same_number(check, answer, question):
-    """Equal after rounding to the question's `digits`, within 0.001 where there are none; as integers truncated.
-
-    What is no plain number goes to `check`.
-    """
+    """Equal after rounding to the question's `digits`, within 0.001 without them; integers: after truncation."""
     try:
         said, right = float(parts(answer)[1]), float(question.answer)
         if question.kind == "integer":  # as MathVista's own code compares them
             return int(said) == int(right)
     except (ValueError, OverflowError):
         return bool(check.equal(answer, question.answer))
-    digits = question.digits
-    return round(said, digits) == round(right, digits) if digits is not None else abs(said - right) <= 0.001 + 1e-9
+    if question.digits is None:
+        return abs(said - right) <= 0.001 + 1e-9
+    return round(said, question.digits) == round(right, question.digits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Asking
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def checksum(model):
-    """Of the first thousand numbers of each weight: an evaluation that goes on asks the same model."""
-    found = 0
-    for weight in model.state_dict().values():
-        found = zlib.crc32(weight.flatten()[:1000].float().cpu().numpy().tobytes(), found)
-    return f"{found:08x}"
-
-
-def with_answers(data):
-    """All rows, those that cannot be asked too, that say what is right."""
-    return [i for i in range(len(data.rows)) if data.unusable.get(i) != "has no answer"]
+# Evaluation
 
 
 class Evaluation:
@@ -421,115 +386,104 @@ class Evaluation:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE])
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         refuse_output_among(args.output, args.data or args.trained.get("data"))
-        self.protocol, cores = self.flags(), use_cores()
-        self.refuse_others()
-        if self.rank == 0:
-            print(cores, file=sys.stderr)
+        self.protocol = {}
+        on_main(self.refuse_others)  # before the model loads
+        self.accelerator.print(use_cores(), file=sys.stderr)
         source = model_source(args)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
         bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and torch.cuda.is_available())
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        self.model = load_model(source, args.model_revision, dtype=dtype)
+        self.model = load_model(source, args.model_revision, dtype=torch.bfloat16 if bf16 else torch.float32)
         self.model.to(self.accelerator.device).eval()
-        self.check, self.retries, self.parts = Checker(args.check_seconds), 0, {}
-        for name in args.benchmarks.split(","):
-            self.parts[name] = self.find_questions(name)
-            for data in self.parts[name]:
-                if self.rank == 0 and (data.dropped or data.unusable):
-                    wrong = "; of the others, what is not asked counts as wrong" if args.data or name != "own" else ""
-                    print(f"{data}{wrong}", file=sys.stderr)
-        least, most = limit_pixels(self.model.config, self.processor)
-        self.protocol |= {"min_pixels": least, "max_pixels": most, "dtype": str(dtype).removeprefix("torch.")}
-        self.protocol["weights_checksum"] = checksum(self.model)
-        self.protocol["rows_checksums"] = [data.contents for parts in self.parts.values() for data in parts]
-        self.refuse_others()
-        self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
+        self.check, self.retries = Checker(args.check_seconds), 0
+        self.parts = {name: self.find_questions(name) for name in args.benchmarks.split(",")}
+        for data in itertools.chain(*self.parts.values()):
+            if data.dropped or data.unusable:
+                self.accelerator.print(data, file=sys.stderr)
+        self.protocol = self.make_protocol()
         self.lock = on_main(self.open_output)
 
     def open_output(self):
-        """Makes --output ready; returns a lock: other evaluations are kept out until this process ends."""
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.output)
-            self.refuse_others()  # one that was quicker
-            write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
-            return lock
-        except OSError as error:
-            raise UserError(f"--output {self.output} cannot be made ({error}): name another folder.") from None
+        """Makes --output ready; returns a lock that keeps other evaluations out until this process ends."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        lock = locked(self.output)
+        self.refuse_others()
+        write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
+        return lock
+
+    def refuse_others(self):
+        """Raises UserError where --output holds an evaluation, unless it is this one and --resume is given."""
+        path = self.output / "protocol.json"
+        if not path.exists():
+            return
+        if not self.args.resume:
+            raise UserError(f"{self.output} holds an evaluation: --resume goes on with it, --output starts another.")
+        found = json.loads(path.read_text())
+        if changed := [name for name in self.protocol if found.get(name) != self.protocol[name]]:
+            raise UserError(f"--resume: {self.output} was begun with another {', '.join(changed)}: give the same.")
+
+    def make_protocol(self):
+        """What two evaluations must share to be compared, and the model."""
+        protocol = dataclasses.asdict(self.args)
+        for name in ("output", "resume", "compare", "rollout_prompts", "min_pixels", "max_pixels", "dtype"):
+            del protocol[name]
+        protocol["revisions"] = {name: "none" if name == "own" else BENCHMARKS[name].revision for name in self.parts}
+        if self.args.benchmarks == "own" and not self.args.data:
+            protocol["data"] = {name: self.args.trained[name] for name in ("data", "eval_data", "seed")}
+        protocol["min_pixels"], protocol["max_pixels"] = limit_pixels(self.model.config, self.processor)
+        protocol["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        checksum = 0
+        for weight in self.model.state_dict().values():
+            checksum = zlib.crc32(weight.flatten()[:1000].float().cpu().numpy().tobytes(), checksum)
+        protocol["weights_checksum"] = f"{checksum:08x}"
+        protocol["rows_checksums"] = [data.contents for data in itertools.chain(*self.parts.values())]
+        return protocol
 
     def find_questions(self, name):
-        """The splits of a benchmark; of data of one's own: that of --data, or what training evaluated the model on."""
+        """The splits of a benchmark; of `own`, the rows of --data, or those that training evaluated the model on."""
         args, model = self.args, (self.processor, self.model)
         if name != "own":
             splits = BENCHMARKS[name].splits[: 1 if args.data else None]
             return [Questions(name, split, args, *model) for split in splits]
         if args.data:
             return [Data(args.data, "test", args, *model)]
-        own = ("instruction", "max_response_tokens", "image_column", "problem_column", "answer_column")
-        trained = SimpleNamespace(**{**args.trained, **{name: getattr(args, name) for name in own}})
+        trained = SimpleNamespace(**args.trained)
+        for flag_name in FROM_TRAINING:
+            setattr(trained, flag_name, getattr(args, flag_name))
         data = Data(trained.data, trained.data_split, trained, *model)
         found = data.for_evaluation()
         held_out = found is not None and found.rows is data.rows
         if found is None or (held_out and trained.eval_rows == 0):
             raise UserError(f"{args.model} was trained on all of {trained.data}: name other rows with --data.")
         if held_out and data.contents != trained.contents:
-            raise UserError(
-                f"{trained.data}, read from here and with these flags, is not what {args.model} was trained on: which "
-                f"rows were held out cannot be known; name rows with --data."
-            )
+            raise UserError(f"{trained.data}, read from here, is not what {args.model} was trained on: give --data.")
         return [found]
-
-    def flags(self):
-        """Of what two evaluations must share to be compared, and of the model, that which is known at once."""
-        protocol = dataclasses.asdict(self.args)
-        for name in ("output", "resume", "compare", "rollout_prompts", "min_pixels", "max_pixels", "dtype"):
-            del protocol[name]
-        revisions = {name: benchmark.revision for name, benchmark in BENCHMARKS.items()}
-        protocol["revisions"] = {name: revisions.get(name, "none") for name in self.args.benchmarks.split(",")}
-        if self.args.benchmarks == "own" and not self.args.data:
-            protocol["data"] = {name: self.args.trained[name] for name in ("data", "eval_data", "seed")}
-        return protocol
-
-    def refuse_others(self):
-        """Raises UserError where --output holds an evaluation, unless it is this one and it is to go on."""
-        if not (self.output / "protocol.json").exists():
-            return
-        try:
-            found = json.loads((self.output / "protocol.json").read_text())
-        except ValueError as error:
-            raise UserError(f"{self.output}/protocol.json is broken ({error}): name another --output.") from None
-        if not self.args.resume:
-            raise UserError(f"{self.output} holds an evaluation: --resume goes on with it, --output starts another.")
-        if changed := [name for name in self.protocol if found.get(name) != self.protocol[name]]:
-            raise UserError(f"--resume: {self.output} was begun with another {', '.join(changed)}: give the same.")
 
     def ask(self, prompts):
         """Groups of responses; a batch that runs out of memory is cut in two, and counted."""
-        args = self.args
         try:
-            tokenizer = self.processor.tokenizer
-            return rollout(self.model, tokenizer, prompts, args, "evaluation", temperature=args.temperature)
+            return rollout(self.model, self.processor.tokenizer, prompts, self.args, "evaluation")
         except torch.OutOfMemoryError:
             if len(prompts) == 1:
-                said = "one prompt is too much: lower --samples, --max_response_tokens or --max_pixels."
-                raise UserError(said) from None
+                raise UserError("one prompt is too much: lower --samples or --max_response_tokens.") from None
         self.retries += 1
         torch.cuda.empty_cache()
         half = len(prompts) // 2
         return self.ask(prompts[:half]) + self.ask(prompts[half:])
 
     def run(self, name):
-        """Asks what has not been asked yet; returns all rows of a benchmark on the main process, None on the others."""
+        """Asks what has not been asked yet; returns the benchmark's scores on the main process, None on the others."""
         args, parts = self.args, self.parts[name]
-        all_rows = args.data or name != "own"  # training evaluates on what it can use
-        rows = [with_answers(data) if all_rows else data.indices for data in parts]
-        order = [(part, index) for part, indices in enumerate(rows) for index in indices]
+        all_rows = args.data or name != "own"  # training evaluates on the usable rows alone
+        order = []
+        for part, data in enumerate(parts):
+            rows = [i for i in range(len(data.rows)) if data.unusable.get(i) != "has no answer"]
+            order += [(part, index) for index in (rows if all_rows else data.indices)]
         order = some_of(order, args.rows, args.seed)
-        done = {(row["part"], row["index"]) for row in self.read_parts(name)}
+        done = self.read_rows(name)
         self.accelerator.wait_for_everyone()  # everybody has read before anybody writes
-        left = [asked for asked in order if asked not in done][self.rank :: self.world_size]
-        askable = [{i for i in data.indices if data.tokens[i] <= args.max_prompt_tokens} for data in parts]
+        left = [place for place in order if place not in done][self.rank :: self.world_size]
         size = max(1, args.rollout_prompts // args.samples)
+        limit = args.max_prompt_tokens
         with (
             open(self.output / f"{name}.{self.rank}.part", "a") as file,
             tqdm(total=len(left), desc=name, disable=self.rank > 0, unit="row") as bar,
@@ -537,9 +491,9 @@ class Evaluation:
             file.write("\n" * (file.tell() > 0))  # after what may be half a line
             for start in range(0, len(left), size):
                 batch = left[start : start + size]
-                asked = [(part, index) for part, index in batch if index in askable[part]]
+                asked = [(part, index) for part, index in batch if parts[part].tokens.get(index, limit + 1) <= limit]
                 prompts = [dataclasses.replace(parts[part].prompt(index), prompt_id=part) for part, index in asked]
-                groups = dict(zip(asked, self.ask(prompts) if prompts else []))
+                groups = dict(zip(asked, self.ask(prompts)))
                 for part, index in batch:
                     source = {"part": part, "data": parts[part].title, "index": index}
                     row = source | self.row(parts[part], index, groups.get((part, index)))
@@ -547,14 +501,7 @@ class Evaluation:
                 file.flush()
                 bar.update(len(batch))
         self.accelerator.wait_for_everyone()
-        return on_main(lambda: self.collect(name, order))
-
-    def collect(self, name, order):
-        """All rows of a benchmark in their order. Raises UserError where what was written cannot be read again."""
-        rows = {(row["part"], row["index"]): row for row in self.read_parts(name)}
-        if missing := set(order) - set(rows):
-            raise UserError(f"{len(missing)} rows in {self.output} cannot be read again: name another --output.")
-        return [rows[asked] for asked in sorted(order)]
+        return on_main(lambda: scores(name, self.collect(name, order)))
 
     def row(self, data, index, group):
         """What is written of a row; `group` is None where it could not be asked."""
@@ -573,38 +520,31 @@ class Evaluation:
             "responses": group.texts,
         }
 
-    def read_parts(self, name):
-        """Rows that were written so far, by any process of this evaluation or of the one that it resumes."""
-        rows = []
+    def read_rows(self, name):
+        """{(part, index): row} of what any process of this evaluation, or of the one it resumes, has written so far."""
+        rows = {}
         for path in [*self.output.glob(f"{name}.*.part"), *self.output.glob(f"{name}.jsonl")]:
-            for line in path.read_text(errors="replace").split("\n"):  # other line ends stand inside of texts
+            for line in path.read_text(errors="replace").split("\n"):  # texts may contain other line ends
                 with contextlib.suppress(ValueError):  # the last line of a process that was killed
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
+                    rows[row["part"], row["index"]] = row
         return rows
 
-    def finish(self, name, rows):
-        """All rows of a benchmark in one file, instead of one for each process."""
-        if self.rank == 0:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_text(self.output / f"{name}.jsonl", lines)
-            for path in self.output.glob(f"{name}.*.part"):
-                path.unlink()
-        self.accelerator.wait_for_everyone()
+    def collect(self, name, order):
+        """Writes all rows of a benchmark to one file, in place of one for each process, and returns them."""
+        rows = self.read_rows(name)
+        rows = [rows[place] for place in sorted(order)]
+        write_text(self.output / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for path in self.output.glob(f"{name}.*.part"):
+            path.unlink()
+        return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Scores
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def scores(name, rows):
-    """Accuracy with its standard error over rows, shares of unparsed and truncated responses, and the benchmark's own.
-
-    >>> row = {"parsed": [True], "truncated": [False], "asked": True, "group": {}}
-    >>> rows = [row | {"correct": [correct]} for correct in (True, False, True, True)]
-    >>> {key: round(value, 4) for key, value in scores("toy", rows).items()}
-    {'rows': 4, 'accuracy': 0.75, 'stderr': 0.25, 'unparsed': 0.0, 'truncated': 0.0, 'not_asked': 0}
-    """
+    """Accuracy, its standard error over rows, shares of unparsed and truncated responses, and a benchmark's own."""
     means = [sum(row["correct"]) / len(row["correct"]) for row in rows]
     accuracy = sum(means) / len(means)
     variance = sum((mean - accuracy) ** 2 for mean in means) / max(len(means) - 1, 1)
@@ -626,63 +566,56 @@ def scores(name, rows):
             own = [mean for row, mean in zip(rows, means) if row["group"].get("version") == version]
             result[version] = sum(own) / len(own)
     if name == "dynamath":
-        seeds = [{**row, "group": {"seed": row["group"].get("seed", row["index"])}} for row in rows]
-        result |= {"average": accuracy, "worst_case": all_right(seeds, "seed")}
+        result |= {"average": accuracy, "worst_case": all_right(rows, "seed")}
     return result
 
 
 def all_right(rows, key):
     """Share of groups whose rows are all right, in the mean over samples."""
     groups = defaultdict(list)
-    for row in (row for row in rows if row["group"].get(key, "") is not None):
-        groups[row["group"].get(key, row.get("index"))].append(row["correct"])  # what could not be read is alone
+    for row in rows:
+        group = row["group"].get(key, row["index"])  # a row that could not be read is a group of its own
+        if group is not None:
+            groups[group].append(row["correct"])
     samples = max(len(row["correct"]) for row in rows)
-    right = [sum(all(c[min(s, len(c) - 1)] for c in g) for s in range(samples)) / samples for g in groups.values()]
+    right = []
+    for group in groups.values():
+        of_samples = [all(correct[min(s, len(correct) - 1)] for correct in group) for s in range(samples)]
+        right.append(sum(of_samples) / samples)
     return sum(right) / len(right)
 
 
 def compare(first, second, resamples=10_000):
     """Lines that say how the second result folder differs from the first, on the same rows; raises UserError."""
-    found = []
-    for folder in map(Path, (first, second)):
-        try:
-            found.append(json.loads((folder / "results.json").read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--compare: {folder} has no results.json ({error}): evaluate it first.") from None
+    folders = Path(first), Path(second)
+    found = [json.loads((folder / "results.json").read_text()) for folder in folders]
     a, b = (result["protocol"] for result in found)
     changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
     # which rows can be asked, and so their checksum, depends on the model: each row's texts are compared below
-    if changed := changed - {"model", "model_revision", "weights_checksum", "rows_checksums"}:
+    changed -= {"model", "model_revision", "weights_checksum", "rows_checksums"}
+    if changed:
         raise UserError(f"--compare: {first} and {second} differ in {', '.join(sorted(changed))}: evaluate them alike.")
     lines = [f"{'benchmark':16s}{'rows':>6s}{'first':>9s}{'second':>9s}{'difference, 95 % interval':>32s}  sign test"]
     for name in found[0]["scores"]:
-        rows = [read_lines(Path(folder) / f"{name}.jsonl") for folder in (first, second)]
-        if len(rows[0]) != len(rows[1]) or any(map(differ, *rows)):
+        texts = [(folder / f"{name}.jsonl").read_text() for folder in folders]
+        rows = [[json.loads(line) for line in text.split("\n") if line] for text in texts]
+        others = len(rows[0]) != len(rows[1])
+        for row, other in zip(*rows):
+            known = {"part", "index", "problem", "answer"} & row.keys() & other.keys()  # a damaged row has no texts
+            others = others or any(row[key] != other[key] for key in known)
+        if others:
             raise UserError(f"--compare: {first} and {second} hold other rows of {name}: evaluate them alike.")
         one, two = (torch.tensor([sum(r["correct"]) / len(r["correct"]) for r in x], dtype=torch.float64) for x in rows)
-        difference, generator = two - one, torch.Generator().manual_seed(0)
+        difference = two - one
+        generator = torch.Generator().manual_seed(0)
         picks = (torch.randint(len(one), (len(one),), generator=generator) for _ in range(resamples))
-        low, high = torch.stack([difference[pick].mean() for pick in picks]).quantile(
-            torch.tensor([0.025, 0.975]).double()
-        )
+        means = torch.stack([difference[pick].mean() for pick in picks])
+        low, high = means.quantile(torch.tensor([0.025, 0.975]).double())
         better, worse = int((difference > 0).sum()), int((difference < 0).sum())
         p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))  # the sign test, two-sided and exact
         interval = f"{difference.mean():+.1%} [{low:+.1%}, {high:+.1%}]"
         lines.append(f"{name:16s}{len(one):6d}{one.mean():9.1%}{two.mean():9.1%}{interval:>32s}  p = {p:.3g}")
     return lines
-
-
-def differ(row, other):
-    """Whether two rows are of different questions; one that could not be read has none."""
-    asked = ("problem", "answer") if "problem" in row and "problem" in other else ()
-    return any(row.get(name) != other.get(name) for name in ("part", "index", *asked))
-
-
-def read_lines(path):
-    try:
-        return [json.loads(line) for line in path.read_text().split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--compare: {path} cannot be read ({error}): evaluate its model again.") from None
 
 
 def table(results):
@@ -698,34 +631,27 @@ def table(results):
 def main():
     args = parse_args(Args)
     if args.compare:
-        if len(args.compare) != 2:
-            raise UserError(f"--compare takes two result folders, not {len(args.compare)}.")
-        print("\n".join(compare(*args.compare)))
+        first, second = args.compare
+        print("\n".join(compare(first, second)))
         return
-    evaluation, results = Evaluation(args), {}
-    for name in args.benchmarks.split(","):
-        rows = evaluation.run(name)
-        if evaluation.rank == 0:
-            results[name] = scores(name, rows)
-        evaluation.finish(name, rows)
+    evaluation = Evaluation(args)
+    results = {name: evaluation.run(name) for name in evaluation.parts}
     evaluation.check.close()
     retries = sum(gather_object([evaluation.retries]))
     if evaluation.rank == 0:
-        missing = {
-            name: sum(len(data.rows) - len(with_answers(data)) for data in parts)
-            for name, parts in evaluation.parts.items()
-        }
-        whole = {"protocol": evaluation.protocol, "scores": results, "memory_retries": retries}
-        whole["rows_without_answer"] = missing
-        write_text(evaluation.output / "results.json", json.dumps(whole, indent=2) + "\n")
+        protocol = evaluation.protocol
+        titles = [data.title for data in itertools.chain(*evaluation.parts.values())]
+        without_answer = {}
+        for name, parts in evaluation.parts.items():
+            without_answer[name] = sum(list(data.unusable.values()).count("has no answer") for data in parts)
+        written = {"protocol": protocol, "scores": results, "memory_retries": retries}
+        written["rows_without_answer"] = without_answer
+        write_text(evaluation.output / "results.json", json.dumps(written, indent=2) + "\n")
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
+        pixels = f"images of {protocol['min_pixels']:,} to {protocol['max_pixels']:,} pixels"
         print(table(results))
-        pixels = "images of {:,} to {:,} pixels".format(*limit_pixels(evaluation.model.config, evaluation.processor))
-        revisions = ", ".join(sorted(set(evaluation.protocol["revisions"].values())))
-        asked = ", ".join(data.title for parts in evaluation.parts.values() for data in parts)
-        print(f"{asked}, data revision {revisions}")
-        print(f"{args.model}: {decoding}, {args.max_response_tokens} tokens, {pixels}")
-        print(f"asked: <question> {args.instruction}\n{evaluation.output}/results.json, and every response beside it")
+        print(f"{args.model} on {', '.join(titles)}: {decoding}, {args.max_response_tokens} tokens, {pixels}")
+        print(f"asked: <question> {args.instruction}\n{evaluation.output}/results.json, and every response next to it")
     evaluation.accelerator.end_training()
 
 

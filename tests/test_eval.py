@@ -1,10 +1,9 @@
-"""eval.py: a fixture per benchmark with the hub's columns, verdicts, scores, processes, resume and comparison."""
+"""eval.py: rows of each benchmark with the hub's columns, verdicts, scores, processes, resume and comparison."""
 
 import dataclasses
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -22,180 +21,62 @@ from eval import BENCHMARKS, Args, Question, Questions, choose, compare, judge, 
 from plumbing.answers import Checker
 from plumbing.arguments import EMBEDDED, INSTRUCTION, TOY, SharedArgs, UserError
 from plumbing.checkpoints import State
-from plumbing.data import Data, Unusable, load_rows
+from plumbing.data import Data, load_rows
 
-PICTURE = Image.new("RGB", (56, 56), "red")
-FIXTURES = {  # benchmark: rows with the hub's column names and types, the right answer of each in \boxed{}
-    "geometry3k": [({"images": [PICTURE], "problem": "<image>Find x.", "answer": "2\\sqrt{3}"}, "\\sqrt{12}")],
-    "mathvista": [
+IMAGE = Image.new("RGB", (56, 56), "red")
+TABLES = {  # benchmark: the hub's columns; rows, and after the last column a right answer in \boxed{}
+    "geometry3k": ("images, problem, answer", ([IMAGE], "<image>Find x.", "2\\sqrt{3}", "\\sqrt{12}")),
+    "mathvista": (
+        "decoded_image, question, choices, unit, precision, answer, question_type, answer_type",
+        (IMAGE, "Which colour?", ["blue", "red"], None, None, "red", "multi_choice", "text", "B"),
+        (IMAGE, "How long?", None, "cm", 1.0, "2.4", "free_form", "float", "2.41"),
+    ),
+    "mathverse": (  # the question of every row of "Vision Only" is empty
+        "image, question, answer, question_type, problem_version",
+        (IMAGE, "Find it.\nChoices:\nA:1\nB:2", "B", "multi-choice", "Text Lite", "(B)"),
+        (IMAGE, "Find it.", "5", "free-form", "Vision Only", "x=5"),
+        (IMAGE, "", "C", "multi-choice", "Vision Only", "C"),
+        (IMAGE, "", "7", "free-form", "Vision Only", "7"),
+    ),
+    "mathvision": (
+        "decoded_image, question, options, answer",
+        (IMAGE, "See <image1>. Which?", ["A", "B", "C", "D", "E"], "E", "E"),
+        (IMAGE, "How many?\n<image1>", [], "7", "7"),
+    ),
+    "logicvista": ("image, question, answer", (IMAGE, "Which? A. a B. b C. c", "A, C", "C, A")),
+    "mmmu_pro": (
+        "question, options, answer, image_1, image_2, image_3, image_4, image_5, image_6, image_7",
         (
-            {
-                "decoded_image": PICTURE,
-                "question": "Which colour?",
-                "choices": ["blue", "red"],
-                "unit": None,
-                "precision": None,
-                "answer": "red",
-                "question_type": "multi_choice",
-                "answer_type": "text",
-                "query": "",
-            },
-            "B",
+            *("Compare <image 2> with <image 1>.", "['like <image 1>', 'it\\'s \"far\"']", "B"),
+            *(IMAGE, IMAGE, None, None, None, None, None, "B"),
         ),
-        (
-            {
-                "decoded_image": PICTURE,
-                "question": "How long?",
-                "choices": None,
-                "unit": "cm",
-                "precision": 1.0,
-                "answer": "2.4",
-                "question_type": "free_form",
-                "answer_type": "float",
-                "query": "",
-            },
-            "2.41",
-        ),
-    ],
-    "mathverse": [
-        (
-            {
-                "image": PICTURE,
-                "question": "Find it.\nChoices:\nA:1\nB:2",
-                "answer": "B",
-                "question_type": "multi-choice",
-                "problem_version": "Text Lite",
-                "query_cot": "",
-            },
-            "(B)",
-        ),
-        (
-            {
-                "image": PICTURE,
-                "question": "Find it.",
-                "answer": "5",
-                "question_type": "free-form",
-                "problem_version": "Vision Only",
-                "query_cot": "",
-            },
-            "x=5",
-        ),
-        (
-            {
-                "image": PICTURE,
-                "question": "",  # as every row of this version
-                "answer": "C",
-                "question_type": "multi-choice",
-                "problem_version": "Vision Only",
-                "query_cot": "",
-            },
-            "C",
-        ),
-        (
-            {
-                "image": PICTURE,
-                "question": "",
-                "answer": "7",
-                "question_type": "free-form",
-                "problem_version": "Vision Only",
-                "query_cot": "",
-            },
-            "7",
-        ),
-    ],
-    "mathvision": [
-        (
-            {
-                "decoded_image": PICTURE,
-                "question": "See <image1>. Which?",
-                "options": ["A", "B", "C", "D", "E"],
-                "answer": "E",
-                "level": 1,
-                "subject": "counting",
-            },
-            "E",
-        ),
-        (
-            {
-                "decoded_image": PICTURE,
-                "question": "How many?\n<image1>",
-                "options": [],
-                "answer": "7",
-                "level": 2,
-                "subject": "counting",
-            },
-            "7",
-        ),
-    ],
-    "logicvista": [({"image": PICTURE, "question": "Which? A. a B. b C. c", "answer": "A, C"}, "C, A")],
-    "mmmu_pro": [
-        (
-            {
-                "question": "Compare <image 2> with <image 1>.",
-                "options": "['like <image 1>', 'it\\'s \"far\"']",
-                "answer": "B",
-                **{f"image_{n}": PICTURE if n < 3 else None for n in range(1, 8)},
-            },
-            "B",
-        )
-    ],
-    "mmmu_pro_vision": [({"options": "['a', 'b', 'c']", "image": PICTURE, "answer": "C"}, "C")],
-    "hallusionbench": [
-        (
-            {
-                "question": "Is it red?",
-                "gt_answer": str(gold),
-                "category": "VD",
-                "subcategory": "figure",
-                "set_id": "0",
-                "figure_id": str(figure),
-                "question_id": "1",
-                "image": image,
-            },
-            ["No", "yes, it is"][gold],
-        )
-        for figure, gold, image in ((0, 1, PICTURE), (1, 0, None))
-    ],
-    "wemath": [
-        (
-            {
-                "question": "How much?",
-                "option": "A. 3 dm; B. 30; C. No correct answer",
-                "answer": "B",
-                "image_path": PICTURE,
-                "key": "k",
-            },
-            "B. 30",
-        )
-    ],
-    "dynamath": [
-        (
-            {"id": "7", "decoded_image": PICTURE, "question": "x?", "ground_truth": "1.234", "answer_type": "float"},
-            "1.2349",
-        ),
-        (
-            {
-                "id": "8",
-                "decoded_image": PICTURE,
-                "question": "Which? A: 1 B: 2",
-                "ground_truth": "A",
-                "answer_type": "multiple choice",
-            },
-            "A",
-        ),
-    ],
-    "puzzlevqa": [
-        ({"image": PICTURE, "question": "Which number?", "options": [6, 3, 4], "answer": "4"}, "C"),
-        ({"image": PICTURE, "question": "Which number?", "options": [6, 3, 4], "answer": "3"}, "3"),
-    ],
-    "algopuzzlevqa": [
-        ({"image": PICTURE, "question": "Is it? Answer Yes or No.", "options": ["Yes", "No"], "answer": "No"}, "no")
-    ],
-    "clevr_count": [({"images": [PICTURE], "problem": "<image>How many?", "answer": "3"}, "3")],
-    "mmk12": [
-        ({"image": PICTURE, "question": "<image>Which? A. 1 B. 2", "answer": "B", "subject": "math"}, "\\text{(B)}")
-    ],
+    ),
+    "mmmu_pro_vision": ("options, image, answer", ("['a', 'b', 'c']", IMAGE, "C", "C")),
+    "hallusionbench": (
+        "question, gt_answer, category, subcategory, set_id, figure_id, question_id, image",
+        ("Is it red?", "1", "VD", "figure", "0", "0", "1", IMAGE, "yes, it is"),
+        ("Is it red?", "0", "VD", "figure", "0", "1", "1", None, "No"),
+    ),
+    "wemath": (
+        "question, option, answer, image_path",
+        ("How much?", "A. 3 dm; B. 30; C. No correct answer", "B", IMAGE, "B. 30"),
+    ),
+    "dynamath": (
+        "id, decoded_image, question, ground_truth, answer_type",
+        ("7", IMAGE, "x?", "1.234", "float", "1.2349"),
+        ("8", IMAGE, "Which? A: 1 B: 2", "A", "multiple choice", "A"),
+    ),
+    "puzzlevqa": (
+        "image, question, options, answer",
+        (IMAGE, "Which number?", [6, 3, 4], "4", "C"),
+        (IMAGE, "Which number?", [6, 3, 4], "3", "3"),
+    ),
+    "algopuzzlevqa": ("image, question, options, answer", (IMAGE, "Is it? Yes or No.", ["Yes", "No"], "No", "no")),
+    "clevr_count": ("images, problem, answer", ([IMAGE], "<image>How many?", "3", "3")),
+    "mmk12": ("image, question, answer", (IMAGE, "<image>Which? A. 1 B. 2", "B", "\\text{(B)}")),
 }
+ROWS = {name: [dict(zip(columns.split(", "), values)) for values in rows] for name, (columns, *rows) in TABLES.items()}
+assert {*TABLES, *EMBEDDED} == set(BENCHMARKS)
 
 
 def write(path, rows):
@@ -207,7 +88,7 @@ def write(path, rows):
             return datasets.Image()
         if isinstance(value, list):
             return datasets.List(feature(value) if value else datasets.Value("string"))
-        kinds = {bool: "bool", int: "int64", float: "float64"}
+        kinds = {int: "int64", float: "float64"}
         return datasets.Value(kinds.get(type(value), "string"))
 
     features = {name: feature([row[name] for row in rows]) for name in rows[0]}
@@ -224,37 +105,29 @@ def check():
 
 def questions(name, path, toy):
     model, processor = toy
-    args = Args(data=str(path), benchmarks=name)
-    return Questions(name, "train", args, processor, model)
+    return Questions(name, "train", Args(data=str(path), benchmarks=name), processor, model)
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", TABLES)
 def test_rows_of_the_hubs_schema(name, toy, tmp_path, check):
-    rows, answers = zip(*FIXTURES[name])
+    rows, answers = ROWS[name], [values[-1] for values in TABLES[name][1:]]
     data = questions(name, write(tmp_path / "rows.parquet", rows), toy)
     assert data.indices == list(range(len(rows)))
     for i, right in enumerate(answers):
         question, prompt = data.question(i), data.prompt(i)
-        images = [value for value in rows[i].values() if isinstance(value, Image.Image)]
-        images += [
-            x for value in rows[i].values() if isinstance(value, list) for x in value if isinstance(x, Image.Image)
-        ]
-        assert (0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)) == len(images)
+        images = sum(value is IMAGE or value == [IMAGE] for value in rows[i].values())
+        assert (0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)) == images
         assert judge(check, f"<think>so</think> \\boxed{{{right}}}", question), (question, right)
         for wrong in ("", "\\boxed{}", "\\boxed{Z}", "\\boxed{None}", right):
             assert not judge(check, wrong, question), wrong
 
 
-def test_every_benchmark_has_a_fixture():
-    assert {*FIXTURES, *EMBEDDED} == set(BENCHMARKS)
-
-
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("column", ["answer", "question"])
 def test_a_row_without_question_or_gold_is_refused(name, column, toy, tmp_path):
     """None never becomes the word "None", nor a "no"."""
     columns = {"answer": {"answer", "gt_answer", "ground_truth"}, "question": {"question", "problem"}}[column]
-    row = FIXTURES[name][0][0]
+    row = ROWS[name][0]
     path = write(tmp_path / "rows.parquet", [row, {key: None if key in columns else row[key] for key in row}])
     if name == "mmmu_pro_vision" and column == "question":
         return  # the image holds it
@@ -262,31 +135,36 @@ def test_a_row_without_question_or_gold_is_refused(name, column, toy, tmp_path):
         questions(name, path, toy)
 
 
-def test_only_a_question_without_words_of_mathverse_asks_by_its_image(toy, tmp_path):
-    path = write(tmp_path / "rows.parquet", [FIXTURES["mmk12"][0][0] | {"question": " "}])
-    with pytest.raises(UserError, match="row 0 has no question"):
-        questions("mmk12", path, toy)
-    path = write(tmp_path / "wemath.parquet", [FIXTURES["wemath"][0][0] | {"option": "3 dm"}])
-    with pytest.raises(UserError, match="row 0 is not in the schema .* .its options have no labels"):
-        questions("wemath", path, toy)
+@pytest.mark.parametrize(
+    "name, row, why",
+    [
+        ("mathvista", ROWS["mmk12"][0], "KeyError.'question_type'"),
+        ("wemath", ROWS["wemath"][0] | {"option": "3 dm"}, ".*its options have no labels"),
+    ],
+)
+def test_a_row_of_another_schema_is_refused(name, row, why, toy, tmp_path):
+    path = write(tmp_path / "rows.parquet", [row])
+    with pytest.raises(UserError, match=f"row 0 is not in the schema of --benchmarks {name} .{why}"):
+        questions(name, path, toy)
 
 
-def test_options_are_printed_and_the_letter_is_asked_for():
+def test_options_are_read_and_printed_and_the_letter_is_asked_for():
+    for options in ("[['a', 'b']]", "['a', 'b']", ["a", "b"], [["a", "b"]]):
+        assert evaluation.list_of(options) == ["a", "b"]
+    assert evaluation.list_of(["[1]"]) == ["[1]"]
     text = choose("Which?", ["30", "40"])
     assert text == "Which?\n(A) 30\n(B) 40\nAnswer with the letter of the right option."
     assert "(A)" not in choose("Which?", ["A", "B"])
 
 
 def test_images_stand_where_the_text_names_them():
-    text, images = place_images(
-        "<image 2> or <image 1>? <image 2>, <image 3>!", r"<image (\d+)>", {1: "a", 2: "b", 3: None, 4: "d"}
-    )
+    text, images = place_images("<image 2> or <image 1>? <image2>, <image 3>!", {1: "a", 2: "b", 4: "d"})
     assert text == "<image><image> or <image>? image 2, image 3!" and images == ["d", "b", "a"]
 
 
 def test_prompt_of_training_and_evaluation_is_the_same(toy, tmp_path):
     model, processor = toy
-    path = write(tmp_path / "rows.parquet", [FIXTURES["geometry3k"][0][0]])
+    path = write(tmp_path / "rows.parquet", ROWS["geometry3k"])
     training = Data(str(path), "train", SharedArgs(), processor, model)
     asked = questions("geometry3k", path, toy)
     a, b = training.prompt(0), asked.prompt(0)
@@ -340,72 +218,82 @@ def test_published_cases(check, answer, gold, options, verdict):
     assert time.time() - start < 3 * check.seconds
 
 
-@pytest.mark.parametrize(
-    "answer, gold, kind, digits, verdict",
-    [
-        ("C, A", "A, C", "letters", None, True),
-        ("AC", "A, C", "letters", None, True),
-        ("A", "A, C", "letters", None, False),
-        ("2.449", "2.4", "float", 1, True),
-        ("2.46", "2.4", "float", 1, False),
-        ("1.235", "1.234", "float", None, True),
-        ("1.236", "1.234", "float", None, False),
-        ("\\frac{1}{2}", "0.5", "float", None, True),
-        ("Yes.", "yes", "yes/no", None, True),
-        ("No, it is not", "no", "yes/no", None, True),
-        ("Nothing", "no", "yes/no", None, False),
-        ("It cannot be told", "no", "yes/no", None, False),
-        ("It cannot be told", "no", "yes/no or unsure", None, True),
-        ("Uncertain.", "yes", "yes/no or unsure", None, True),
-        ("Nothing", "no", "yes/no or unsure", None, False),
-        ("Yes, I am not sure why", "no", "yes/no or unsure", None, False),
-        ("Insufficient information", "no", "yes/no or unsure", None, True),
-        ("No, yes", "no", "yes/no", None, False),
-        ("no or yes", "yes", "yes/no", None, False),
-        ("No idea", "no", "yes/no", None, False),
-        ("3.9", "3", "integer", None, True),
-        ("3 apples", "3", "integer", None, True),
-        ("4", "3", "integer", None, False),
-        ("1e400", "3", "integer", None, False),
-        ("banana", "12", "letters", None, False),  # neither names an option
-        ("K", "K", "letters", None, True),
-        ("ATP", "ATP", "choice", None, True),  # no option, as far as is known
-        ("12", "12", "letters", None, True),
-        ("no idea", "Yes", "choice", None, False),
-        ("12.0", "12", "choice", None, True),
-    ],
-)
+OTHER_KINDS = [  # answer, gold, kind, digits, verdict
+    ("C, A", "A, C", "letters", None, True),
+    ("AC", "A, C", "letters", None, True),
+    ("A", "A, C", "letters", None, False),
+    ("2.449", "2.4", "float", 1, True),
+    ("2.46", "2.4", "float", 1, False),
+    ("1.235", "1.234", "float", None, True),
+    ("1.236", "1.234", "float", None, False),
+    ("\\frac{1}{2}", "0.5", "float", None, True),
+    ("Yes.", "yes", "yes/no", None, True),
+    ("No, it is not", "no", "yes/no", None, True),
+    ("Nothing", "no", "yes/no", None, False),
+    ("It cannot be told", "no", "yes/no", None, False),
+    ("It cannot be told", "no", "yes/no or unsure", None, True),
+    ("Uncertain.", "yes", "yes/no or unsure", None, True),
+    ("Nothing", "no", "yes/no or unsure", None, False),
+    ("Yes, I am not sure why", "no", "yes/no or unsure", None, False),
+    ("Insufficient information", "no", "yes/no or unsure", None, True),
+    ("No, yes", "no", "yes/no", None, False),
+    ("no or yes", "yes", "yes/no", None, False),
+    ("No idea", "no", "yes/no", None, False),
+    ("3.9", "3", "integer", None, True),
+    ("3 apples", "3", "integer", None, True),
+    ("4", "3", "integer", None, False),
+    ("1e400", "3", "integer", None, False),
+    ("banana", "12", "letters", None, False),  # neither names an option
+    ("K", "K", "letters", None, True),
+    ("ATP", "ATP", "choice", None, True),  # no option, as far as is known
+    ("12", "12", "letters", None, True),
+    ("no idea", "Yes", "choice", None, False),
+    ("12.0", "12", "choice", None, True),
+]
+
+
+@pytest.mark.parametrize("answer, gold, kind, digits, verdict", OTHER_KINDS)
 def test_verdicts_of_the_other_kinds(check, answer, gold, kind, digits, verdict):
     assert judge(check, f"\\boxed{{{answer}}}", Question("", [], gold, kind, digits=digits)) == verdict
 
 
-def test_ten_thousand_answers_take_less_than_a_minute():
-    check = Checker()
+def test_a_thousand_answers_take_less_than_six_seconds(check):
     cases = [("\\frac{%d}{4}", "%d/4"), ("%d cm", "%d"), ("\\sqrt{%d}", "%d"), ("(B)", "B"), ("x = %d.0", "%d")]
+    check.equal("\\sqrt{3}", "4")  # its process has started
     start = time.time()
-    for i in range(10_000):
-        answer, gold = cases[i % 5]
-        answer, gold = (text % (i % 97) if "%d" in text else text for text in (answer, gold))
+    for i in range(1000):
+        answer, gold = (text % (i % 97) if "%d" in text else text for text in cases[i % 5])
         judge(check, f"\\boxed{{{answer}}}", Question("", [], gold))
-    assert time.time() - start < 60
-    start = time.time()
-    assert not judge(check, "\\boxed{9^{9^{9^9}}}", Question("", [], "7"))
-    assert time.time() - start < check.seconds + 1
-    check.close()
+    assert time.time() - start < 6
 
 
-def made(correct, group=None, **more):
+WEMATH = {  # as some of the hub's rows have their options: strays, full-width points, separators that are missing
+    "A. 3 dm; B. 30; C. No": ["3 dm", "30", "No"],
+    "A. to point ;O.;B. to ;C.  ;C. No.; D. None": ["to point ;O.", "to ;C.", "No.", "None"],
+    "A. 1;B．2;C. 3": ["1", "2", "3"],
+    "A. 45° B. 60° ;C. 120°": ["45°", "60°", "120°"],
+    "A:x;C. y; B. z; C. w": ["x;C. y", "z", "w"],
+}
+
+
+@pytest.mark.parametrize("text", WEMATH)
+def test_options_in_one_text(text):
+    row = ROWS["wemath"][0] | {"option": text}
+    assert BENCHMARKS["wemath"].read(row).options == WEMATH[text]
+
+
+def result_row(correct, group=None, **more):
     row = {"correct": correct, "parsed": [True] * len(correct), "truncated": [False] * len(correct), "asked": True}
-    return row | {"group": group or {}} | more
+    return row | {"group": group or {}, "index": 99} | more
 
 
 def test_scores_by_hand():
     rows = [
-        made([True, False]),
-        made([False, False], parsed=[False, True], truncated=[True, False]),
-        made([True, True]),
+        result_row([True, False]),
+        result_row([False, False], parsed=[False, True], truncated=[True, False]),
+        result_row([True, True]),
+        result_row([False], asked=False, parsed=[], truncated=[]),
     ]
-    rows.append(made([False], asked=False, parsed=[], truncated=[]))
     got = scores("mmk12", rows)
     assert got["rows"] == 4 and got["accuracy"] == pytest.approx(1.5 / 4) and got["pass"] == 0.5
     assert got["unparsed"] == got["truncated"] == pytest.approx(1 / 6) and got["not_asked"] == 1
@@ -415,50 +303,55 @@ def test_scores_by_hand():
 
 def test_scores_of_hallusionbench_dynamath_and_mathverse():
     rows = [
-        made([right], {"figure": figure, "question": question})
+        result_row([right], {"figure": figure, "question": question})
         for right, figure, question in ((True, "f1", "q1"), (True, "f1", "q2"), (False, "f2", "q1"), (True, "f2", "q2"))
     ]
     got = scores("hallusionbench", rows)
     assert (got["aAcc"], got["fAcc"], got["qAcc"]) == (0.75, 0.5, 0.5)
-    rows = [made([right], index=index) for index, right in ((0, True), (0, True), (1, True), (1, False))]
+    rows = [result_row([right], index=index) for index, right in ((0, True), (0, True), (1, True), (1, False))]
     got = scores("dynamath", rows)
     assert (got["average"], got["worst_case"]) == (0.75, 0.5)
-    got = scores("mathverse", [made([right], {"version": v}) for right, v in ((True, "a"), (False, "a"), (True, "b"))])
+    rows = [result_row([right], {"version": version}) for right, version in ((True, "a"), (False, "a"), (True, "b"))]
+    got = scores("mathverse", rows)
     assert (got["a"], got["b"]) == (0.5, 1.0)
 
 
-def test_compare(tmp_path, capsys):
+def test_figures_of_hallusionbench():
+    """A question without its visual supplement belongs to no figure, and may be answered by doubt."""
+    row = ROWS["hallusionbench"][0] | {"category": "VS"}
+    read = [BENCHMARKS["hallusionbench"].read(row | {"figure_id": figure}) for figure in ("0", "1", "1", "2")]
+    assert [question.kind for question in read] == ["yes/no or unsure", *["yes/no"] * 3]
+    rows = [result_row([right], question.group) for right, question in zip((0, 1, 1, 0), read)]
+    found = scores("hallusionbench", rows)
+    assert found["fAcc"] == 1 / 2 and found["qAcc"] == 0 and found["aAcc"] == 1 / 2
+    assert scores("hallusionbench", [*rows, result_row([False])])["fAcc"] == 1 / 3
+
+
+def test_compare(tmp_path):
     protocol = {"model": "a", "temperature": 0.0, "seed": 0}
-    for name, right in (("a", [1, 0, 0, 0, 1, 0, 0, 1]), ("b", [1, 1, 1, 1, 1, 0, 1, 0])):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps({"protocol": protocol, "scores": {"toy": {}}}))
-        (tmp_path / name / "toy.jsonl").write_text("".join(json.dumps({"correct": [bool(x)]}) + "\n" for x in right))
-    line = compare(tmp_path / "a", tmp_path / "b")[1].split()
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, right in ((a, [1, 0, 0, 0, 1, 0, 0, 1]), (b, [1, 1, 1, 1, 1, 0, 1, 0])):
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"protocol": protocol, "scores": {"toy": {}}}))
+        (folder / "toy.jsonl").write_text("".join(json.dumps({"correct": [bool(x)], "index": 1}) + "\n" for x in right))
+    line = compare(a, b)[1].split()
     assert line[:5] == ["toy", "8", "37.5%", "75.0%", "+37.5%"]
     low, high = (float(x.strip("[],%")) for x in line[5:7])
     assert -25 <= low < 37.5 < high <= 87.5
     assert line[-1] == f"{2 * (1 + 5) / 32:.3g}"  # 4 rows against 1: 0 or 1 of 5, on either side
-    rows = (tmp_path / "b" / "toy.jsonl").read_text()
-    (tmp_path / "b" / "toy.jsonl").write_text(json.dumps({"correct": [True], "index": 7}) + "\n")
-    with pytest.raises(UserError):
-        compare(tmp_path / "a", tmp_path / "b")
-    assert "hold other rows of toy" in capsys.readouterr().err
-    (tmp_path / "b" / "toy.jsonl").write_text(rows[:-9])
-    with pytest.raises(UserError):
-        compare(tmp_path / "a", tmp_path / "b")
-    assert "toy.jsonl cannot be read" in capsys.readouterr().err
-    (tmp_path / "b" / "results.json").write_text(json.dumps({"protocol": protocol | {"seed": 1}, "scores": {}}))
-    with pytest.raises(UserError):
-        compare(tmp_path / "a", tmp_path / "b")
-    assert "differ in seed" in capsys.readouterr().err
-    with pytest.raises(UserError):
-        compare(tmp_path / "a", tmp_path / "nowhere")
-    assert "has no results.json" in capsys.readouterr().err
+    rows = (b / "toy.jsonl").read_text()
+    for other in (rows.partition("\n")[2], rows.replace('"index": 1', '"index": 7', 1)):
+        (b / "toy.jsonl").write_text(other)
+        with pytest.raises(UserError, match="hold other rows of toy"):
+            compare(a, b)
+    (b / "results.json").write_text(json.dumps({"protocol": protocol | {"seed": 1}, "scores": {}}))
+    with pytest.raises(UserError, match="differ in seed"):
+        compare(a, b)
 
 
-def test_a_batch_that_runs_out_of_memory_is_halved_and_counted(monkeypatch, capsys):
-    def sample(model, tokenizer, prompts, *rest, **more):
-        if len(prompts) > 3:
+def test_a_batch_that_runs_out_of_memory_is_halved_and_counted(monkeypatch):
+    def sample(model, tokenizer, prompts, *rest):
+        if len(prompts) > 3 or "large" in prompts:
             raise torch.OutOfMemoryError
         return [f"group {p}" for p in prompts]
 
@@ -466,21 +359,18 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_counted(monkeypatch, caps
     fake = SimpleNamespace(model=None, processor=SimpleNamespace(tokenizer=None), args=Args(), retries=0)
     fake.ask = lambda prompts: evaluation.Evaluation.ask(fake, prompts)
     assert fake.ask(range(10)) == [f"group {p}" for p in range(10)] and fake.retries == 3
-    monkeypatch.setattr(evaluation, "rollout", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError))
-    with pytest.raises(UserError):
-        fake.ask([1])
-    assert "one prompt is too much" in capsys.readouterr().err
+    with pytest.raises(UserError, match="one prompt is too much"):
+        fake.ask(["large"])
 
 
 def test_bf16_rounds_weights_and_no_position(tmp_path):
     made = evaluation.Evaluation(Args(dtype="bfloat16", output=str(tmp_path / "bf16"), max_prompt_tokens=512))
+    made.check.close()
     exact = load_model(TOY / "model")
     assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
-    positions = torch.arange(4000)[None]
-    for model in (made.model, exact):
-        model.cos = model.model.language_model.rotary_emb(torch.ones(1), positions.expand(3, 1, -1))[0]
-    assert torch.equal(made.model.cos, exact.cos)
-    made.check.close()
+    positions = torch.arange(4000)[None].expand(3, 1, -1)
+    a, b = (model.model.language_model.rotary_emb(torch.ones(1), positions)[0] for model in (made.model, exact))
+    assert torch.equal(a, b)
 
 
 def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
@@ -493,37 +383,11 @@ def test_a_checkpoint_is_asked_as_it_was_trained(tmp_path):
     args = Args(model=str(folder))
     assert (args.instruction, args.benchmarks, args.min_pixels, args.output) == ("Hm.", "toy", None, "runs/eval/vepo")
     assert args.max_response_tokens == 33
-    assert Args(model=str(folder), instruction="Ha.").instruction == "Ha."
-    (folder / "trainer_state.json").write_text('{"model"')
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
-        Args(model=str(folder))
-    hub = Args(model="Qwen/Qwen2.5-VL-7B-Instruct")
-    assert (hub.benchmarks, hub.min_pixels, hub.max_response_tokens) == ("geometry3k", 262_144, 2048)
+    assert Args(model=str(folder), instruction="").instruction == ""
     (folder / "trainer_state.json").write_text('{"global_step": 3, "log_history": []}')  # of another trainer
     assert Args(model=str(folder)).instruction == INSTRUCTION
-
-
-def own_data(folder, rows, **columns):
-    data = load_rows("toy", "test").select(range(rows))
-    for old, new in columns.items():
-        data = data.rename_column(old, new)
-    data.to_parquet(folder / "mine.parquet")
-    return str(folder / "mine.parquet")
-
-
-def test_the_rows_that_a_run_held_out_are_the_default(tmp_path, monkeypatch, capsys):
-    """A checkpoint on data of one's own: the same rows, columns and responses as the run's last evaluation had."""
-    flags = ["--data", own_data(tmp_path, 50, problem="frage"), "--problem_column", "frage", "--steps", 1]
-    lines = train("grpo", tmp_path / "run", *flags, "--eval_rows", -1, "--seed", 3)
-    last = [line for line in lines if "eval_accuracy" in line][-1]
-    assert last["eval_rows"] == 5 and last["eval_data"] == "rows held out of mine.parquet"
-    argv = ["eval.py", "--model", str(tmp_path / "run/last"), "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [*argv, "--temperature", "1", "--seed", "3"])
-    evaluation.main()
-    result = json.loads((tmp_path / "out/results.json").read_text())
-    assert result["scores"]["own"]["rows"] == 5 and result["scores"]["own"]["accuracy"] == last["eval_accuracy"]
-    assert result["protocol"]["data"]["data"] == flags[1] and result["protocol"]["problem_column"] == "frage"
-    assert "rows held out of mine.parquet" in capsys.readouterr().out
+    hub = Args(model="Qwen/Qwen2.5-VL-7B-Instruct")
+    assert (hub.benchmarks, hub.min_pixels, hub.max_response_tokens) == ("geometry3k", 262_144, 2048)
 
 
 @pytest.fixture
@@ -539,9 +403,49 @@ def evaluate(tmp_path, monkeypatch):
     return run
 
 
+def own_data(folder, rows, **columns):
+    data = load_rows("toy", "test").select(range(rows)).rename_columns(columns)
+    data.to_parquet(folder / "mine.parquet")
+    return str(folder / "mine.parquet")
+
+
 def text_rows(path, answers, problem="What is it?"):
     path.write_text("".join(json.dumps({"problem": problem, "answer": x}, ensure_ascii=False) + "\n" for x in answers))
     return path
+
+
+def test_the_rows_that_a_run_held_out_are_the_default(tmp_path, evaluate, capsys):
+    """A checkpoint on data of one's own: the same rows, columns and responses as the run's last evaluation had."""
+    flags = ["--data", own_data(tmp_path, 50, problem="frage"), "--problem_column", "frage", "--steps", 1]
+    lines = train("grpo", tmp_path / "run", *flags, "--eval_rows", -1, "--seed", 3)
+    last = [line for line in lines if "eval_accuracy" in line][-1]
+    assert last["eval_rows"] == 5 and last["eval_data"] == "rows held out of mine.parquet"
+    argv = ["--model", tmp_path / "run/last", "--temperature", 1, "--seed", 3]
+    result = evaluate(*argv, "--max_response_tokens", 40)  # as trained
+    assert result["scores"]["own"]["rows"] == 5 and result["scores"]["own"]["accuracy"] == last["eval_accuracy"]
+    assert result["protocol"]["data"]["data"] == flags[1] and result["protocol"]["problem_column"] == "frage"
+    assert "rows held out of mine.parquet" in capsys.readouterr().out
+
+
+def test_rows_that_were_trained_on_are_not_called_held_out(tmp_path, evaluate, monkeypatch):
+    for folder, answers in (("one", range(30)), ("two", range(1, 31))):
+        (tmp_path / folder).mkdir()
+        text_rows(tmp_path / folder / "mine.jsonl", answers)
+    monkeypatch.chdir(tmp_path / "one")
+    flags = ["--data", "mine.jsonl", "--prompts_per_step", 2, "--steps", 1]
+    train("grpo", tmp_path / "all", *flags)  # --eval_rows 0
+    with pytest.raises(UserError, match="was trained on all of mine.jsonl: name other rows with --data"):
+        evaluate("--model", tmp_path / "all/last")
+    train("grpo", tmp_path / "most", *flags, "--eval_rows", 3)
+    model = ["--model", tmp_path / "most/last"]
+    assert evaluate(*model)["scores"]["own"]["not_asked"] == 0
+    few = evaluate(*model, "--max_prompt_tokens", 5, output="few")["scores"]["own"]
+    assert few["rows"] == few["not_asked"] == 3
+    with pytest.raises(UserError, match="mine.jsonl, read from here, is not what .* was trained on"):
+        evaluate(*model, "--problem_column", "answer", output="columns")
+    monkeypatch.chdir(tmp_path / "two")
+    with pytest.raises(UserError, match="mine.jsonl, read from here, is not what .* was trained on"):
+        evaluate(*model, output="elsewhere")
 
 
 def test_rows_with_unusual_line_ends_are_read_again(tmp_path, evaluate):
@@ -563,197 +467,74 @@ def test_the_output_does_not_lie_among_the_rows(tmp_path, evaluate):
     assert evaluate("--data", tmp_path, output=".runs/out")["scores"]["own"]["rows"] == 4  # hidden, it is no data
 
 
-def test_rows_that_are_lost_are_no_result(tmp_path, evaluate, monkeypatch):
-    path = text_rows(tmp_path / "mine.jsonl", "1234")
-    read = evaluation.Evaluation.read_parts
-    monkeypatch.setattr(evaluation.Evaluation, "read_parts", lambda self, name: read(self, name)[1:])
-    with pytest.raises(UserError, match="1 rows in .* cannot be read again: name another --output"):
-        evaluate("--data", path)
-
-
 def test_an_evaluation_that_goes_on_asks_the_same_model_the_same_rows(tmp_path, evaluate):
     path = text_rows(tmp_path / "mine.jsonl", "1234")
-    for name in ("step-1", "step-2"):
-        shutil.copytree(TOY / "model", tmp_path / "run" / name)
-    (tmp_path / "run/last").symlink_to("step-1")
-    flags = ["--model", tmp_path / "run/last", "--data", path]
+    one, two, last = (tmp_path / "run" / name for name in ("step-1", "step-2", "last"))
+    for folder in (one, two):
+        shutil.copytree(TOY / "model", folder)
+    last.symlink_to("step-1")
+    flags = ["--model", last, "--data", path]
     found = evaluate(*flags)
-    assert found["protocol"]["model"] == str((tmp_path / "run/step-1").resolve())
+    assert found["protocol"]["model"] == str(one.resolve())
     assert found["protocol"]["min_pixels"] > 0 and found["protocol"]["max_pixels"] > 0  # what holds
     assert evaluate(*flags, "--resume") == found
-    (tmp_path / "run/last").unlink()
-    (tmp_path / "run/last").symlink_to("step-2")
+    last.unlink()
+    last.symlink_to("step-2")
     with pytest.raises(UserError, match="was begun with another model: give the same"):
         evaluate(*flags, "--resume")
-    flags[1] = tmp_path / "run/step-1"
-    tensors = load_file(tmp_path / "run/step-1/model.safetensors")
-    save_file({name: 1.01 * value for name, value in tensors.items()}, tmp_path / "run/step-1/model.safetensors")
+    flags[1] = one
+    tensors = load_file(one / "model.safetensors")
+    save_file({name: 1.01 * value for name, value in tensors.items()}, one / "model.safetensors")
     with pytest.raises(UserError, match="was begun with another weights_checksum: give the same"):
         evaluate(*flags, "--resume")
-    save_file(tensors, tmp_path / "run/step-1/model.safetensors")
-    assert evaluate(*flags, "--resume") == found
+    save_file(tensors, one / "model.safetensors")
     text_rows(path, "4321")
     with pytest.raises(UserError, match="was begun with another rows_checksums: give the same"):
         evaluate(*flags, "--resume")
     evaluate(*flags, output="other")
     with pytest.raises(UserError, match="hold other rows of own: evaluate them alike"):
         compare(tmp_path / "out", tmp_path / "other")
-    changed = ["--model", tmp_path / "run/step-2", "--data", path]
-    evaluate(*changed, output="second")
+    evaluate("--model", two, "--data", path, output="second")
     assert len(compare(tmp_path / "other", tmp_path / "second")) == 2  # two models, one file
 
 
-def test_one_evaluation_writes_to_a_folder(tmp_path, evaluate):
-    path = text_rows(tmp_path / "mine.jsonl", "1234")
-    (tmp_path / "out").mkdir()
-    lock = f"import filelock, sys; lock = filelock.FileLock({str(tmp_path / 'out/.lock')!r}); lock.acquire()"
-    command = [sys.executable, "-uc", f"{lock}; print(1); sys.stdin.read()"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        with pytest.raises(UserError, match="another run writes to .*: wait for its end, or name another --output"):
-            evaluate("--data", path)
-        holder.communicate()
-    assert evaluate("--data", path)["scores"]["own"]["rows"] == 4
+def test_damaged_rows_in_a_hundred_count_as_wrong_and_those_without_an_answer_not(tmp_path, evaluate, capsys):
+    row = ROWS["geometry3k"][0]
+    rows = [row, row | {"problem": None}, row | {"answer": None}, *[row] * 197]
+    results = evaluate("--benchmarks", "geometry3k", "--data", write(tmp_path / "rows.parquet", rows))
+    assert results["scores"]["geometry3k"]["rows"] == 199 and results["scores"]["geometry3k"]["not_asked"] == 1
+    assert results["rows_without_answer"] == {"geometry3k": 1}
+    damaged = json.loads((tmp_path / "out/geometry3k.jsonl").read_text().splitlines()[1])
+    assert damaged["why"] == "has no question" and damaged["correct"] == [False]
+    assert "2 of 200 rows left out (row 1 has no question" in capsys.readouterr().err
 
 
-def test_rows_that_were_trained_on_are_not_called_held_out(tmp_path, evaluate, monkeypatch):
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-    text_rows(tmp_path / "one/mine.jsonl", range(30))
-    text_rows(tmp_path / "two/mine.jsonl", range(1, 31))
-    monkeypatch.chdir(tmp_path / "one")
-    flags = ["--data", "mine.jsonl", "--prompts_per_step", 2, "--steps", 1]
-    train("grpo", tmp_path / "all", *flags)  # --eval_rows 0
-    with pytest.raises(UserError, match="was trained on all of mine.jsonl: name other rows with --data"):
-        evaluate("--model", tmp_path / "all/last")
-    train("grpo", tmp_path / "most", *flags, "--eval_rows", 3)
-    model = ["--model", tmp_path / "most/last"]
-    assert evaluate(*model)["scores"]["own"]["not_asked"] == 0
-    few = evaluate(*model, "--max_prompt_tokens", 5, output="few")["scores"]["own"]
-    assert few["rows"] == few["not_asked"] == 3
-    with pytest.raises(UserError, match="with these flags, is not what .* was trained on"):
-        evaluate(*model, "--problem_column", "answer", output="columns")
-    monkeypatch.chdir(tmp_path / "two")
-    with pytest.raises(UserError, match="mine.jsonl, read from here .*, is not what .* was trained on: which rows"):
-        evaluate(*model, output="elsewhere")
-
-
-def test_more_options_than_letters():
-    row = FIXTURES["mathvista"][0][0] | {"choices": [f"{i} m" for i in range(27)], "answer": "10 m"}
-    with pytest.raises(Unusable, match="has 27 options, more than there are letters"):
-        BENCHMARKS["mathvista"].read(row)
-    assert BENCHMARKS["mathvista"].read(row | {"choices": row["choices"][:12]}).answer == "K"
-
-
-WEMATH = {  # as some of the hub's rows have their options: strays, full-width points, separators that are missing
-    "A. 3 dm; B. 30; C. No": ["3 dm", "30", "No"],
-    "A. to point ;O.;B. to ;C.  ;C. No.; D. None": ["to point ;O.", "to ;C.", "No.", "None"],
-    "A. 1;B．2;C. 3": ["1", "2", "3"],
-    "A. 45° B. 60° ;C. 120°": ["45°", "60°", "120°"],
-    "A:x;C. y; B. z; C. w": ["x;C. y", "z", "w"],
-}
-
-
-@pytest.mark.parametrize("text", WEMATH)
-def test_options_in_one_text(text):
-    row = FIXTURES["wemath"][0][0] | {"option": text}
-    assert BENCHMARKS["wemath"].read(row).options == WEMATH[text]
-
-
-def test_options_as_a_list_in_a_list():
-    for options in ("[['a', 'b']]", "['a', 'b']", ["a", "b"], [["a", "b"]]):
-        assert evaluation.list_of(options) == ["a", "b"]
-    assert evaluation.list_of(["[1]"]) == ["[1]"]
-
-
-def test_figures_of_hallusionbench():
-    """A question without its visual supplement belongs to no figure, and may be answered by doubt."""
-    row = FIXTURES["hallusionbench"][0][0] | {"category": "VS"}
-    made = [BENCHMARKS["hallusionbench"].read(row | {"figure_id": figure}) for figure in ("0", "1", "1", "2")]
-    assert [question.kind for question in made] == ["yes/no or unsure", *["yes/no"] * 3]
-    asked = {"asked": True, "parsed": [True], "truncated": [False]}
-    rows = [asked | {"correct": [right], "group": question.group} for right, question in zip((0, 1, 1, 0), made)]
-    found = scores("hallusionbench", rows)
-    assert found["fAcc"] == 1 / 2 and found["qAcc"] == 0 and found["aAcc"] == 1 / 2
-    assert scores("hallusionbench", [*rows, asked | {"correct": [False], "group": {}}])["fAcc"] == 1 / 3
-
-
-def test_a_row_without_an_answer_is_left_out_and_counted(tmp_path, evaluate):
-    row = FIXTURES["logicvista"][0][0]
-    path = write(tmp_path / "rows.parquet", [row] * 120 + [row | {"answer": None}])
-    results = evaluate("--benchmarks", "logicvista", "--data", path)
-    assert results["scores"]["logicvista"]["rows"] == 120 and results["scores"]["logicvista"]["not_asked"] == 0
-    assert results["rows_without_answer"] == {"logicvista": 1}
-
-
-def test_own_data_is_called_own(tmp_path, monkeypatch, capsys):
-    data = load_rows("toy", "test").select(range(6)).add_column("n", [3, None, 5, 6, 7, 8])
-    data.remove_columns("answer").rename_column("n", "answer").to_parquet(tmp_path / "mine.parquet")
-    argv = ["eval.py", "--data", str(tmp_path / "mine.parquet"), "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(UserError, match="1 of 6 rows cannot be used .row 1 has no answer"):
-        evaluation.main()
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [*argv[:2], own_data(tmp_path, 6), *argv[3:]])
-    evaluation.main()
+def test_own_data_is_called_own(tmp_path, evaluate, capsys):
+    """Prompts that are too long count as wrong."""
+    data = own_data(tmp_path, 10)
+    score = evaluate("--data", data, "--max_prompt_tokens", 77)["scores"]["own"]
     out = capsys.readouterr().out
     assert "own" in out and "mine.parquet" in out and "toy" not in out.splitlines()[1]
-    assert json.loads((tmp_path / "out/results.json").read_text())["scores"]["own"]["rows"] == 6
-
-
-def test_a_broken_row_in_a_hundred_counts_as_wrong(tmp_path, monkeypatch, capsys):
-    data, path = load_rows("toy", "test").select(range(101)), tmp_path / "mine.parquet"
-    problems = [None if i == 4 else problem for i, problem in enumerate(data["problem"])]
-    data.remove_columns("problem").add_column("problem", problems).to_parquet(path)
-    argv = ["eval.py", "--data", str(path), "--benchmarks", "toy", "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", argv)
-    evaluation.main()
-    score = json.loads((tmp_path / "out/results.json").read_text())["scores"]["toy"]
-    assert score["rows"] == 101 and score["not_asked"] == 1
-    row = [json.loads(line) for line in (tmp_path / "out/toy.jsonl").read_text().splitlines()][4]
-    assert row["why"] == "has no question" and row["correct"] == [False]
-    assert "1 of 101 rows left out (row 4 has no question)" in capsys.readouterr().err
+    assert 0 < score["not_asked"] < 10 and score["rows"] == 10 and score["accuracy"] <= 1 - score["not_asked"] / 10
+    text_rows(tmp_path / "mine.jsonl", [3, None, 5])
+    with pytest.raises(UserError, match="1 of 3 rows cannot be used .row 1 has no answer"):
+        evaluate("--data", tmp_path / "mine.jsonl", output="damaged")
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
         (["--benchmarks", "toy,mathvist"], "--benchmarks mathvist is not one of toy, toy-faint, geometry3k"),
+        (["--benchmarks", "own"], "--benchmarks own is not one of .*; your own data needs --data"),
+        (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),
         (["--samples", 4], "--samples 4 at --temperature 0 are all the same"),
-        (["--samples", 0], "--samples 0 must be above 0"),
-        (["--rows", 0], "--rows 0 leaves nothing to ask"),
-        (["--max_response_tokens", 0], "--max_response_tokens 0 must be above 0"),
         (["--check_seconds", "nan"], "--check_seconds nan must be above 0"),
         (["--min_pixels", 5000, "--max_pixels", 4000], "--min_pixels 5000 is more than --max_pixels 4000"),
-        (["--benchmarks", "own"], "--benchmarks own needs --data"),
-        (["--temperature", -1], "--temperature -1.0 must be at least 0 and at most 100"),
-        (["--temperature", 1e-40], "--temperature 1e-40 is too small to divide by: raise it"),
-        (["--top_p", 0], "--top_p 0.0 must be above 0"),
-        (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),
-        (["--compare", "runs/a"], "--compare takes two result folders, not 1"),
         (["--model", "/nowhere"], "--model /nowhere cannot be opened"),
         (["--max_prompt_tokens", 5], "has no row left to use"),
-        (["--benchmarks", "mmk12", "--data", "/nowhere.parquet"], "--data /nowhere.parquet cannot be opened"),
     ],
 )
-def test_mistakes_get_a_sentence(monkeypatch, capsys, tmp_path, flags, sentence):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--output", str(tmp_path / "out"), *map(str, flags)])
-    with pytest.raises(SystemExit) as error:
-        evaluation.main()
-    assert error.value.code == 2 and sentence in capsys.readouterr().err
+def test_mistakes_get_a_sentence(evaluate, tmp_path, flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        evaluate(*flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_of_another_schema_gets_a_sentence(toy, tmp_path, capsys):
-    path = write(tmp_path / "rows.parquet", [FIXTURES["mmk12"][0][0]])
-    with pytest.raises(UserError):
-        questions("mathvista", path, toy)
-    assert "has no column 'question_type'; it has image, question, answer, subject" in capsys.readouterr().err
-
-
-def test_prompts_that_are_too_long_count_as_wrong(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--output", str(tmp_path / "out"), "--rows", "10"])
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--max_prompt_tokens", "77"])
-    evaluation.main()
-    score = json.loads((tmp_path / "out/results.json").read_text())["scores"]["toy"]
-    assert 0 < score["not_asked"] < 10 and score["rows"] == 10 and score["accuracy"] <= 1 - score["not_asked"] / 10
