@@ -103,7 +103,7 @@ class CurveArgs:
 
 
 def run_of(model, processor=None):
-    """What a method's functions ask of a trainer, for a model that is not being trained."""
+    """The parts of a trainer that a method's functions use, for a model that is not being trained."""
     return SimpleNamespace(
         model=model,
         processor=processor,
@@ -531,20 +531,24 @@ def signal_table(found):
 
 def draw_signals(found, path):
     """Draws what has an interval: a panel for each method, for focus by position, and by kind of token where known."""
-    panels = [{name: title for name, title in TITLES.items() if title.startswith(method)} for method in ADVANTAGES]
-    panels.append({f"focus_{b}_{kind}": f"{kind}, bin {b}" for kind in ("right", "wrong") for b in range(BINS)})
-    panels.append({f"{kind}_{name}": f"{kind}: {name}" for name in BY_KIND[:3] for kind in KINDS})
-    figure = Figure(figsize=(18, 20), layout="constrained")
+    methods = ("VEPO", "VGPO", "PRPO", "PEPO", "SaEI")
+    panels = [{name: title for name, title in TITLES.items() if title.startswith(method)} for method in methods]
+    bins = {b: f"VGPO: focus from {100 * b // BINS} % of the response on" for b in range(BINS)}
+    panels.append({f"focus_{b}_{kind}": f"{title}, {kind}" for kind in ("right", "wrong") for b, title in bins.items()})
+    if "read_share" in found:
+        panels.append({f"{kind}_{name}": f"{kind}: {name}" for name in BY_KIND[:3] for kind in KINDS})
+    figure = Figure(figsize=(18, 14), layout="constrained")
     for number, titles in enumerate(panels, 1):
         axes = figure.add_subplot(4, 2, number)
         for i, name in enumerate(titles):
-            value = found.get(name, interval([]))
-            if value["low"] is not None:
-                half = value["high"] - value["mean"]
-                axes.errorbar(value["mean"], i, xerr=half, fmt="o", capsize=3, color="#8e6bd1")
+            mean, high = found[name]["mean"], found[name]["high"]
+            if high is not None:
+                axes.errorbar(mean, i, xerr=high - mean, fmt="o", capsize=3, color="#8e6bd1")
         axes.set_yticks(range(len(titles)), titles.values(), fontsize=8)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
+        if "entropy_lowest" in titles:  # which is far smaller than the others
+            axes.set_xscale("log")
     figure.savefig(path, dpi=80)
 
 
