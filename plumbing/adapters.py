@@ -8,13 +8,11 @@ Checkpoints hold PEFT's own two files in adapter/. Not here: what is trained, an
 """
 
 import copy
-import json
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing.arguments import EMBEDDED, UserError
@@ -33,10 +31,10 @@ class Adapted(Linear):
 
 
 def add_adapters(model, args, checkpoint=None):
-    """Adapters of --lora_rank and --lora_alpha in every linear layer of the language model; all else is frozen.
+    """The model itself, with adapters in every linear layer of the language model; all else is frozen.
 
-    As a checkpoint has them (raises UserError where it has others), or new: A drawn by --seed, the same on every
-    process, and B = 0, which changes nothing. The model itself is returned.
+    The adapters are those of a checkpoint, or new: A drawn by --seed, the same on every process, and B = 0, which
+    changes nothing.
     """
     linear = [name for name, m in model.model.language_model.named_modules() if isinstance(m, torch.nn.Linear)]
     kinds = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
@@ -45,7 +43,7 @@ def add_adapters(model, args, checkpoint=None):
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         target_modules=rf".*language_model\..*\.({kinds})",
-        base_model_name_or_path=str(Path(args.model).resolve()) if local else args.model,  # a link may move on
+        base_model_name_or_path=str(Path(args.model).resolve()) if local else args.model,  # a link may change
         revision=args.model_revision,
     )
     inject(model, config, args.seed)
@@ -70,52 +68,33 @@ def adapters_of(model):
 
 
 def load_adapters(model, folder, dtype=torch.float32):
-    """The model with the adapters of a folder of PEFT's; raises UserError where they are not all there, or others."""
-    config = read_config(folder)
-    try:
-        own = adapters_of(model) or adapters_of(inject(model, config, dtype=dtype))
-        found = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the adapters in {folder} cannot be read as safetensors ({error}): take others.") from None
-    except Exception as error:  # whatever PEFT says of a configuration
-        raise UserError(f"the adapters in {folder} do not fit their base: {str(error)[:160]}.") from None
-    if any("lm_head" in name for name in own):
+    """The model with the adapters of PEFT's folder. Raises UserError where its tensors are not exactly these."""
+    own = adapters_of(model) or adapters_of(inject(model, read_config(folder), dtype=dtype))
+    found = load_file(folder / WEIGHTS)
+    if any("lm_head" in name for name in own):  # its product is computed without PEFT's layer
         raise UserError(f"the adapters in {folder} are in the head too, which is used without them here.")
-    shapes = {name: value.shape for name, value in found.items()}
-    if shapes != {name: p.shape for name, p in own.items()}:
-        wrong = sorted(shapes.keys() ^ own.keys()) or [name for name, p in own.items() if shapes[name] != p.shape]
-        raise UserError(
-            f"the adapters in {folder} are not those that its {CONFIG}, or this run, names: they differ in "
-            f"{len(wrong)} tensors, such as {wrong[0]}."
-        )
+    if {name: value.shape for name, value in found.items()} != {name: p.shape for name, p in own.items()}:
+        raise UserError(f"the adapters in {folder} are not those of its {CONFIG} or of this run: take others.")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(found[name])
     return model
 
 
-# what of a configuration may be other than PEFT's default; three of them are looked at below
-PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}
-PLAIN |= {"layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_lora_weights", "task_type", "peft_type"}
-PLAIN |= {"auto_mapping", "peft_version", "inference_mode", "base_model_name_or_path", "revision"}
+# The fields in which a configuration may differ from PEFT's default. The others change the formula above.
+PLAIN = "r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern layers_to_transform "
+PLAIN += "layers_pattern fan_in_fan_out task_type auto_mapping peft_version inference_mode base_model_name_or_path "
+PLAIN += "revision init_lora_weights"
 
 
 def read_config(folder):
-    """The LoraConfig in a folder; raises UserError where it is none, or has more to it than the formula above."""
-    try:
-        said, config = json.loads((folder / CONFIG).read_text()), LoraConfig.from_pretrained(folder)
-    except Exception as error:  # whatever PEFT says of a damaged file
-        raise UserError(f"{folder} holds no adapters that can be read ({type(error).__name__}: {error}).") from None
-    default = vars(LoraConfig())
-    more = [name for name, value in vars(config).items() if name not in PLAIN and value != default.get(name)]
-    more += [name for name, value in said.items() if name not in default and value]  # of a newer PEFT
-    known = (True, False, "gaussian")  # others change the base too
-    more += [] if said.get("init_lora_weights") in known else ["init_lora_weights"]
-    more += [] if said.get("peft_type") == "LORA" else ["peft_type"]
-    more += [] if isinstance(config.base_model_name_or_path, str) else ["base_model_name_or_path"]
+    """The LoraConfig in a folder. Raises UserError where `Adapted` would leave a part of it out."""
+    config, default = LoraConfig.from_pretrained(folder), vars(LoraConfig())
+    more = [name for name, value in vars(config).items() if name not in PLAIN.split() and value != default.get(name)]
+    if config.init_lora_weights not in (True, False, "gaussian"):  # the others change W too
+        more.append("init_lora_weights")
     if more:
-        said = ", ".join(more)
-        raise UserError(f"{folder} holds adapters that are more than plain LoRA of a model that it names ({said}).")
+        raise UserError(f"{folder} holds adapters that are more than plain LoRA ({', '.join(more)}): take others.")
     return config
 
 
@@ -123,39 +102,36 @@ def refuse_adapters(args):
     """Raises UserError for adapters as --model, and for --lora_rank with what is for sharded weights."""
     if resolve_model(args.model)[3]:
         raise UserError(
-            f"--model {args.model} holds adapters: --resume goes on with a run's own; a new run begins with a whole "
-            f"model, such as the merged one in last/ of a run that has ended."
+            f"--model {args.model} holds adapters, and a new run needs a whole model, such as the merged one in last/ "
+            f"of a run that has ended. --resume continues a run with its own adapters."
         )
     if args.lora_rank and args.reshard_while_sampling:
         raise UserError("--reshard_while_sampling is for sharded weights; with --lora_rank none are: leave it out.")
 
 
 def save_adapters(model, folder, merge):
-    """PEFT's files in folder/adapter; beside it config.json, or with `merge` the merged model, in fp32."""
+    """PEFT's files in folder/adapter; next to it config.json, or with `merge` the merged model, in fp32."""
     (folder / "adapter").mkdir(parents=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapters_of(model).items()}
     save_file(tensors, folder / "adapter" / WEIGHTS, metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(folder / "adapter")
-    if not merge:
+    if merge:
+        names_only = without_adapters(model).to("meta", torch.float32)
+        names_only.save_pretrained(folder, state_dict=merged(model))
+    else:
         model.config.save_pretrained(folder)
-        return
-    whole = without_adapters(model).to("meta", torch.float32)  # of which only names and settings are used
-    whole.save_pretrained(folder, state_dict=merged(model))
 
 
 @torch.no_grad()
 def merged(model):
     """{name: W + alpha / rank B A} of all weights, fp32, in main memory; W where there is no adapter."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapted)}
-    weights = {}
-    for name, p in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        value, owner = p.cpu().float(), layers.get(name.rpartition(".base_layer.")[0])
-        if owner is not None and name.endswith(".weight"):
-            low, high = (part["default"].weight.cpu().float() for part in (owner.lora_A, owner.lora_B))
-            value = torch.addmm(value, high, low, alpha=owner.scaling["default"])
-        weights[name.replace(".base_layer.", ".")] = value.contiguous()
+    base = without_adapters(model)
+    weights = {name: p.cpu().float().contiguous() for name, p in base.named_parameters()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Adapted):
+            low, high = (part["default"].weight.cpu().float() for part in (layer.lora_A, layer.lora_B))
+            name = f"{name}.weight"
+            weights[name] = torch.addmm(weights[name], high, low, alpha=layer.scaling["default"])
     return weights
 
 
@@ -174,7 +150,7 @@ def resolve_model(name, revision="main"):
     """(where configuration and processor are, where the weights are, revision of both, folder of adapters or None).
 
     `name`: a model; a checkpoint that holds adapters alone; or a folder of PEFT's, in a checkpoint or anywhere. Raises
-    UserError for adapters that are not plain, and where their base is gone.
+    UserError for adapters that are not plain.
     """
     folder = Path(name)
     if (folder / "adapter" / CONFIG).exists() and not list(folder.glob("*.safetensors")):
@@ -184,7 +160,5 @@ def resolve_model(name, revision="main"):
     config = read_config(folder)
     base = config.base_model_name_or_path
     base = str(EMBEDDED[base] / "model") if base in EMBEDDED else base
-    if (base.startswith(("/", ".")) and not Path(base).exists()) or (Path(base) / CONFIG).exists():
-        raise UserError(f"{folder} holds adapters of {base}, which is not there as a whole model: put it back.")
     beside = folder.parent if (folder.parent / "config.json").exists() else base
     return beside, base, config.revision or revision, folder

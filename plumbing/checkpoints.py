@@ -1,7 +1,7 @@
 """Checkpoints: save, find, restore; Hugging Face folders with the training state next to the weights.
 
-A file or folder is written under another name and renamed, so it is complete at any moment; what another run wrote is
-set aside, not overwritten; one run writes to a folder at a time. Each process writes its part of the optimizer's
+A file or folder is written under another name and renamed, so it is complete at any moment. What another run wrote is
+set aside, not overwritten. One run writes to a folder at a time. Each process writes its part of the optimizer's
 state, in safetensors, and any number of processes can read it. A resumed run rewrites args.json, and cuts metrics.jsonl
 back to its step. Nothing is pickled, and no state of a random generator is kept: each random number comes from the
 seed, the step, the row of the data and its number in the stream. Not here: when a run saves (trainer.py).
@@ -21,20 +21,20 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from tqdm.auto import tqdm
 
 from plumbing.adapters import adapters_of, resolve_model, save_adapters
 from plumbing.arguments import EMBEDDED, MAY_CHANGE, UserError, cannot_write
 from plumbing.data import refuse_output_among
-from plumbing.sharding import from_main, full_tensor
+from plumbing.sharding import full_tensor, on_main
 
 
 def locked(folder):
-    """A lock that keeps others out of a folder until it is released. Raises UserError where another run is in."""
+    """A lock that keeps others out of a folder until it is released. Raises UserError where another run holds it."""
+    lock = FileLock(folder / ".lock")
     try:
-        lock = FileLock(folder / ".lock")
         lock.acquire(blocking=False)
         return lock
     except Timeout:
@@ -42,10 +42,10 @@ def locked(folder):
 
 
 def write_text(path, text):
-    """Writes a file beside and renames it: whoever reads it finds the old one or the new one, whole."""
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text(text)
-    beside.replace(path)
+    """Writes a file under another name and renames it: a reader finds the old one or the new one, complete."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def set_aside(path):
@@ -53,13 +53,6 @@ def set_aside(path):
     if path.exists():
         names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
         path.rename(next(name for name in names if not name.exists()))
-
-
-def remove(path):
-    """Removes a folder, or a file of its name, if there is one and if it can be removed."""
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is right on one process
@@ -70,17 +63,17 @@ class State:
     """Where a run stands: trainer_state.json of a checkpoint."""
 
     step: int  # the last one that is done
-    updates: int  # so far, skipped ones too: the place in the schedule
+    updates: int  # so far, with skipped ones: the position in the schedule
     position: int  # prompts drawn from the data so far
     contents: str  # the data's number of prompts and their checksum
-    processes: int  # that wrote the checkpoint: files in its optimizer/
+    processes: int  # number of files in optimizer/
     history: dict  # first and last evaluation, seconds of training
     script: str
     arguments: dict
 
 
 def read_state(folder):
-    """The State of a checkpoint; raises UserError where it is not whole."""
+    """The State of a checkpoint. Raises UserError where it is not whole."""
     try:
         return State(**json.loads((folder / "trainer_state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -88,8 +81,8 @@ def read_state(folder):
 
 
 def trained_with(model):
-    """{flag: value} of a checkpoint's run, and its data's `contents`; {} for another's model. Raises UserError."""
-    path = Path(resolve_model(model)[0]) / "trainer_state.json"  # of adapters: beside their folder
+    """{flag: value} of a checkpoint's run, and its data's `contents`; {} for other models. Raises UserError."""
+    path = Path(resolve_model(model)[0]) / "trainer_state.json"
     if model in EMBEDDED or not path.exists() or '"global_step"' in path.read_text():  # of transformers' own Trainer
         return {}
     state = read_state(path.parent)
@@ -97,7 +90,7 @@ def trained_with(model):
 
 
 def newest(output):
-    """The checkpoint to go on from: what `last` is or points to; the latest step-N where there is none; or None."""
+    """The checkpoint to resume from: what `last` is or points to; the latest step-N where there is none; or None."""
     if (output / "last").exists():
         return (output / "last").resolve()
     steps = steps_in(output)
@@ -106,44 +99,39 @@ def newest(output):
 
 def steps_in(output):
     """{number: folder} of the checkpoints in a run's folder."""
-    folders = [path for path in output.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return {int(path.name[5:]): path for path in folders}
+    return {int(path.name[5:]): path for path in output.glob("step-*") if re.fullmatch(r"step-\d+", path.name)}
 
 
 def find_checkpoint(args):
-    """(folder, State) to go on from, or (None, None); refuses to mix two runs, or a run and its data, in one folder."""
+    """(folder, State) to resume from, or (None, None). Raises UserError for a folder of another run, or of data."""
     output = Path(args.output)
     refuse_output_among(output, args.data, args.eval_data)
+    folder = newest(output)
     if not args.resume:
-        if (output / "last").exists() or newest(output):
-            raise UserError(f"{output} holds a run: --resume goes on with it, --output starts another.")
+        if folder:
+            raise UserError(f"{output} holds a run: --resume continues it, --output starts another.")
         return None, None
-    if (folder := newest(output)) is None:
+    if not folder:
         raise UserError(f"--resume: there is no checkpoint in {output}; start without it, or set --output.")
-    state, parts = read_state(folder), list(folder.glob("optimizer/*.safetensors"))
-    try:
-        for part in parts:
-            safe_open(part, "pt")  # is it whole
-        if len(parts) != state.processes:
-            raise OSError(f"its optimizer/ holds {len(parts)} files of {state.processes}")
-        if state.arguments.get("lora_rank") and not (folder / "adapter").is_dir():
-            raise OSError("its adapter/ is missing")
-    except (OSError, SafetensorError) as error:
+    state, parts = read_state(folder), len(list(folder.glob("optimizer/*.safetensors")))
+    if parts != state.processes:
         raise UserError(
-            f"{folder} is not a whole checkpoint ({error}): point {output}/last to another, or start anew."
-        ) from None
+            f"{folder} is not a whole checkpoint: its optimizer/ holds {parts} files of {state.processes}; point "
+            f"{output}/last to another, or start again."
+        )
     refuse_changes(changes(args, state), args)
     return folder, state
 
 
 def changes(args, state, contents=None):
-    """{what: (then, now)} of all that would make a resumed run train something else than it was begun with.
+    """{what: (then, now)} of all that would make a resumed run train something else than before.
 
-    The number of steps is a part of that where a flag called schedule, or ..._schedule, goes over the whole run.
+    The number of steps is part of that where a flag called schedule, or ..._schedule, depends on it.
     """
     compared = [f.name for f in dataclasses.fields(args) if f.name not in MAY_CHANGE]
     scheduled = [name for name, value in vars(args).items() if name.endswith("schedule") and value != "constant"]
-    compared += ["steps"] if scheduled else []
+    if scheduled:
+        compared.append("steps")
     found = {"script": (state.script, Path(sys.argv[0]).stem), "prompts": (state.contents, contents or state.contents)}
     found |= {name: (state.arguments[name], getattr(args, name)) for name in compared if name in state.arguments}
     return {what: values for what, values in found.items() if values[0] != values[1]}
@@ -152,26 +140,26 @@ def changes(args, state, contents=None):
 def refuse_changes(found, args):
     """Raises UserError for `changes`, unless they are wanted; --lora_rank never changes."""
     if found and (not args.allow_changed or "lora_rank" in found):
-        said = "; ".join(f"{what} was {then}, is {now}" for what, (then, now) in found.items())
+        differences = "; ".join(f"{what} was {then}, is {now}" for what, (then, now) in found.items())
         raise UserError(
-            f"--resume: {args.output} was begun otherwise ({said}): give the same, or another --output; "
-            f"--allow_changed goes on all the same (not with another --lora_rank), and writes it into metrics.jsonl."
+            f"--resume: {args.output} was begun otherwise ({differences}): give the same, or another --output; "
+            f"--allow_changed resumes nevertheless (not with another --lora_rank), and writes it into metrics.jsonl."
         )
 
 
 def open_output(args, folder, state):
-    """Makes --output ready, for a new run or for one that goes on; returns a lock, which keeps other runs out."""
+    """Makes --output ready, for a new run or a resumed one; returns a lock, which keeps other runs out."""
     output = Path(args.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = locked(output)
         if newest(output) != folder:
-            raise UserError(f"another run has written to {output} meanwhile: --resume goes on with it.")
+            raise UserError(f"another run has written to {output} since the start: --resume continues it.")
         if state:
             for step in [step for step in steps_in(output) if step > state.step]:
-                tqdm.write(f"{output}/step-{step} is later than what the run goes on from: set aside", file=sys.stderr)
+                tqdm.write(f"{output}/step-{step} is later than the resumed step: set aside", file=sys.stderr)
                 set_aside(output / f"step-{step}")
-            restore_log(output, state.step)
+            restore_log(output / "metrics.jsonl", state.step)
         else:
             set_aside(output / "metrics.jsonl")  # of a run that died before its first checkpoint
             write_text(output / "metrics.jsonl", "")
@@ -181,13 +169,13 @@ def open_output(args, folder, state):
         raise UserError(f"--output {cannot_write(output, error)}.") from None
 
 
-def restore_log(output, step):
+def restore_log(path, step):
     """metrics.jsonl as it was after `step`: later lines, and half a line at the end, are of a run that was killed."""
-    path, kept = output / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    kept = []
+    for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
             found = json.loads(line)
-            if found["step"] < step or (found["step"] == step and "changed" not in found):  # that is written anew
+            if found["step"] < step or (found["step"] == step and "changed" not in found):  # that is written again
                 kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))
 
@@ -198,77 +186,82 @@ def moments(optimizer, parameters):
 
 
 def restore_optimizer(folder, optimizer, parameters, updates):
-    """AdamW's state as it was after so many updates, in place of what it has; raises UserError where it is another."""
+    """AdamW's state as it was after so many updates. Raises UserError where the files have another."""
     reader = HuggingFaceStorageReader(folder / "optimizer")
     found = moments(optimizer, parameters) | {"updates": torch.tensor(0.0)}
     saved = {name: value.size for name, value in reader.read_metadata().state_dict_metadata.items()}
-    if {name.rpartition(".")[0] for name in saved} - {""} != set(parameters):
-        raise UserError(
-            f"--resume: the optimiser state in {folder} is of other weights than this run trains: "
-            f"give the same --model, --freeze_vision and --lora_rank, or start anew with another --output."
-        )
     whole = saved == {name: value.shape for name, value in found.items()}
     if whole:
         dcp.load(found, storage_reader=reader)
     if not whole or found["updates"] != updates:
         raise UserError(
-            f"--resume: the files in {folder}/optimizer are not all of this checkpoint: point "
-            f"{folder.parent}/last to another, or start anew."
+            f"--resume: the files in {folder}/optimizer are not all of this checkpoint: point {folder.parent}/last to "
+            f"another. Or this run trains other weights: give the same --freeze_vision, or start again."
         )
 
 
 def save_checkpoint(folder, model, processor_files, optimizer, parameters, state, is_main, keep, ending=True):
-    """`folder`, called step-N, and the link `last` beside it; `state` is the State that `find_checkpoint` gives back.
+    """`folder`, called step-N, and the link `last` next to it; `state` is the State that `find_checkpoint` returns.
 
-    All processes take part: each writes its part of the optimiser, the main one the weights, `processor_files` {name:
-    text} and all else; with adapters the optimiser too, and at the `ending` of a run the merged model. `parameters`:
+    All processes take part: each writes its part of the optimizer, the main one the weights, `processor_files` {name:
+    text} and all else; with adapters the optimizer too, and at the `ending` of a run the merged model. `parameters`:
     {name: what is trained}; `keep`: so many checkpoints stay, 0 for all. Raises UserError; the checkpoint before stays.
     """
-    lora = bool(adapters_of(model))
-    beside, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last.unfinished")
+    lora, weights = bool(adapters_of(model)), {}
+    unfinished, last = folder.with_name(f"{folder.name}.unfinished"), folder.with_name("last")
 
+    @contextlib.contextmanager
+    def or_refuse():
+        try:
+            yield
+        except (OSError, SafetensorError, CheckpointException) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, CheckpointException):
+                error = next(iter(error.failures.values()))[0]
+            sentence = f"{cannot_write(folder, error)}; the checkpoint before it is whole, for --resume."
+            raise UserError(sentence) from None
+
+    @or_refuse()
     def write_weights():
-        remove(beside)
-        save_adapters(model, beside, ending) if lora else model.save_pretrained(beside, state_dict=weights)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if lora:
+            save_adapters(model, unfinished, ending)
+        else:
+            model.save_pretrained(unfinished, state_dict=weights)
         for name, text in processor_files.items():
-            write_text(beside / name, text)
-        write_text(beside / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+            write_text(unfinished / name, text)
+        write_text(unfinished / "trainer_state.json", json.dumps(dataclasses.asdict(state), indent=2) + "\n")
 
+    @or_refuse()
     def write_optimizer():
-        writer = HuggingFaceStorageWriter(beside / "optimizer", save_distributed=True)
+        writer = HuggingFaceStorageWriter(unfinished / "optimizer", save_distributed=True)
         parts = moments(optimizer, parameters) | {"updates": torch.tensor(float(state.updates))}
-        dcp.save(parts, storage_writer=writer, no_dist=lora)  # what fails anywhere is raised everywhere
+        dcp.save(parts, storage_writer=writer, no_dist=lora)  # what fails on one process is raised on all
 
+    @or_refuse()
     def put_in_place():
         set_aside(folder)
-        beside.rename(folder)
-        last.unlink(missing_ok=True)
-        last.symlink_to(folder.name)
-        if not folder.with_name("last").is_symlink():
-            set_aside(folder.with_name("last"))  # a run that was copied without links goes on from a folder
-        last.replace(folder.with_name("last"))
-
-    once = {} if lora else dict(model.named_parameters())  # a head that is the embeddings stands here once
-    weights = collect({name: value for name, value in model.state_dict().items() if name in once}, is_main)
-    failed = from_main(failure(write_weights) if is_main else None)
-    failed = failed or from_main(failure(write_optimizer) if is_main or not lora else None)
-    failed = failed or from_main(failure(put_in_place) if is_main else None)
-    if failed:
-        if is_main:
-            remove(beside)
-        raise UserError(f"{cannot_write(folder, failed)}; the checkpoint before it is whole, for --resume.")
-    if is_main:
+        unfinished.rename(folder)
+        link = folder.with_name("last.unfinished")
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        if not last.is_symlink():
+            set_aside(last)  # a folder, of a run that was copied without links
+        link.replace(last)
         remove_older(folder, keep)
 
-
-def failure(write):
-    """Why writing failed, in words, or None."""
-    try:
-        write()
-    except CheckpointException as error:
-        return str(next(iter(error.failures.values()))[0])
-    except (OSError, SafetensorError) as error:
-        return str(error)
+    once = {} if lora else dict(model.named_parameters())  # a head that is the embeddings is in there once
+    for name, value in model.state_dict().items():
+        if name in once:
+            value = full_tensor(value)  # all processes take part
+            if is_main:
+                weights[name] = value.cpu().contiguous()
+    on_main(write_weights)
+    if lora:
+        on_main(write_optimizer)
+    else:
+        write_optimizer()
+    on_main(put_in_place)
 
 
 def remove_older(folder, keep):
@@ -276,18 +269,6 @@ def remove_older(folder, keep):
     saved = steps_in(folder.parent)
     older = sorted(number for number in saved if number < int(folder.name[5:]))
     for number in older[: max(0, len(older) + 1 - keep)] if keep else []:
-        with contextlib.suppress(OSError):  # one that cannot be removed stays
-            saved[number].rename(f"{saved[number]}.unfinished")  # half a checkpoint never has a checkpoint's name
-    for found in folder.parent.glob("step-*.unfinished"):
-        if re.fullmatch(r"step-\d+\.unfinished", found.name):
-            remove(found)
-
-
-def collect(tensors, is_main):
-    """Whole tensors in main memory, on the main process; the others take part and keep nothing."""
-    collected = {}
-    for name, value in tensors.items():
-        value = full_tensor(value)
-        if is_main:
-            collected[name] = value.cpu().contiguous()
-    return collected
+        saved[number].rename(f"{saved[number]}.unfinished")  # half a checkpoint never has a checkpoint's name
+    for path in folder.parent.glob("step-*.unfinished"):
+        shutil.rmtree(path, ignore_errors=True)

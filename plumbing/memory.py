@@ -1,6 +1,6 @@
-"""--dry_run: the memory of a run, from the shapes of the model alone, and the first flag to turn where it does not fit.
+"""--dry_run: the memory of a run, from the shapes of the model, and the first flag to change where it does not fit.
 
-Arithmetic; tests/test_memory.py holds it to memory that was measured. Not here: what saves the memory (common.py).
+It is arithmetic; tests/test_memory.py compares it with measured memory. Not here: what saves the memory (common.py).
 """
 
 import copy
@@ -21,17 +21,17 @@ def plan(args, gpus):
     Returns {"kept" | "sampling" | "update": {part: bytes}}, for prompts and responses of the full length. Activations
     are what autograd keeps of a layer, per token: 6 D around norms and residuals, 5 of all heads around attention, 4 of
     the MLP's width; with gradient checkpointing that of one layer, and D for every layer. Sampling computes some of the
-    prompts at a time, 2 D and 6 of all heads or 3 of the MLP, before the responses' cache is there. Gradients are those
-    of the rows before. On several GPUs the update gathers two layers at a time, and the root (embeddings and head);
-    the gradients of one layer exist whole, and those of the root when activations are gone. With LoRA nothing is
-    sharded, the model is there in the compute type, and only adapters have gradients and a state.
+    prompts at a time, 2 D and 6 of all heads or 3 of the MLP, before the responses' cache exists. Gradients are those
+    of the rows before. On several GPUs the update gathers two layers at a time, and the root (embeddings and head).
+    The gradients of one layer are unsharded, and those of the root when activations are freed. With LoRA nothing is
+    sharded, the model is in the compute type, and only adapters have gradients and an optimizer state.
     """
     try:
         source = {"revision": args.model_revision, "trust_remote_code": False}
         config = known_family(args.model, transformers.AutoConfig.from_pretrained(model_source(args), **source))
         with torch.device("meta"):
             model = transformers.AutoModelForImageTextToText.from_config(config)
-    except Exception as error:  # whatever transformers says of a damaged file, or of a number in a config
+    except Exception as error:  # transformers' errors of damaged files are of many types
         raise UserError(cannot_open("--model", args.model, error)) from None
     text, shape = config.text_config, config.vision_config
     parameters, lora = size(model), bool(args.lora_rank)
@@ -40,10 +40,10 @@ def plan(args, gpus):
     if lora:
         linear = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
         trained = args.lora_rank * sum(m.in_features + m.out_features for m in linear)
-    shards = 1 if lora else gpus  # each GPU holds so many parts of the weights
+    shards = 1 if lora else gpus  # the weights are cut into so many parts
     layers = [size(layer) for layer in [*model.model.language_model.layers, *vision(model)[1]]]
     root = parameters - sum(layers)
-    bytes_each = 4 if args.dtype == "float32" else 2  # bytes of one, in compute
+    bytes_each = 4 if args.dtype == "float32" else 2  # of a number in the compute type
     stream = bytes_each if shards > 1 or lora else 4  # from layer to layer: autocast leaves sums and norms in fp32
     G, T, prompt = args.group_size, args.max_response_tokens, args.max_prompt_tokens
     row = max(min(prompt + G * T, args.tokens_per_row), prompt + T)
@@ -72,9 +72,9 @@ def plan(args, gpus):
     whole_weights = bytes_each * (trained if lora else parameters) if shards > 1 or bytes_each == 2 else 0
     reference = 4 * parameters / gpus if gpus > 1 or bytes_each == 4 else 2 * parameters + 4 * embeddings
     cached = 2 * text.num_key_value_heads * head * bytes_each  # keys and values of a token in a layer
-    room = math.ceil(T / min(T, 128)) * min(T, 128)  # of common.py's CACHE_STEP
-    grown = batch * G * room * (text.num_hidden_layers + 1) * cached  # one layer is there twice while it grows
-    attention = batch * G * text.num_attention_heads * (prompt + room) * 12  # scores: 2 x bf16, 2 x fp32
+    capacity = math.ceil(T / min(T, 128)) * min(T, 128)  # in steps of common.py's CACHE_STEP
+    grown = batch * G * capacity * (text.num_hidden_layers + 1) * cached  # one layer is held twice while it grows
+    attention = batch * G * text.num_attention_heads * (prompt + capacity) * 12  # scores: 2 x bf16, 2 x fp32
     return {
         "kept": {
             "weights": bytes_each * parameters + 4 * trained if lora else 4 * parameters / gpus,
@@ -129,15 +129,14 @@ def trial_update(optimizer, backward, less_memory):
     optimizer.step()
     for state in optimizer.state.values():
         state["step"].zero_()
+    short_of_memory = False
     try:
         backward()
     except torch.OutOfMemoryError:
         if less_memory is None:
             raise
         short_of_memory = True
-    else:
-        short_of_memory = False
-    if short_of_memory:  # outside of the handler, which would keep the tensors of the failed pass
+    if short_of_memory:  # not in the handler, which would keep the tensors of the failed pass
         torch.cuda.empty_cache()
         less_memory()
         backward()
@@ -146,59 +145,61 @@ def trial_update(optimizer, backward, less_memory):
 
 
 def dry_run(args):
-    """What a run needs, as text, with the first flag to turn where it does not fit."""
+    """What a run needs, as text, with the first flag to change where it does not fit."""
     gpus, memory = args.dry_run, gpu_memory(args)
     refuse_uneven(args, gpus)
     refuse_adapters(args)
     args.gradient_checkpointing, why = choose_checkpointing(args, gpus)
     peaks = plan(args, gpus)
-    digits, sharded = 1 if memory >= 1 else 6, gpus > 1 and not args.lora_rank
+    digits = 1 if memory >= 1 else 6
+    kept = sum(peaks["kept"].values()) / 1e9
+    fixed = kept + sum(peaks["update"][part] for part in ("computing copy", "gradients", "head")) / 1e9
     lines = [f"{args.model} on {gpus} GPUs of {memory:g} GB; GB on each, without what CUDA and fragments take:"]
     for peak in ("sampling", "update"):
         parts = {**peaks["kept"], **peaks[peak]}
         total = sum(parts.values()) / 1e9
         shown = ", ".join(f"{name} {value / 1e9:.{digits}f}" for name, value in parts.items() if value)
         lines.append(f"  {peak:9s}{total:7.{digits}f}   {'fits' if total < memory else 'DOES NOT FIT'}   ({shown})")
-        kept = sum(peaks["kept"].values()) / 1e9
-        fixed = kept + sum(peaks["update"][part] for part in ("computing copy", "gradients", "head")) / 1e9
         if total < memory:
             continue
+        copy_fits = kept + peaks["sampling"]["computing copy"] / 1e9 < memory
         if fixed >= memory:
-            turn = "none helps: {} alone are too much; {}".format(*kept_and_advice(args))
-        elif peak == "sampling" and sharded and kept + peaks[peak]["computing copy"] / 1e9 >= memory:
-            turn = "--reshard_while_sampling"
-        elif peak == "sampling":
-            turn = "--rollout_prompts"
+            flag = f"none helps: {too_much(args)}"
+        elif peak == "update":
+            flag = "--tokens_per_row" if args.gradient_checkpointing else "--gradient_checkpointing"
+        elif copy_fits or gpus == 1 or args.lora_rank:
+            flag = "--rollout_prompts"
         else:
-            turn = "--tokens_per_row" if args.gradient_checkpointing else "--gradient_checkpointing"
-        lines.append(f"  first flag to turn: {turn}")
-    lines.append(f"  {why}")
-    batch = min(args.rollout_prompts, args.prompts_per_step // gpus)
+            flag = "--reshard_while_sampling"
+        lines.append(f"  first flag to change: {flag}")
+    prompts = args.prompts_per_step // gpus
+    batch = min(args.rollout_prompts, prompts)
     each = sum(peaks["sampling"][part] for part in ("key-value cache", "attention", "logits")) / batch
-    free = 1e9 * memory - sum(peaks["kept"].values()) - sum(peaks["sampling"].values()) + batch * each
-    fit = max(0, min(int(free / each), args.prompts_per_step // gpus))
-    lines.append(f"  {fit} of {args.prompts_per_step // gpus} prompts fit together while sampling, at full length")
+    free = 1e9 * (memory - kept) - sum(peaks["sampling"].values()) + batch * each
+    fit = max(0, min(int(free / each), prompts))
     sampled = args.prompts_per_step * args.group_size * args.max_response_tokens
-    rows = args.prompts_per_step * (args.max_prompt_tokens + args.group_size * args.max_response_tokens)
+    rows = args.prompts_per_step * args.max_prompt_tokens + sampled
     passes = 1 + (args.updates_per_step > 1) + bool(args.kl_coef)
-    lines.append(
+    lines += [
+        f"  {why}",
+        f"  {fit} of {prompts} prompts fit together while sampling, at full length",
         f"  a step: at most {sampled:,} tokens sampled, {passes} forward and 1 backward pass over {rows:,} tokens, "
-        f"and what the method adds"
-    )
+        f"and what the method adds",
+    ]
     return "\n".join(lines)
 
 
-def kept_and_advice(args):
-    """What stays for the whole run, and what to do where that alone does not fit."""
+def too_much(args):
+    """The sentence for weights and optimizer that do not fit, whatever the other flags are."""
     if args.lora_rank:
-        return "model and adapters", "leave --lora_rank out: all weights are trained then, a part of them on each GPU"
-    return "weights, gradients and optimiser", "take more GPUs, or --lora_rank 32"
+        return "model and adapters alone are too much; leave --lora_rank out: it shards nothing"
+    return "weights, gradients and optimizer alone are too much; take more GPUs, or --lora_rank 32"
 
 
 def gpu_memory(args):
-    """GB of a GPU: as given, or of the card found, or 80."""
-    found = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if torch.cuda.is_available() else 80.0
-    return args.gpu_memory or found
+    """GB of a GPU: --gpu_memory, or that of the first one here, or 80."""
+    found = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
+    return args.gpu_memory or round(found, 1)
 
 
 def refuse_uneven(args, processes):
@@ -211,23 +212,21 @@ def refuse_uneven(args, processes):
 
 
 def out_of_memory(phase, error, args):
-    """The sentence for a card that is full, with the flags to turn."""
-    flags = "--tokens_per_row, then --max_pixels"
-    flags += "" if args.gradient_checkpointing else ", or give --gradient_checkpointing"
+    """The UserError for a GPU whose memory is full, with the flags to change."""
     if phase == "rollout":
         flags = "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
+    else:
+        flags = "--tokens_per_row, then --max_pixels"
+        flags += "" if args.gradient_checkpointing else ", or give --gradient_checkpointing"
     return UserError(f"out of memory in the {phase} phase: lower {flags} ({str(error)[:120]}).")
 
 
 def refuse_what_cannot_fit(args, gpus):
-    """Raises UserError, before anything is loaded, where weights and optimiser alone are too much for a GPU."""
-    if not (torch.cuda.is_available() or args.gpu_memory):
-        return
-    peaks, memory = plan(args, gpus), gpu_memory(args)
-    need = (sum(peaks["kept"].values()) + peaks["update"]["gradients"]) / 1e9
-    if need >= memory:
-        kept, advice = kept_and_advice(args)
-        raise UserError(
-            f"{kept} of {args.model} need {need:.1f} GB on each of {gpus} GPUs that have {memory:.1f} GB: {advice}; "
-            f"--dry_run 8 says what 8 need."
-        )
+    """Raises UserError, before anything is loaded, where weights and optimizer alone are too much for a GPU."""
+    if torch.cuda.is_available() or args.gpu_memory:
+        peaks, memory = plan(args, gpus), gpu_memory(args)
+        need = (sum(peaks["kept"].values()) + peaks["update"]["gradients"]) / 1e9
+        if need >= memory:
+            raise UserError(
+                f"{args.model} needs {need:.1f} GB on each of {gpus} GPUs that have {memory:.1f} GB: {too_much(args)}."
+            )

@@ -72,7 +72,7 @@ def test_a_frozen_tower_has_no_backward_pass(args, image_file, how, checkpointin
     assert all(p.grad is not None for p in model.model.language_model.layers.parameters() if p.requires_grad)
 
 
-def test_a_configuration_beside_adapters_that_is_not_their_bases(tmp_path):
+def test_a_configuration_next_to_adapters_that_is_not_their_bases(tmp_path):
     """The base's own holds for its weights; that of the folder, of another model, would change every number."""
     shutil.copytree(TOY, tmp_path / "base")
     model = add_adapters(load_model(tmp_path / "base"), SharedArgs(model=str(tmp_path / "base"), lora_rank=2))
@@ -149,15 +149,15 @@ def test_training_leaves_the_base_as_it_is_and_the_toy_learns(tmp_path):
     assert len(changed) == 4 * 7 and all("_proj" in name and "language_model" in name for name in changed)
 
 
-def test_two_runs_of_one_kind_resume_to_the_bit_and_open_everywhere(tmp_path):
+def test_a_resumed_run_is_bit_identical_and_its_files_open_everywhere(tmp_path):
     flags = [*LORA, "--prompts_per_step", 2, "--save_every", 1, "--schedule", "linear", "--keep", 0]
-    train("grpo", tmp_path / "a", *flags, "--steps", 4)
-    train("grpo", tmp_path / "b", *flags, "--steps", 4)
+    train("grpo", tmp_path / "a", *flags, "--steps", 3)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
     (tmp_path / "b" / "last").unlink()
-    (tmp_path / "b" / "last").symlink_to("step-2")
-    train("grpo", tmp_path / "b", *flags, "--steps", 4, "--resume")
+    (tmp_path / "b" / "last").symlink_to("step-1")
+    train("grpo", tmp_path / "b", *flags, "--steps", 3, "--resume")
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
-    files = {path.name for path in (tmp_path / "a" / "step-3").iterdir()}
+    files = {path.name for path in (tmp_path / "a" / "step-2").iterdir()}
     assert {"adapter", "optimizer", "config.json", "trainer_state.json"} < files and "model.safetensors" not in files
     last = tmp_path / "a" / "last"
     Qwen2_5_VLForConditionalGeneration.from_pretrained(last)
@@ -168,8 +168,8 @@ def test_two_runs_of_one_kind_resume_to_the_bit_and_open_everywhere(tmp_path):
     shutil.copytree(last / "adapter", tmp_path / "bare", dirs_exist_ok=True)
     assert torch.equal(forward(load_model(tmp_path / "bare"), row)[0], adapted_logps)
     assert load_processor(tmp_path / "bare").tokenizer("1 + 1").input_ids
-    assert resolve_model(tmp_path / "a" / "step-3")[3] == tmp_path / "a" / "step-3" / "adapter"
-    for name in ("last", "step-3", "step-3/adapter"):
+    assert resolve_model(tmp_path / "a" / "step-2")[3] == tmp_path / "a" / "step-2" / "adapter"
+    for name in ("last", "step-2", "step-2/adapter"):
         assert trained_with(str(tmp_path / "a" / name))["lora_rank"] == 8
 
 
@@ -189,53 +189,31 @@ def test_every_script_trains_them_without_a_line_of_its_own(tmp_path, script, dt
 
 
 def test_what_cannot_be_done_with_adapters(tmp_path):
-    train("grpo", tmp_path / "run", *LORA, "--steps", 2, "--save_every", 1)
-    step = tmp_path / "run" / "step-1"
+    train("grpo", tmp_path / "run", *LORA, "--steps", 1)
+    step = tmp_path / "run" / "step-1" / "adapter"
     for flags, sentence in [
-        (["--model", step, "--data", "toy"], "holds adapters: --resume goes on with a run's own"),
+        (["--model", step, "--data", "toy"], "holds adapters, and a new run needs a whole model"),
         (["--model", step, "--data", "toy", "--dry_run", 1], "holds adapters"),
-        (["--lora_alpha", 16], "--lora_alpha 16 is for adapters: give --lora_rank too"),
-        ([*LORA, "--lora_alpha", "1" + "0" * 400], "must be above 0 and at most 1,000,000"),
         ([*LORA, "--reshard_while_sampling"], "with --lora_rank none are: leave it out"),
-        (["--lora_rank", -1], "--lora_rank -1 must be between 0 and 1,024"),
     ]:
         with pytest.raises(UserError, match=sentence):
             train("grpo", tmp_path / "other", *flags, "--steps", 1)
-    shutil.rmtree(tmp_path / "run" / "step-2" / "adapter")
-    with pytest.raises(UserError, match="step-2 is not a whole checkpoint .its adapter/ is missing"):
-        train("grpo", tmp_path / "run", *LORA, "--steps", 3, "--resume")
-    (tmp_path / "run" / "last").unlink()
-    (tmp_path / "run" / "last").symlink_to("step-1")
     for wanted in ([], ["--allow_changed"]):
         with pytest.raises(UserError, match="lora_rank was 8, is 0"):
-            train("grpo", tmp_path / "run", "--steps", 3, "--resume", "--learning_rate", 1e-3, *wanted)
-
-
-@pytest.mark.parametrize(
-    "name, sentence",
-    [("adapter_config.json", "no adapters that can be read"), ("adapter_model.safetensors", "cannot be read as")],
-)
-def test_damaged_adapters(tmp_path, name, sentence):
-    _, model = adapted()
-    save_adapters(model, tmp_path, merge=False)
-    (tmp_path / "adapter" / name).write_text("{")
-    with pytest.raises(UserError, match=sentence):
-        add_adapters(tiny_model("qwen2_5_vl"), SharedArgs(lora_rank=4, lora_alpha=8), tmp_path)
+            train("grpo", tmp_path / "run", "--steps", 2, "--resume", "--learning_rate", 1e-3, *wanted)
 
 
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"use_dora": True}, r"more than plain LoRA of a model that it names \(use_dora\)"),
+        ({"use_dora": True}, r"more than plain LoRA \(use_dora\)"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, r"\(bias\)"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_rslora": True}, "use_rslora"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"use_supernew": 1}, "use_supernew"),
-        ({"peft_type": "IA3"}, "peft_type"),
-        ({"base_model_name_or_path": None}, r"\(base_model_name_or_path\)"),
-        ({"base_model_name_or_path": "/gone/away"}, "holds adapters of /gone/away, which is not there"),
-        ({"target_modules": ["query", "value"]}, "do not fit their base"),
-        ({"r": -1}, "do not fit their base"),
+        ({"base_model_name_or_path": "/gone/away"}, "--model /gone/away cannot be opened"),
         ({"target_modules": ["q_proj", "lm_head"]}, "are in the head too"),
     ],
 )
@@ -258,24 +236,22 @@ def test_a_base_is_named_by_where_it_is_and_not_by_a_link(tmp_path, monkeypatch)
     save_adapters(model, tmp_path / "run", merge=False)
     monkeypatch.chdir("/")
     assert resolve_model(tmp_path / "run")[1] == str(tmp_path / "step-1" / "model")
-    shutil.rmtree(tmp_path / "step-1")
-    with pytest.raises(UserError, match="which is not there as a whole model"):
-        load_model(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    "change, sentence",
+    "change",
     [
-        (lambda tensors: tensors.pop(next(iter(tensors))), "differ in 1 tensors, such as base_model.model"),
-        (lambda tensors: tensors.update(other=torch.zeros(1)), "differ in 1 tensors, such as other"),
-        (lambda tensors: tensors.update({k: v[..., :1].contiguous() for k, v in tensors.items()}), "differ in 42"),
+        lambda tensors: tensors.pop(next(iter(tensors))),
+        lambda tensors: tensors.update(other=torch.zeros(1)),
+        lambda tensors: tensors.update({k: v[..., :1].contiguous() for k, v in tensors.items()}),
     ],
 )
-def test_adapters_of_another_model(tmp_path, change, sentence):
+def test_adapters_of_another_model(tmp_path, change):
     _, model = adapted()
     save_adapters(model, tmp_path, merge=False)
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
     change(tensors)
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=sentence):
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="are not those of its adapter_config.json or of this run"):
         add_adapters(tiny_model("qwen2_5_vl"), SharedArgs(lora_rank=4, lora_alpha=8), tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints: resumed to the bit, survived kill -9, and refused with a sentence."""
+"""Checkpoints: resumed bit-identically, after kill -9 too, and refused with a sentence."""
 
 import errno
 import json
@@ -19,11 +19,12 @@ from pair import free_port
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import grpo
-from plumbing.arguments import SharedArgs, UserError
-from plumbing.checkpoints import trained_with
+from plumbing.arguments import UserError
+from plumbing.checkpoints import remove_older, trained_with
 from trainer import Trainer
 
-SMALL = ["--prompts_per_step", 2, "--weight_decay", 0.01]
+SMALL = ["--prompts_per_step", 2, "--weight_decay", 0.01, "--max_response_tokens", 8]
+LEARNS = ["--max_response_tokens", 40]  # most responses end, and rewards differ
 
 
 def grpo_run(output, *flags):
@@ -59,9 +60,15 @@ def start(output, *flags, **environment):
     return process
 
 
-def test_resume_is_bit_equal_and_changes_nothing_in_the_log(monkeypatch, tmp_path):
-    whole = grpo_run(tmp_path / "a", "--steps", 4, "--save_every", 2, "--schedule", "linear")
-    flags = ["--steps", 4, "--save_every", 2, "--schedule", "linear"]
+def go_back(output, step):
+    """The next --resume continues from a step, as if the run had died after it."""
+    (output / "last").unlink()
+    (output / "last").symlink_to(f"step-{step}")
+
+
+def test_resume_is_bit_identical_and_changes_nothing_in_the_log(monkeypatch, tmp_path):
+    flags = [*LEARNS, "--steps", 4, "--save_every", 2, "--schedule", "linear"]
+    whole = grpo_run(tmp_path / "a", *flags)
     log, calls = Trainer.log, iter(range(100))
 
     def dies(run):  # in the third step, after its update
@@ -81,7 +88,7 @@ def test_resume_is_bit_equal_and_changes_nothing_in_the_log(monkeypatch, tmp_pat
 
 def test_kill_9_at_any_moment(tmp_path):
     """A run killed again and again, wherever it is, ends with the weights of one that was left alone."""
-    flags = ["--steps", 6, "--save_every", 1]
+    flags = [*LEARNS, "--steps", 6, "--save_every", 1]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     grpo_run(tmp_path / "a", *flags)
@@ -141,63 +148,35 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("keep, left", [(0, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
-def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch, keep, left):
+def test_older_checkpoints_go(tmp_path, keep, left):
+    for name in ("step-1", "step-2", "step-3", "step-4", "step-1.1", "step-2.unfinished"):
+        (tmp_path / name).mkdir()
+    remove_older(tmp_path / "step-4", keep)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*(f"step-{step}" for step in left), "step-1.1"}  # set aside, of an earlier run: not ours to remove
+
+
+def test_older_checkpoints_go_when_the_new_one_is_whole(tmp_path, monkeypatch):
     output, rename, seen = tmp_path / "run", Path.rename, []
 
-    def layer_hooks(path, name):
-        if re.fullmatch(r"step-\d+", path.name):  # goes: the newest one is whole, and found
+    def watched(path, name):
+        if re.fullmatch(r"step-\d+", path.name):  # is removed: a newer one is whole, and found
             seen.append(json.loads((output / "last/trainer_state.json").read_text())["step"] > int(path.name[5:]))
         return rename(path, name)
 
-    monkeypatch.setattr(Path, "rename", layer_hooks)
-    (output / "step-2.unfinished").mkdir(parents=True)  # of a run that was killed while it wrote or removed one
-    (output / "step-1.1").mkdir()  # set aside, of an earlier run: not ours to remove
-    grpo_run(output, "--steps", 4, "--save_every", 1, "--keep", keep)
-    names = sorted(path.name for path in output.glob("step-*"))
-    assert names == sorted([*(f"step-{step}" for step in left), "step-1.1"])
-    assert len(seen) == 4 - len(left) and all(seen) and (output / "last").resolve().name == "step-4"
+    monkeypatch.setattr(Path, "rename", watched)
+    grpo_run(output, "--steps", 4, "--save_every", 1)  # keeps two
+    assert sorted(path.name for path in output.glob("step-*")) == ["step-3", "step-4"]
+    assert seen == [True, True] and (output / "last").resolve().name == "step-4"
 
 
-def test_the_optimiser_of_another_step_is_noticed(tmp_path):
-    output = tmp_path / "run"
-    grpo_run(output, "--steps", 3, "--save_every", 1)
-    shutil.rmtree(output / "step-3/optimizer")
-    shutil.copytree(output / "step-2/optimizer", output / "step-3/optimizer")
-    with pytest.raises(UserError, match="the files in .*optimizer are not all of this checkpoint: point .*/last to"):
-        grpo_run(output, "--steps", 4, "--resume")
-
-
-def test_files_of_the_user_are_no_checkpoints(tmp_path, capsys):
-    """Neither counted nor removed; and what is later than the step that a run goes on from is set aside."""
+def test_what_is_later_than_the_resumed_step_is_set_aside(tmp_path, capsys):
     output = tmp_path / "run"
     grpo_run(output, "--steps", 2, "--save_every", 1)
-    (output / "step-notes.unfinished").mkdir()
-    (output / "step-1.unfinished").write_text("left over")
-    (output / "step-3.unfinished").write_text("left over")
-    (output / "step-9").write_text("mine")
-    (output / "last").unlink()
-    (output / "last").symlink_to("step-1")
+    go_back(output, 1)
     grpo_run(output, "--steps", 3, "--save_every", 1, "--resume", "--keep", 1)
-    assert "step-2 is later than what the run goes on from: set aside" in capsys.readouterr().err
-    names = ["last", "step-2.1", "step-3", "step-9", "step-notes.unfinished"]
-    assert sorted(path.name for path in [*output.glob("step-*"), output / "last"]) == names
-
-
-def test_a_checkpoint_that_cannot_be_removed_stays(tmp_path, monkeypatch):
-    rename = Path.rename
-
-    def refuses(path, name):
-        if path.name == "step-1":
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return rename(path, name)
-
-    monkeypatch.setattr(Path, "rename", refuses)
-    grpo_run(tmp_path / "run", "--steps", 3, "--save_every", 1, "--keep", 1)
-    assert sorted(path.name for path in (tmp_path / "run").glob("step-*")) == ["step-1", "step-3"]
-
-
-def test_keep_is_two_where_nothing_is_said():
-    assert SharedArgs().keep == 2
+    assert "step-2 is later than the resumed step: set aside" in capsys.readouterr().err
+    assert sorted(path.name for path in [*output.glob("step-*"), output / "last"]) == ["last", "step-2.1", "step-3"]
 
 
 def test_a_first_update_that_was_skipped_leaves_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
@@ -208,17 +187,15 @@ def test_a_first_update_that_was_skipped_leaves_a_checkpoint_to_go_on_from(tmp_p
         return clip_gradients(trainer)
 
     monkeypatch.setattr(Trainer, "clip_gradients", skips)
-    assert grpo_run(tmp_path / "run", "--steps", 1)[0]["skipped_updates"] == 1
+    assert grpo_run(tmp_path / "run", *LEARNS, "--steps", 1)[0]["skipped_updates"] == 1
     monkeypatch.setattr(Trainer, "clip_gradients", clip_gradients)
-    assert grpo_run(tmp_path / "run", "--steps", 2, "--resume")[1]["skipped_updates"] == 0
+    assert grpo_run(tmp_path / "run", *LEARNS, "--steps", 2, "--resume")[1]["skipped_updates"] == 0
 
 
 def test_disk_full_while_saving_keeps_the_checkpoint_before(tmp_path):
     grpo_run(tmp_path / "run", "--steps", 1)
     before, limits = weights(tmp_path / "run" / "last"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (10**6, limits[1])
-    )  # no file may grow beyond 1 MB: the weights do not fit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # of any file: the weights are larger than 1 MB
     try:
         with pytest.raises(UserError, match="could not be written") as error:
             grpo_run(tmp_path / "run", "--steps", 2, "--resume")
@@ -231,7 +208,7 @@ def test_disk_full_while_saving_keeps_the_checkpoint_before(tmp_path):
 
 def test_a_folder_holds_one_run(tmp_path):
     grpo_run(tmp_path / "run", "--steps", 1)
-    with pytest.raises(UserError, match="--resume goes on with it, --output starts another"):
+    with pytest.raises(UserError, match="--resume continues it, --output starts another"):
         grpo_run(tmp_path / "run", "--steps", 1)
     with pytest.raises(UserError, match="was begun otherwise .*model was toy, is /some/where"):
         grpo_run(tmp_path / "run", "--model", "/some/where", "--updates_per_step", 1, "--resume")
@@ -252,9 +229,8 @@ def test_a_resumed_run_trains_what_it_was_begun_with(tmp_path, capsys):
     for flags in CHANGES:
         with pytest.raises(UserError, match=rf"was begun otherwise .{flags[0][2:]} was .*, is {flags[1]}[;)]"):
             grpo_run(output, "--steps", 2, *flags, "--resume")
-    with pytest.raises(
-        UserError, match=r"was begun otherwise .script was grpo, is vepo; entropy_coef was 0.0, is 0.001"
-    ):
+    sentence = r"was begun otherwise .script was grpo, is vepo; entropy_coef was 0.0, is 0.001"
+    with pytest.raises(UserError, match=sentence):
         train("vepo", output, *SMALL, "--steps", 2, "--resume")
     assert arguments == (output / "args.json").read_text() and same(before, weights(output / "last"))
     lines = grpo_run(output, "--steps", 2, *SAME, "--resume")
@@ -302,8 +278,7 @@ def test_changed_on_purpose_is_written_down(tmp_path):
     flags = ["--steps", 2, "--learning_rate", 1e-3, "--resume", "--allow_changed"]
     for _ in range(2):  # the second time after a death before step 2 was saved
         lines = train("vepo", tmp_path / "run", *SMALL, *flags)
-        (tmp_path / "run" / "last").unlink()
-        (tmp_path / "run" / "last").symlink_to("step-1")
+        go_back(tmp_path / "run", 1)
     said = {"script": ["grpo", "vepo"], "learning_rate": [1e-4, 1e-3], "entropy_coef": [0.0, 1e-3]}
     assert [line for line in lines if "changed" in line] == [{"step": 1, "changed": said}]
     assert [line["step"] for line in lines] == [1, 1, 2] and lines[2]["learning_rate"] == 1e-3
@@ -312,28 +287,30 @@ def test_changed_on_purpose_is_written_down(tmp_path):
 
 def test_other_rows_behind_the_same_name_are_noticed(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text("".join(f'{{"question": "{i}?", "answer": "1"}}\n' for i in range(40)))
     flags = ["--data", path, "--eval_rows", -1]
+
+    def write(rows, answer):
+        path.write_text("".join(f'{{"question": "{i}?", "answer": "{answer}"}}\n' for i in range(rows)))
+
+    write(40, 1)
     grpo_run(tmp_path / "run", "--steps", 1, *flags)
-    path.write_text("".join(f'{{"question": "{i}?", "answer": "1"}}\n' for i in range(60)))
-    with pytest.raises(UserError, match=r"begun otherwise .prompts was 36 \(\w{8}\), is 54 \("):
-        grpo_run(tmp_path / "run", "--steps", 2, *flags, "--resume")
-    path.write_text("".join(f'{{"question": "{i}?", "answer": "2"}}\n' for i in range(40)))
-    with pytest.raises(UserError, match=r"begun otherwise .prompts was 36 \(\w{8}\), is 36 \("):
-        grpo_run(tmp_path / "run", "--steps", 2, *flags, "--resume")
+    for rows, answer, prompts in ((60, 1, 54), (40, 2, 36)):
+        write(rows, answer)
+        with pytest.raises(UserError, match=rf"begun otherwise .prompts was 36 \(\w{{8}}\), is {prompts} \("):
+            grpo_run(tmp_path / "run", "--steps", 2, *flags, "--resume")
 
 
 def test_links_that_were_not_copied(tmp_path, capsys):
     output = tmp_path / "run"
     grpo_run(output, "--steps", 2, "--save_every", 1)
     (output / "last").unlink()  # rsync without -l
-    with pytest.raises(UserError, match="holds a run: --resume goes on"):
+    with pytest.raises(UserError, match="holds a run: --resume continues"):
         grpo_run(output, "--steps", 3)
     grpo_run(output, "--steps", 3, "--resume")
     assert "resuming after step 2, from " in capsys.readouterr().err and (output / "last").resolve().name == "step-3"
     (output / "last").unlink()
     shutil.copytree(output / "step-3", output / "last")  # cp -rL
-    with pytest.raises(UserError, match="holds a run: --resume goes on"):
+    with pytest.raises(UserError, match="holds a run: --resume continues"):
         grpo_run(output, "--steps", 4)
     grpo_run(output, "--steps", 4, "--resume")
     assert (output / "last").resolve().name == "step-4"
@@ -352,35 +329,17 @@ def test_two_runs_in_one_folder_at_a_time(tmp_path):
     assert (tmp_path / "run" / "metrics.1.jsonl").exists()  # and what the first one had logged is kept
 
 
-@pytest.mark.parametrize("log, steps", [(None, [2]), ('{"step": 1, "reward": 0.5}\n{"step": 1, "lo', [1, 2])])
-def test_a_log_that_is_missing_or_ends_in_half_a_line(tmp_path, log, steps):
-    output = tmp_path / "run"
-    grpo_run(output, "--steps", 1)
-    (output / "metrics.jsonl").unlink()
-    if log is not None:
-        (output / "metrics.jsonl").write_text(log)
-    assert [line["step"] for line in grpo_run(output, "--steps", 2, "--resume")] == steps
-
-
 def test_a_checkpoint_of_another_trainer_or_without_its_keys(tmp_path):
-    grpo_run(tmp_path / "run", "--steps", 1)
-    (tmp_path / "run/last/trainer_state.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a whole checkpoint of this project .*missing .*'step'"):
-        grpo_run(tmp_path / "run", "--steps", 2, "--resume")
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
-        trained_with(tmp_path / "run/last")
-    (tmp_path / "run/last/trainer_state.json").write_text('{"global_step": 3}')
-    assert trained_with(tmp_path / "run/last") == trained_with("toy") == {}
+    state = tmp_path / "trainer_state.json"
+    for text in ("{", "{}"):
+        state.write_text(text)
+        with pytest.raises(UserError, match="is not a whole checkpoint of this project"):
+            trained_with(tmp_path)
+    state.write_text('{"global_step": 3}')
+    assert trained_with(tmp_path) == trained_with("toy") == {}
 
 
-@pytest.mark.parametrize(
-    "error, advice",
-    [
-        (errno.ENOSPC, "make room on the disk"),
-        (errno.EROFS, "see that it may be written"),
-        (errno.EACCES, "see that it"),
-    ],
-)
+@pytest.mark.parametrize("error, advice", [(errno.ENOSPC, "make room"), (errno.EACCES, "see that it may be written")])
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, error, advice):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text("mine")
@@ -408,18 +367,15 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "last").resolve().name == "step-1" and not list((tmp_path / "run").glob("step-2*"))
 
 
-def test_checkpoints_that_are_mixed_or_not_whole(tmp_path):
-    grpo_run(tmp_path / "run", "--steps", 1, "--freeze_vision")
-    with pytest.raises(UserError, match="optimiser state .* of other weights .*--freeze_vision"):
-        grpo_run(tmp_path / "run", "--steps", 2, "--resume", "--allow_changed")
-    (part,) = (tmp_path / "run/last/optimizer").glob("*.safetensors")
-    for path, sentence in ((tmp_path / "run/last/model.safetensors", "cannot be opened"), (part, "is not a whole")):
-        os.truncate(path, 50_000)
-        with pytest.raises(UserError, match=f"{sentence} .*not fully covered"):
-            grpo_run(tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
-    part.unlink()
-    with pytest.raises(UserError, match="is not a whole checkpoint .its optimizer/ holds 0 files of 1.: point .*/last"):
-        grpo_run(tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
-    (tmp_path / "run/last/trainer_state.json").write_text("{")
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
-        grpo_run(tmp_path / "run", "--steps", 2, "--resume", "--freeze_vision")
+def test_optimizers_that_are_mixed_or_not_whole(tmp_path):
+    output = tmp_path / "run"
+    grpo_run(output, "--steps", 2, "--save_every", 1, "--freeze_vision")
+    with pytest.raises(UserError, match="optimizer are not all of this checkpoint: point .*--freeze_vision"):
+        grpo_run(output, "--steps", 3, "--resume", "--allow_changed")
+    shutil.rmtree(output / "step-2/optimizer")
+    shutil.copytree(output / "step-1/optimizer", output / "step-2/optimizer")
+    with pytest.raises(UserError, match="optimizer are not all of this checkpoint: point .*/last to"):
+        grpo_run(output, "--steps", 3, "--resume", "--freeze_vision")
+    shutil.rmtree(output / "step-2/optimizer")
+    with pytest.raises(UserError, match="is not a whole checkpoint: its optimizer/ holds 0 files of 1; point .*/last"):
+        grpo_run(output, "--steps", 3, "--resume", "--freeze_vision")
