@@ -28,7 +28,7 @@ from plumbing.arguments import UserError, model_source
 from plumbing.data import Data, Stream, some_of
 from plumbing.families import processor_files
 from plumbing.kernels import bf16_products, use_cores
-from plumbing.memory import choose_checkpointing, dry_run, out_of_memory, trial_update
+from plumbing.memory import choose_checkpointing, dry_run, errors_of_a_gpu, trial_update
 from plumbing.metrics import Metrics, draw_curves, evaluation_metrics, means, read_runs, shown
 from plumbing.sharding import all_reduce, clip_gradients, local, on_main, start_processes, unsharded
 
@@ -147,39 +147,34 @@ class Trainer:
                 self.step = step
                 self.log()
                 self.stopping = self.all_reduce(self.stopping) > 0  # all processes evaluate, or none
-                last = step == self.args.steps
-                due = self.args.eval_every and step % self.args.eval_every == 0
-                if self.eval_data and (due or last) and not self.stopping:
+                if self.eval_data and self.due(self.args.eval_every) and not self.stopping:
                     self.evaluate()
-                due = self.args.save_every and step % self.args.save_every == 0
-                if due or last or self.stopping:
+                if self.due(self.args.save_every) or self.stopping:
                     self.save()
                 if self.stopping:
                     break
         self.close()
 
+    def due(self, every):
+        """Whether something that is done every so many steps (0: never), and after the last one, is due."""
+        return self.step == self.args.steps or (every > 0 and self.step % every == 0)
+
     @contextlib.contextmanager
     def phase(self, name):
         """Times a phase of the step, and computes in bf16 if the run does; in "rollout" the weights are unsharded."""
         start = time.perf_counter()
-        gather = name == "rollout" and not self.args.reshard_while_sampling
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self.accelerator.autocast())
-                if gather:
-                    stack.enter_context(unsharded(self.model))
-                if name in ("rollout", "score"):
-                    stack.enter_context(self.bf16_weights(gradients=False))
-                yield
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(errors_of_a_gpu(name, self.args))
+            stack.enter_context(self.accelerator.autocast())
+            if name == "rollout" and not self.args.reshard_while_sampling:
+                stack.enter_context(unsharded(self.model))
+            if name in ("rollout", "score"):
+                stack.enter_context(self.bf16_weights(gradients=False))
+            yield
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-                if name == "rollout":
-                    torch.cuda.empty_cache()  # avoids fragmentation in the update
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(name, error, self.args) from None
-        except torch._dynamo.exc.TorchDynamoException as error:  # a machine without a compiler, for instance
-            said = " ".join(str(error).split())[:160]
-            raise UserError(f"compiling failed ({said}): turn it off with --compile false.") from None
+        if torch.cuda.is_available() and name == "rollout":
+            torch.cuda.empty_cache()  # avoids fragmentation in the update
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def bf16_weights(self, gradients):

@@ -3,6 +3,7 @@
 It is arithmetic; tests/test_memory.py compares it with measured memory. Not here: what saves the memory (common.py).
 """
 
+import contextlib
 import copy
 import math
 
@@ -211,14 +212,21 @@ def refuse_uneven(args, processes):
         )
 
 
-def out_of_memory(phase, error, args):
-    """The UserError for a GPU whose memory is full, with the flags to change."""
-    if phase == "rollout":
-        flags = "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
-    else:
-        flags = "--tokens_per_row, then --max_pixels"
-        flags += "" if args.gradient_checkpointing else ", or give --gradient_checkpointing"
-    return UserError(f"out of memory in the {phase} phase: lower {flags} ({str(error)[:120]}).")
+@contextlib.contextmanager
+def errors_of_a_gpu(phase, args):
+    """Turns an error of a phase into a UserError: memory that ran out, and a compiler that failed."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if phase == "rollout":
+            flags = "--rollout_prompts, then --tokens_per_row and --max_response_tokens"
+        else:
+            flags = "--tokens_per_row, then --max_pixels"
+            flags += "" if args.gradient_checkpointing else ", or give --gradient_checkpointing"
+        raise UserError(f"out of memory in the {phase} phase: lower {flags} ({str(error)[:120]}).") from None
+    except torch._dynamo.exc.TorchDynamoException as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"compiling failed ({said}): turn it off with --compile false.") from None
 
 
 def refuse_what_cannot_fit(args, gpus):
