@@ -1,4 +1,4 @@
-"""The embedded worlds are what toy/worlds.py and toy/make.py say they are."""
+"""The built-in toy tasks: puzzles, images, tables and models are what toy/puzzles.py and toy/make.py promise."""
 
 import random
 import re
@@ -9,78 +9,49 @@ import numpy
 import pytest
 import torch
 from datasets import load_dataset
-from helpers import ROOT
+from helpers import ROOT, main_of, read_metrics
 from safetensors import safe_open
 
 sys.path.insert(0, str(ROOT / "toy"))
-import arm  # noqa: E402
 import make  # noqa: E402
-import worlds  # noqa: E402
-from worlds import WORLDS, conclude  # noqa: E402
+import puzzles  # noqa: E402
+import variant  # noqa: E402
+from puzzles import TOY_TASKS, conclude  # noqa: E402
 
+import grpo
 from common import format_reward, load_model, load_processor
 from plumbing.answers import Checker, extract_answer
 from plumbing.arguments import EMBEDDED
-from toy.kinds import kinds_of, reads
+from toy.kinds import NUMBERS, kinds_of, reads
 
-EACH = pytest.mark.parametrize("name", [*WORLDS])
-
-
-def puzzles(name, count=210):
-    return list(WORLDS[name].puzzles("test of the test", count))
+EACH = pytest.mark.parametrize("name", [*TOY_TASKS])
 
 
-def said(made, name, numbers=None, seed=0):
+def some_puzzles(name):
+    return list(TOY_TASKS[name].puzzles("test of the test", 210))
+
+
+def response(puzzle, name, numbers=None, seed=0):
     """A response to a puzzle that reads these numbers, the right ones if none are given."""
-    return made.response(made.counts if numbers is None else numbers, random.Random(seed), WORLDS[name].words)
+    return puzzle.response(numbers or puzzle.counts, random.Random(seed), TOY_TASKS[name].words)
 
 
-@EACH
-def test_size_and_classes(name):
-    model, processor = load_model(EMBEDDED[name] / "model"), load_processor(EMBEDDED[name] / "model")
-    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
-    assert 1e6 < sum(p.numel() for p in model.parameters()) < 2e6
-    assert 200 < len(processor.tokenizer) < 600
-
-
-def test_all_committed_files_are_small():
+def test_committed_files_are_small():
     files = [f for f in (ROOT / "toy").rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     assert sum(f.stat().st_size for f in files) < 12e6
 
 
 @EACH
-def test_tables_are_in_the_schema_of_geometry3k_and_come_from_the_seed(name):
-    world = WORLDS[name]
-    for split, count in (("train", world.train), ("test", world.test)):
-        table = load_dataset("parquet", data_files=str(EMBEDDED[name] / f"{split}.parquet"), split="train")
-        assert table.column_names == ["images", "problem", "answer", "family", "reads"] and len(table) == count
-        for row, made in zip(table, world.puzzles(f"0 {split}", 60)):
-            assert (row["problem"], row["answer"]) == (made.problem, conclude(made.family, made.counts))
-            assert (row["family"], row["reads"]) == (made.family, made.counts)
-            assert [p.tobytes() for p in row["images"]] == [p.tobytes() for p in made.images]
-
-
-@EACH
-def test_no_image_is_in_both_tables(name):
-    world = WORLDS[name]
-    images = [
-        {made.images[0].tobytes() for made in world.puzzles(f"0 {split}", count) if made.images}
-        for split, count in (("train", world.train), ("test", world.test))
-    ]
-    assert not images[0] & images[1]
-
-
-@EACH
 def test_right_counts_give_the_right_answer_in_the_right_format(name):
     checker = Checker()
-    for made in puzzles(name):
-        text = said(made, name)
-        assert checker(text, conclude(made.family, made.counts)) and format_reward(text) == 1.0
-        assert made.problem.count("<image>") == len(made.scenes)
+    for puzzle in some_puzzles(name):
+        text = response(puzzle, name)
+        assert checker(text, conclude(puzzle.family, puzzle.counts)) and format_reward(text) == 1.0
+        assert puzzle.problem.count("<image>") == len(puzzle.scenes)
     checker.close()
 
 
-def test_hand_examples_of_conclusions():
+def test_conclusions_by_hand():
     cases = {
         ("count", (3,)): "3",
         ("sum", (2, 1)): "3",
@@ -100,68 +71,40 @@ def test_hand_examples_of_conclusions():
 
 @EACH
 def test_what_a_response_reads_is_read_back(name):
-    """Also of wrong reads; perception and reasoning are judged apart."""
+    """Also wrong counts; perception and reasoning are measured separately."""
     rng = random.Random(1)
-    for i, made in enumerate(puzzles(name)):
-        wrong = [max(0, n + rng.choice([-1, 1])) for n in made.counts]
-        for numbers in (made.counts, wrong):
-            text = said(made, name, numbers, i)
+    for i, puzzle in enumerate(some_puzzles(name)):
+        wrong = [max(0, n + rng.choice([-1, 1])) for n in puzzle.counts]
+        for numbers in (puzzle.counts, wrong):
+            text = response(puzzle, name, numbers, i)
             assert reads(text) == numbers
-            assert arm.judged(text, made.family, made.counts) == (numbers == made.counts, True)
-        off = re.sub(r"boxed\{.*\}", "boxed{17}", said(made, name))
-        assert arm.judged(off, made.family, made.counts) == (True, False)
-        assert arm.judged("I count nothing.", made.family, made.counts) == (False, False)
+            assert variant.assess(text, puzzle.family, puzzle.counts) == (numbers == puzzle.counts, True)
+        other_answer = re.sub(r"boxed\{.*\}", "boxed{17}", response(puzzle, name))
+        assert variant.assess(other_answer, puzzle.family, puzzle.counts) == (True, False)
+        assert variant.assess("I count nothing.", puzzle.family, puzzle.counts) == (False, False)
 
 
 @EACH
-def test_labels_of_tokens_on_real_responses(name):
-    """As many reads as numbers were read, one token each; what is derived is said after the reads."""
-    tokenizer = load_processor(EMBEDDED[name] / "model").tokenizer
-    for i, made in enumerate(puzzles(name)):
-        ids = tokenizer(said(made, name, seed=i)).input_ids
-        tokens = [tokenizer.decode([token]) for token in ids]
+def test_kinds_of_tokens_on_real_responses(name):
+    """Each count is one perception token; derived values come after them; on toy-faint the last count comes late."""
+    tokenizer, places = load_processor(EMBEDDED[name] / "model").tokenizer, []
+    for i, puzzle in enumerate(some_puzzles(name)):
+        tokens = [tokenizer.decode([token]) for token in tokenizer(response(puzzle, name, seed=i)).input_ids]
         kinds = kinds_of(tokens)
         found = [token.strip() for token, kind in zip(tokens, kinds) if kind == "read"]
-        assert [worlds.NUMBERS.index(t) if t in worlds.NUMBERS else int(t) for t in found] == made.counts
-        derived = [i for i, kind in enumerate(kinds) if kind == "derived"]
-        assert derived[0] > max(i for i, kind in enumerate(kinds) if kind == "read")
+        assert [NUMBERS.index(t) if t in NUMBERS else int(t) for t in found] == puzzle.counts
+        last = max(i for i, kind in enumerate(kinds) if kind == "read")
+        assert kinds.index("derived") > last
         assert kinds.count("words") > len(tokens) / 2
+        places.append(last / len(kinds))
+        if name == "toy-faint":
+            assert len(puzzle.counts) == (4 if puzzle.family == "list of two" else 3) and sum(puzzle.counts) <= 9
+    assert name == "toy" or sum(places) / len(places) > 0.4
 
 
 def test_labels_by_hand():
-    tokens = [
-        "<think",
-        ">",
-        "Well",
-        ",",
-        " I",
-        " see",
-        " two",
-        " red",
-        " and",
-        " one",
-        " circles",
-        ".",
-        " Then",
-        " six",
-    ]
-    tokens += [
-        " green",
-        ".",
-        " Thus",
-        " the",
-        " most",
-        " are",
-        " green",
-        ".</",
-        "think",
-        ">",
-        " \\",
-        "boxed",
-        "{",
-        "C",
-        "}",
-    ]
+    text = "<think|>|Well|,| I| see| two| red| and| one| circles|.| Then| six| green|.| Thus| the| most| are| green"
+    tokens = (text + "|.</|think|>| \\\\|boxed|{|C|}").split("|")
     named = {i: kind for i, kind in enumerate(kinds_of(tokens)) if kind != "words"}
     assert named == {6: "read", 9: "read", 13: "read", 20: "derived", 27: "derived"}
     tokens = ["I count", " ", "1", "2", " red", ".</", "think", "> \\boxed{", "12", "}"]  # no So: the box concludes
@@ -173,68 +116,56 @@ def test_labels_by_hand():
 
 
 def test_plain_images_by_counting_pixels():
-    """The image shows what the counts say: cells are counted again from the pixels, by their colour."""
+    """Each cell has the colour that the scene says, and an empty cell has none."""
     rng = random.Random(3)
     for _ in range(30):
-        scene = worlds.draw_scene(rng)
-        image = worlds.paint_plain(scene)
+        scene = puzzles.draw_scene(rng)
+        image = puzzles.paint_plain(scene)
         for i, cell in enumerate(scene.cells):
-            x, y = (i % scene.columns) * worlds.CELL, (i // scene.columns) * worlds.CELL
-            colours = image.crop((x, y, x + worlds.CELL, y + worlds.CELL)).getcolors()
+            x, y = (i % scene.columns) * puzzles.CELL, (i // scene.columns) * puzzles.CELL
+            colours = image.crop((x, y, x + puzzles.CELL, y + puzzles.CELL)).getcolors()
             assert len(colours) == (1 if cell is None else 2)
             if cell:
                 drawn = next(colour for _, colour in colours if len(set(colour)) > 1)  # the background is grey
-                near = min(worlds.COLOURS, key=lambda c: sum(abs(a - b) for a, b in zip(worlds.COLOURS[c], drawn)))
+                near = min(puzzles.COLOURS, key=lambda c: sum(abs(a - b) for a, b in zip(puzzles.COLOURS[c], drawn)))
                 assert near == cell[0]
-        assert scene.things == [cell[:2] for cell in scene.cells if cell]
 
 
 def test_faint_images_show_the_same_scene():
-    """Where contrast is high, the mean colour of what a cell holds leans to its hue; blocks are flat."""
+    """Where contrast is high, the mean colour of a shape is nearest to its hue; blocks have one colour."""
     rng, right, total = random.Random(3), 0, 0
     for _ in range(60):
-        scene = worlds.draw_scene(rng, 0.65, 1.0)
-        image = worlds.paint_faint(scene, rng, easy=60)
+        scene = puzzles.draw_scene(rng, 0.65, 1.0)
+        image = puzzles.paint_faint(scene, rng, easy=60)
         pixels = torch.from_numpy(numpy.array(image)).float()  # (H, W, 3)
         blocks = pixels.unfold(0, 4, 4).unfold(1, 4, 4)  # (rows, columns, 3, 4, 4)
         assert (blocks == blocks[..., :1, :1]).all() and ((pixels % 4 == 0) | (pixels == 255)).all()
         for i, cell in enumerate(scene.cells):
             if cell:
                 colour, _, x, y, size, _ = cell
-                top, left = i // scene.columns * worlds.CELL, i % scene.columns * worlds.CELL
+                top, left = i // scene.columns * puzzles.CELL, i % scene.columns * puzzles.CELL
                 inner = pixels[
                     top + y + size // 2 : top + y + size - 2, left + x + size // 3 : left + x + size - size // 3
                 ]
                 lean = inner.mean((0, 1)) - inner.mean()
-                hues = {name: torch.tensor(hue) - sum(hue) / 3 for name, hue in worlds.HUES.items()}
+                hues = {name: torch.tensor(hue) - sum(hue) / 3 for name, hue in puzzles.HUES.items()}
                 near = max(hues, key=lambda name: torch.cosine_similarity(lean, hues[name], dim=0))
                 right, total = right + (near == colour), total + 1
     assert right / total > 0.9
 
 
 @EACH
-def test_families_differ_in_what_they_ask(name):
-    world = WORLDS[name]
-    answers = {family: set() for family in world.families}
-    for made in puzzles(name):
-        answers[made.family].add(conclude(made.family, made.counts))
+def test_families_have_different_answers(name):
+    answers = {family: set() for family in TOY_TASKS[name].families}
+    for puzzle in some_puzzles(name):
+        answers[puzzle.family].add(conclude(puzzle.family, puzzle.counts))
     numbers = answers.get("sum", answers["difference"])
     assert answers["compare"] == {"yes", "no"} and len(numbers) > 4
     assert answers.get("choice", set("ABC")) == set("ABC")
     assert all(len(answer) == 3 for answer in answers.get("list", ()))
     assert all(extract_answer(f"\\boxed{{{a}}}") == a for a in numbers)
-    sizes = {image.size for made in puzzles(name) for image in made.images}
-    assert len(sizes) == len(worlds.GRIDS)
-
-
-def test_the_faint_world_reads_three_times_and_more_and_late():
-    """Three or four reads; the last one in the middle of the response or later."""
-    tokenizer, places = load_processor(EMBEDDED["toy-faint"] / "model").tokenizer, []
-    for i, made in enumerate(puzzles("toy-faint")):
-        assert len(made.counts) == (4 if made.family == "list of two" else 3) and sum(made.counts) <= 9
-        kinds = kinds_of([tokenizer.decode([t]) for t in tokenizer(said(made, "toy-faint", seed=i)).input_ids])
-        places.append((len(kinds) - 1 - kinds[::-1].index("read")) / len(kinds))
-    assert sum(places) / len(places) > 0.4
+    sizes = {image.size for puzzle in some_puzzles(name) for image in puzzle.images}
+    assert len(sizes) == len(puzzles.GRIDS)
 
 
 def test_the_teacher_who_miscounts():
@@ -246,29 +177,36 @@ def test_the_teacher_who_miscounts():
 
 
 @EACH
-def test_make_builds_a_model_that_loads(name, tmp_path, monkeypatch):
-    """And the tables, to the same bytes."""
-    flags = ["--see_steps", "1", "--answer_steps", "1", "--doubt_steps", "1", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["make.py", "--world", name, *flags])
+def test_make_builds_the_committed_tables_and_a_model_that_loads(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(make.STEPS, name, (1, 1, 1))
+    monkeypatch.setattr(sys, "argv", ["make.py", "--toy", name, "--output", str(tmp_path)])
     make.main()
 
-    model, processor = load_model(tmp_path / "model"), load_processor(tmp_path / "model")
-    assert len(processor.tokenizer) <= model.config.text_config.vocab_size
-    for file in ("train.parquet", "test.parquet", "model/tokenizer.json"):
+    files = ["train.parquet", "test.parquet", "model/tokenizer.json", "model/config.json"]
+    files += ["model/chat_template.jinja", "model/processor_config.json", "model/generation_config.json"]
+    for file in files:
         assert (tmp_path / file).read_bytes() == (EMBEDDED[name] / file).read_bytes(), file
-    assert torch.isfinite(next(model.parameters())).all()
+    tables = [load_dataset("parquet", data_files=str(tmp_path / f), split="train") for f in files[:2]]
+    assert tables[0].column_names == ["images", "problem", "answer", "family", "reads"]
+    train, test = ({row["images"][0].tobytes() for row in table if row["images"]} for table in tables)
+    assert not train & test
+
+    model, processor = load_model(tmp_path / "model"), load_processor(tmp_path / "model")
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 2e6
+    assert 200 < len(processor.tokenizer) <= model.config.text_config.vocab_size
     with safe_open(tmp_path / "model/model.safetensors", "pt") as file:
         dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
     assert dtypes == {torch.float32 if name == "toy" else torch.bfloat16}
 
 
-def test_the_faint_model_begins_with_the_toys_weights():
+def test_the_faint_model_starts_from_the_weights_of_toy():
     """Number words with the digits' embeddings, shared tokens with their own, and all other tensors."""
     bold, old = load_model(EMBEDDED["toy"] / "model"), load_processor(EMBEDDED["toy"] / "model")
     processor = load_processor(EMBEDDED["toy-faint"] / "model")
     torch.manual_seed(0)
     model = make.make_model(processor.tokenizer)
-    make.begin_with(model, processor, bold, old)
+    make.start_from(model, processor, bold, old)
     new, known = processor.tokenizer.get_vocab(), old.tokenizer.get_vocab()
     embeddings = {"new": model.get_input_embeddings().weight, "old": bold.get_input_embeddings().weight}
     for token, same in ((".", "."), ("\u0120red", "\u0120red"), ("\u0120two", "2"), ("\u0120nine", "9")):
@@ -277,66 +215,44 @@ def test_the_faint_model_begins_with_the_toys_weights():
     assert model.lm_head.weight.data_ptr() == embeddings["new"].data_ptr()
 
 
-def test_the_oracle_has_a_loss_on_reads_alone(tmp_path, monkeypatch):
-    """Through a real run: its masks, its denominator, and what it logs."""
-    from helpers import main_of, read_metrics
+def test_the_oracle_trains_only_on_perception_tokens(tmp_path, monkeypatch):
+    """In a real run: its masks, its denominator, and its metrics."""
+    rows = []
 
-    seen, alike = [], []
-
-    class Seen(arm.WorldRun):
+    class Checked(variant.ToyTrainer):
         oracle = True
 
         def denominator(self, minibatch):
-            found = super().denominator(minibatch)
-            assert found == sum(int(row.loss_mask.sum()) for row in minibatch) > 0
-            alike.extend(row for row in minibatch if row.zero_advantage)
+            total = super().denominator(minibatch)
+            assert total == sum(int(row.loss_mask.sum()) for row in minibatch) > 0
             for row in minibatch:
                 for response, valid, counted in zip(row.responses, row.mask, row.loss_mask):
                     tokens = [self.tokenizer.decode([t]) for t in response[valid].tolist()]
-                    assert [k == "read" for k in kinds_of(tokens)] == counted[valid].tolist()
+                    assert [kind == "read" for kind in kinds_of(tokens)] == counted[valid].tolist()
                     assert not counted[~valid].any()
-                    seen.append(int(counted.sum()))
-            return found
+            rows.extend(minibatch)
+            return total
 
-    import grpo
-
-    monkeypatch.setattr(grpo, "Trainer", Seen)
+    monkeypatch.setattr(grpo, "Trainer", Checked)
     flags = ["--model", "toy-faint", "--steps", 1, "--prompts_per_step", 8, "--group_size", 4, "--eval_rows", 0]
     main_of("grpo", tmp_path / "run", [*flags, "--show_every", 0])
     (line,) = read_metrics(tmp_path / "run")
-    assert max(seen) <= 5 and sum(seen) > 0 and line["grad_norm"] > 0
-    assert alike  # groups of equal rewards, whose reads count in the denominator
-    assert 0 < line["perception"] < 1 and 0.5 < line["reasoning"] <= 1
+    assert line["grad_norm"] > 0 and 0 < line["perception"] < 1 and 0.5 < line["reasoning"] <= 1
+    assert any(row.zero_advantage for row in rows)  # groups with equal rewards count in the denominator
 
 
-def test_of_saei_the_clean_half_is_judged():
-    """Two right responses to the clean image, two wrong ones to the attacked one; a prompt without one counts not."""
-    added = []
-    texts = ["<think>I see two red. So two.</think> \\boxed{2}"] * 2 + [
-        "<think>I see one red. So one.</think> \\boxed{1}"
-    ] * 2
+def test_of_saei_only_the_clean_half_is_assessed(monkeypatch):
+    """Two right responses to the clean image, two wrong ones to the attacked one; a prompt without image: none."""
+    right, wrong = (f"<think>I see {n} red. So {n}.</think> \\boxed{{{i}}}" for i, n in ((2, "two"), (1, "one")))
+    texts = [right, right, wrong, wrong]
     group = SimpleNamespace(prompt=SimpleNamespace(pixel_values=0, index=1), texts=texts)
     text_only = SimpleNamespace(prompt=SimpleNamespace(pixel_values=None), texts=texts)
-    truth = [None, {"family": "list", "reads": [2]}]
-    for n1, right in ((2, [True] * 2), (None, [True, True, False, False])):
-        args = SimpleNamespace(n1=n1) if n1 else SimpleNamespace()
-        metrics = SimpleNamespace(add=lambda name, value, weight: added.append((name, value)))
-        known = SimpleNamespace(args=args, truth=truth, metrics=metrics)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(arm, "super", lambda: SimpleNamespace(keep_groups=lambda *_: None), raising=False)
-            arm.WorldRun.keep_groups(known, [], [group, text_only])
-        assert [value for name, value in added if name == "perception"] == right
-        assert all(value for name, value in added if name == "reasoning")
-        added.clear()
-
-
-def test_arms_that_do_not_exist_get_a_sentence(monkeypatch, capsys):
-    for argv, sentence in (
-        ([], "'' is no arm"),
-        (["mine.py"], "'mine.py' is no arm: name one of the six scripts"),
-        (["/mine/vepo.py"], "'/mine/vepo.py' is no arm"),  # another one than the repository's
-    ):
-        monkeypatch.setattr(sys, "argv", ["arm.py", *argv])
-        with pytest.raises(SystemExit) as error:
-            arm.main()
-        assert error.value.code == 2 and sentence in capsys.readouterr().err
+    data = SimpleNamespace(rows=[None, {"family": "list", "reads": [2]}])
+    monkeypatch.setattr(variant.trainer.Trainer, "keep_groups", lambda *_: None)
+    for args, expected in ((SimpleNamespace(n1=2), [True, True]), (SimpleNamespace(), [True, True, False, False])):
+        added = {"perception": [], "reasoning": []}
+        run = variant.ToyTrainer.__new__(variant.ToyTrainer)
+        run.args, run.data = args, data
+        run.metrics = SimpleNamespace(add=lambda name, value, weight, added=added: added[name].append(value))
+        run.keep_groups([], [group, text_only])
+        assert added == {"perception": expected, "reasoning": [True] * len(expected)}

@@ -1,17 +1,16 @@
-"""Every method in both embedded worlds, several seeds each: reruns what toy/comparison.jsonl does not hold yet.
+"""Compares all methods on both toy tasks, over several seeds; trains the runs that toy/comparison.jsonl lacks.
 
-    python toy/compare.py --world toy-faint       # hours on 2 cores; stop and start it as you like
-    python toy/compare.py --report                # the tables and toy/comparison.png, from what is there
+    python toy/compare.py --toy toy-faint         # hours on 2 cores; may be stopped and started again
+    python toy/compare.py --report                # only the tables and toy/comparison.png, from the recorded runs
 
-Every run: 150 steps of 16 prompts, 8 responses each (12 for SaEI, 6 + 6, and for the GRPO that it is compared with),
-the toy's learning rate (LoRA's is ten times as high), and each method's own constants as its paper has them: nothing
-was tuned. DAPO leaves groups of one mind out and does not replace them, so that all arms sample as many responses. Two
-runs at a time, one core each.
+Every run: 150 steps of 16 prompts with 8 responses each. SaEI samples 6 + 6, and is compared with a GRPO that samples
+12. The learning rate is the default (LoRA's is ten times as high), and each method has the constants of its paper:
+nothing was tuned. DAPO leaves out groups that are all correct or all wrong and does not replace them, so that all
+variants sample as many responses.
 
-The main figure is online accuracy: of the sampled responses over the whole run, on prompts that were not seen before,
-the same ones in the same order in every arm with that seed (of the toy's 2,002 the last 25 steps see some again; SaEI:
-of the half that saw the clean image). It comes for free, and paired by seed it is the least noisy one. Test accuracy
-stands beside it.
+The main figure is online accuracy: of all responses sampled during the run, on prompts that are new (of the 2,002 of
+`toy` some come again in the last 25 steps), the same prompts in the same order for every variant of a seed. It costs
+no extra evaluation, and paired by seed it is the figure with the least noise. Test accuracy is printed next to it.
 """
 
 import argparse
@@ -25,19 +24,16 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from queue import Queue
 
-import torch
-from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
-from scipy.special import stdtr, stdtrit
+from scipy.stats import ttest_1samp
 
 TOY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOY.parent))
 from plumbing.arguments import EMBEDDED, UserError  # noqa: E402
-from plumbing.checkpoints import write_text  # noqa: E402
 
-ARMS = {  # name: (arm of toy/arm.py and flags, the arm that it is compared with)
+ORACLE = "oracle: perception tokens only"
+VARIANTS = {  # name: (script of toy/variant.py and its flags, the variant that it is compared with)
     "GRPO": ("grpo.py", "GRPO"),
     "DAPO": ("grpo.py --clip_high 0.28 --filter_groups --filter_tries 1 --drop_truncated", "GRPO"),
     "VEPO": ("vepo.py", "GRPO"),
@@ -47,282 +43,228 @@ ARMS = {  # name: (arm of toy/arm.py and flags, the arm that it is compared with
     "top entropy": ("vepo.py --select entropy", "GRPO"),
     "random 20 %": ("vepo.py --select random", "GRPO"),
     "PRPO shuffled": ("prpo.py --shuffle", "GRPO"),
-    "oracle: reads alone": ("oracle", "GRPO"),
+    ORACLE: ("oracle", "GRPO"),
     "GRPO, LoRA rank 8": ("grpo.py --lora_rank 8", "GRPO"),
     "GRPO, 12": ("grpo.py --group_size 12", "GRPO, 12"),
     "SaEI, 6 + 6": ("saei.py", "GRPO, 12"),
 }
 CONTROLS = [("VEPO", "random 20 %"), ("VEPO", "top entropy"), ("PRPO", "PRPO shuffled")]
-CONTROLS += [("oracle: reads alone", "top entropy"), ("oracle: reads alone", "VEPO")]
+CONTROLS += [(ORACLE, "top entropy"), (ORACLE, "VEPO")]
 RESULTS, RUNS = TOY / "comparison.jsonl", TOY.parent / "runs" / "comparison"
 COLUMNS = ["accuracy", "perception", "reasoning", "entropy"]
-recording = threading.Lock()
-WINDOW = 30  # the last steps, that perception and reasoning are averaged over
+MEASURES = ["online", "test", "perception", "reasoning"]
+WINDOW = 30  # the last steps, over which perception and reasoning are averaged
+writing = threading.Lock()
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
 
 
 def compact(lines):
-    """What is kept of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
+    """The recorded part of a run's metrics, with four digits: {column: [value of each step]} and the evaluations."""
     steps = [line | {"accuracy": line.get("accuracy_clean", line["accuracy"])} for line in lines if "reward" in line]
     columns = {name: [line[name] and float(f"{line[name]:.4g}") for line in steps] for name in COLUMNS}
     tests = [[line["step"], round(line["eval_accuracy"], 4)] for line in lines if "eval_accuracy" in line]
     return columns | {"evaluations": tests}
 
 
-def records():
-    """All that was recorded. The first 55 runs, of the toy, hold no accuracy but rewards: 0.9 accuracy + 0.1 format."""
-    found = [json.loads(line) for line in (RESULTS.read_text().splitlines() if RESULTS.exists() else [])]
-    for record in found:
-        if "accuracy" not in record:
-            record["accuracy"] = [(reward - 0.1) / 0.9 for reward in record["reward"]]  # 99.9 % are in the right format
-    return found
+def read_records():
+    """All recorded runs.
+
+    The first 50, on `toy`, logged no accuracy. Theirs was computed from the reward, 0.9 accuracy + 0.1 format, as
+    99.9 % of the responses have the right format.
+    """
+    return [json.loads(line) for line in (RESULTS.read_text().splitlines() if RESULTS.exists() else [])]
 
 
-def one(world, arm, seed, core):
-    """Runs an arm with a seed on one core; adds its record to the others, and returns it."""
-    script, *flags = ARMS[arm][0].split()
-    name = "".join(c if c.isalnum() else "_" for c in arm)
-    output = RUNS / f"{world}-{name}-{seed}"
-    command = [sys.executable, str(Path(__file__).with_name("arm.py")), script, *flags]
-    command += ["--model", world, "--seed", str(seed), "--output", str(output), "--eval_every", "75"]
-    command += ["--show_every", "0"] + ["--resume"] * (output / "last").exists()
-    with open(output.parent / f"{output.name}.log", "a") as log:
-        pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})} if hasattr(os, "sched_setaffinity") else {}
-        pin |= {"env": os.environ | {"OMP_NUM_THREADS": "1"}}
-        code = subprocess.run(command, stdout=log, stderr=log, **pin).returncode
+def train(toy, variant, seed):
+    """Trains a variant with a seed in another process, appends its record to the others, and returns it."""
+    script, *flags = VARIANTS[variant][0].split()
+    name = "".join(c if c.isalnum() else "_" for c in variant)
+    output = RUNS / f"{toy}-{name}-{seed}"
+    command = [sys.executable, str(TOY / "variant.py"), script, *flags, "--model", toy, "--seed", str(seed)]
+    command += ["--output", str(output), "--eval_every", "75", "--show_every", "0"]
+    if (output / "last").exists():
+        command.append("--resume")
+    log = RUNS / f"{output.name}.log"
+    with log.open("a") as file:
+        code = subprocess.run(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
-        raise UserError(f"{arm}, seed {seed} ended with exit code {code}: {log.name} says why; then start again.")
+        raise UserError(f"{variant}, seed {seed} ended with exit code {code}: {log} says why; then start again.")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     if "eval_accuracy" not in lines[-1]:  # it was stopped in its last step
-        raise UserError(f"{arm}, seed {seed} ended without its last evaluation: remove {output}, then start again.")
-    with recording:  # before the run's folder goes, and whatever happens to the other runs
-        record = {"world": world, "arm": arm, "seed": seed, **compact(lines)}
-        known = RESULTS.read_text() if RESULTS.exists() else ""
-        known += "\n" if known and not known.endswith("\n") else ""
-        write_text(RESULTS, known + json.dumps(record, separators=(",", ":")) + "\n")
+        raise UserError(f"{variant}, seed {seed} ended without its last evaluation: remove {output}, then start again.")
+    record = {"toy": toy, "variant": variant, "seed": seed, **compact(lines)}
+    with writing, RESULTS.open("a") as file:
+        file.write(json.dumps(record, separators=(",", ":")) + "\n")
     shutil.rmtree(output)
     return record
 
 
-def run(world, seeds, jobs):
-    """Makes the runs of a world that were not recorded yet, `jobs` at a time; one comparison at a time."""
+def train_missing(toy, seeds, jobs):
+    """Trains the variants that are not recorded yet, `jobs` at a time."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(RUNS / ".lock")  # until this function ends
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"another comparison writes to {RESULTS}: wait for its end.") from None
-    done = {(record["world"], record["arm"], record["seed"]) for record in records()}
-    left = [(arm, seed) for seed in range(seeds) for arm in ARMS if (world, arm, seed) not in done]
-    cores, free = Queue(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    for job in range(jobs):
-        cores.put(free[job % len(free)])
-
-    failed = threading.Event()
-
-    def task(arm, seed):
-        core = cores.get()
-        try:
-            return None if failed.is_set() else one(world, arm, seed, core)
-        except BaseException:
-            failed.set()
-            raise
-        finally:
-            cores.put(core)
-
+    done = {(record["toy"], record["variant"], record["seed"]) for record in read_records()}
+    missing = [(toy, variant, seed) for seed in range(seeds) for variant in VARIANTS]
+    missing = [run for run in missing if run not in done]
     pool = ThreadPoolExecutor(jobs)
     try:
-        for future in as_completed([pool.submit(task, *what) for what in left]):
-            if not (record := future.result()):  # after a failure the runs that have begun end, and no other begins
-                continue
-            print(f"{record['arm']:20s} seed {record['seed']}  {online(record):.1f} % online", flush=True)
-    finally:
-        failed.set()
+        for future in as_completed([pool.submit(train, *run) for run in missing]):
+            record = future.result()
+            print(f"{record['variant']:30s} seed {record['seed']}  {measures(record)['online']:.1f} % online")
+    finally:  # after a failure the runs that have begun go on to their end
         pool.shutdown(cancel_futures=True)
 
 
-def online(record):
-    """Accuracy of the sampled responses over the whole run, %."""
-    return 100 * statistics.fmean(record["accuracy"])
+# ---- report ---------------------------------------------------------------------------------------------------------
 
 
-def at_the_end(record):
-    """Test accuracy after the last step, %."""
-    return 100 * record["evaluations"][-1][1]
+def measures(record):
+    """{name: %} of a run; perception and reasoning, of the last steps, are missing in old records."""
+    found = {"online": 100 * statistics.fmean(record["accuracy"]), "test": 100 * record["evaluations"][-1][1]}
+    for name in ("perception", "reasoning"):
+        if name in record:
+            found[name] = 100 * statistics.fmean(record[name][-WINDOW:])
+    return found
 
 
-def late(name):
-    """Of a column, the mean over the last steps, %; None where it was not recorded."""
-    return lambda record: 100 * statistics.fmean(record[name][-WINDOW:]) if name in record else None
+def read_runs(toy):
+    """{variant: {seed: measures}} of the recorded runs on a toy task."""
+    runs = {variant: {} for variant in VARIANTS}
+    for record in read_records():
+        if record["toy"] == toy:
+            runs[record["variant"]][record["seed"]] = measures(record)
+    return runs
+
+
+def differences(runs, variant, base, name):
+    """The differences of a measure between two variants, on the seeds that both have."""
+    seeds = sorted(runs[variant].keys() & runs[base].keys())
+    return [runs[variant][seed][name] - runs[base][seed][name] for seed in seeds]
 
 
 def interval(values):
-    """Mean and half width of its 95 % interval by Student's t."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if len(values) == 1:
-        return values.item(), math.nan
-    return values.mean().item(), stdtrit(len(values) - 1, 0.975) * values.std().item() / math.sqrt(len(values))
+    """Mean and half width of its 95 % interval by Student's t; NaN for the half width of a single value."""
+    mean = statistics.fmean(values)
+    return mean, ttest_1samp(values, mean).confidence_interval().high - mean if len(values) > 1 else math.nan
 
 
-def differences(arm, base, measure):
-    """Of two arms, {seed: record}, the differences of a measure on the seeds that both have."""
-    return [measure(arm[seed]) - measure(base[seed]) for seed in sorted(arm.keys() & base.keys())]
-
-
-def p_value(values):
-    """Two-sided, of Student's t test that the mean of some values is 0; NaN where there is only one.
-
-    >>> round(p_value([1.0, 2.0, 3.0]), 4)
-    0.0742
-    """
-    values, degrees = torch.tensor(values, dtype=torch.float64), len(values) - 1
-    if degrees < 1:
-        return math.nan
-    t = (values.mean() / values.std().clamp(min=1e-12) * math.sqrt(len(values))).abs().item()
-    return 2 * float(stdtr(degrees, -t))
-
-
-def holm(values):
-    """Holm's correction of {name: p value} for their number; NaN is not tested, and stays.
+def holm(p_values):
+    """Holm's correction of {name: p value} for their number.
 
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'c': 0.06, 'b': 0.06}
     """
-    tested = {name: p for name, p in values.items() if not math.isnan(p)}
-    found, least = {}, 0.0
-    for i, name in enumerate(sorted(tested, key=tested.get)):
-        least = max(least, min(1.0, (len(tested) - i) * tested[name]))
-        found[name] = least
-    return found | {name: p for name, p in values.items() if name not in tested}
-
-
-def report():
-    """Prints a Markdown table for each world, and draws both.
-
-    `paired`: points of accuracy against the arm's GRPO, seed by seed; ±: 95 % interval, of this comparison alone; p:
-    of online accuracy, after Holm's correction for all comparisons of a world, those of CONTROLS among them; perception
-    and reasoning: of the last steps.
-    """
-    gains = {}
-    for world in EMBEDDED:
-        found = {arm: {} for arm in ARMS}
-        for record in records():
-            if record["world"] == world:
-                found[record["arm"]][record["seed"]] = record
-        pairs = {arm: (found[arm], found[base]) for arm, (_, base) in ARMS.items()}
-        pairs = {arm: pair for arm, pair in pairs.items() if pair[0].keys() & pair[1].keys()}
-        own = {arm: pair for arm, pair in pairs.items() if ARMS[arm][1] != arm}  # all but the baselines
-        controls = {(arm, other): (found[arm], found[other]) for arm, other in CONTROLS}
-        controls = {names: pair for names, pair in controls.items() if pair[0].keys() & pair[1].keys()}
-        tests = {name: differences(*pair, online) for name, pair in (own | controls).items()}
-        corrected = holm({name: p_value(values) for name, values in tests.items()})
-        gains[world] = {arm: interval(differences(*pair, online)) for arm, pair in own.items()}
-        if not pairs:
-            continue
-        print(f"\n| {world} | seeds | online, % | paired | p | test, % | paired | perception | reasoning |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        for arm, (seeds, base) in pairs.items():
-            seeds = {seed: seeds[seed] for seed in seeds if seed in base}
-            paired = {online: "-", at_the_end: "-"}
-            if arm in own:
-                paired = {measure: shown(differences(seeds, base, measure), "+") for measure in paired}
-            cells = [arm, len(seeds), mean_of(seeds, online), paired[online]]
-            cells += [p_shown(corrected[arm]) if arm in own else "-", mean_of(seeds, at_the_end), paired[at_the_end]]
-            cells += [mean_of(seeds, late(name)) for name in ("perception", "reasoning")]
-            print(f"| {' | '.join(map(str, cells))} |")
-        for names in controls:
-            print(f"{' against '.join(names)}: {shown(tests[names], '+')} online, p = {p_shown(corrected[names])}")
-    draw(gains)
-
-
-def mean_of(seeds, measure):
-    """Mean and interval of a measure over {seed: record}, as text; a dash where it was not recorded."""
-    known = [value for value in map(measure, seeds.values()) if value is not None]
-    return shown(known) if known else "-"
+    corrected, largest = {}, 0.0
+    for i, name in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
+        corrected[name] = largest
+    return corrected
 
 
 def shown(values, sign=""):
-    """Mean and interval of some values, as text; of one value itself."""
+    """Mean and interval of some values, as text; a dash where there is none."""
+    if not values:
+        return "-"
     mean, half = interval(values)
     return f"{mean:{sign}.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
 
 
-def p_shown(p):
-    return "-" if math.isnan(p) else f"{p:.2g}"
+def report():
+    """Prints a Markdown table for each toy task, and draws toy/comparison.png.
+
+    `paired`: difference to GRPO on the same seeds, in points; ±: 95 % interval of this comparison alone; p: of online
+    accuracy, with Holm's correction for all comparisons on a toy task, those of CONTROLS among them; perception and
+    reasoning: of the last steps.
+    """
+    gains = {}
+    for toy in EMBEDDED:
+        runs = read_runs(toy)
+        pairs = [(variant, base) for variant, (_, base) in VARIANTS.items()]
+        online = {pair: differences(runs, *pair, "online") for pair in pairs + CONTROLS}
+        tested = [pair for pair, values in online.items() if pair[0] != pair[1] and len(values) > 1]
+        p_values = holm({pair: ttest_1samp(online[pair], 0).pvalue for pair in tested})
+        p_values = {pair: f"{p:.2g}" for pair, p in p_values.items()}
+        print(f"\n| {toy} | seeds | online, % | paired | p | test, % | paired | perception | reasoning |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for pair in pairs:
+            variant, base = pair
+            own = [runs[variant][seed] for seed in runs[variant] if seed in runs[base]]
+            means = [shown([run[name] for run in own if name in run]) for name in MEASURES]
+            points, test_points = "-", "-"
+            if variant != base:
+                points = shown(online[pair], "+")
+                test_points = shown(differences(runs, *pair, "test"), "+")
+            cells = [variant, str(len(own)), means[0], points, p_values.get(pair, "-"), means[1], test_points]
+            if own:
+                print(f"| {' | '.join(cells + means[2:])} |")
+        for pair in CONTROLS:
+            if online[pair]:
+                print(f"{' against '.join(pair)}: {shown(online[pair], '+')} online, p = {p_values.get(pair, '-')}")
+        compared = [pair for pair in pairs if pair[0] != pair[1] and online[pair]]
+        gains[toy] = {variant: interval(online[variant, base]) for variant, base in compared}
+    draw(gains)
 
 
-PREMISES = {  # name in signals.json: what it is
-    "missed_by_entropy": "top JSD missed\nby entropy",
-    "read_kept_by_entropy": "reads kept\nby entropy",
-    "read_kept_by_vepo": "reads kept\nby VEPO",
-    "read_changed_by_noise": "reads changed\nby noise",
+ASSUMPTIONS = {  # name in signals.json: its label
+    "missed_by_entropy": "top JSD\nmissed by\nentropy",
+    "read_kept_by_entropy": "perception\nkept by\nentropy",
+    "read_kept_by_vepo": "perception\nkept by\nVEPO",
+    "read_changed_by_noise": "perception\nchanged by\nnoise",
 }
-COLOURS = {"read": "#8e6bd1", "derived": "#3d8bd9", "words": "#d8d8d8"}
+KINDS = {"read": ("perception", "#8e6bd1"), "derived": ("derived", "#3d8bd9"), "words": ("filler words", "#d8d8d8")}
 
 
 def draw(gains):
-    """toy/comparison.png, one column a world: premises, where the gradient comes from, and {world: {arm: its gain}}."""
+    """toy/comparison.png, a column for each toy task: assumptions, gradient by kind of token, gains in accuracy.
+
+    `gains`: {toy: {variant: (mean, half width)}}. The other values are those of signals.json and credit.json.
+    """
     figure = Figure(figsize=(11, 11), layout="constrained")
-    panels, credit = figure.subplots(3, len(EMBEDDED), height_ratios=[0.8, 1, 1]), measured(TOY / "credit.json")
-    for (top, middle, bottom), (world, folder) in zip(panels.T, EMBEDDED.items()):
-        signals = measured(folder / "signals.json").get("signals", {})
-        for i, name in enumerate(PREMISES):
-            if signals.get(name, {}).get("low") is None:  # not measured, or on a single prompt
-                continue
+    axes = figure.subplots(3, len(EMBEDDED), height_ratios=[0.8, 1, 1])
+    credit = json.loads((TOY / "credit.json").read_text())
+    for (top, middle, bottom), (toy, folder) in zip(axes.T, EMBEDDED.items()):
+        signals = json.loads((folder / "signals.json").read_text())["signals"]
+        for i, name in enumerate(ASSUMPTIONS):
             low, mean, high = (100 * signals[name][side] for side in ("low", "mean", "high"))
             top.bar(i, mean, yerr=[[mean - low], [high - mean]], capsize=3, color="#8e6bd1")
         top.plot([-0.4, 0.4], [41, 41], color="black", linestyle=":", linewidth=1.5)  # VEPO's paper, on a 7B
-        top.set_xticks(range(len(PREMISES)), PREMISES.values(), fontsize=8)
-        top.set(ylim=(0, 105), title=f"{world}: premises, % (dotted: VEPO's paper, 7B)")
-        arms = credit.get(world, {}).get("arms", {})
-        left = [0.0] * len(arms)
-        for kind, colour in COLOURS.items():
-            widths = [100 * values[f"share_{kind}"][0] for values in arms.values()]
-            middle.barh(range(len(arms)), widths, left=left, color=colour, label=kind)
+        top.set_xticks(range(len(ASSUMPTIONS)), ASSUMPTIONS.values(), fontsize=8)
+        top.set(ylim=(0, 105), title=f"{toy}: assumptions, % (dotted: VEPO's paper, 7B)")
+
+        variants = credit[toy]["variants"]
+        left = [0.0] * len(variants)
+        for kind, (label, colour) in KINDS.items():
+            widths = [100 * values[f"share_{kind}"][0] for values in variants.values()]
+            middle.barh(range(len(variants)), widths, left=left, color=colour, label=label)
             left = [a + b for a, b in zip(left, widths)]
-        middle.set_yticks(range(len(arms)), arms, fontsize=8)
-        middle.set_title("share of the squared gradient norm, %, by kind of token")
+        middle.set_yticks(range(len(variants)), variants, fontsize=8)
+        middle.set_title("squared gradient norm by kind of token, %")
         middle.invert_yaxis()
         middle.legend(fontsize=8, loc="lower right")
-        for i, (mean, half) in enumerate(gains[world].values()):
+
+        for i, (mean, half) in enumerate(gains[toy].values()):
             bottom.errorbar(mean, i, xerr=half, fmt="o", color="#3d8bd9", capsize=3)
         bottom.axvline(0, color="black", linewidth=1)
-        bottom.set_yticks(range(len(gains[world])), gains[world], fontsize=8)
+        bottom.set_yticks(range(len(gains[toy])), gains[toy], fontsize=8)
         bottom.invert_yaxis()
         bottom.set_title("points of online accuracy against its GRPO, 95 %")
-        for axes in (top, middle, bottom):
-            axes.title.set_fontsize(10)
-            axes.grid(alpha=0.3)
+        for panel in (top, middle, bottom):
+            panel.title.set_fontsize(10)
+            panel.grid(alpha=0.3)
     figure.savefig(TOY / "comparison.png", dpi=130)
-
-
-def measured(path):
-    """A file of measurements; {} where it was not made yet. Raises UserError."""
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is broken: remove it, and measure again.")
-    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=[*EMBEDDED], default="toy-faint", help="that runs are made in")
-    parser.add_argument("--seeds", type=int, default=8, help="of each arm")
-    parser.add_argument("--report", action="store_true", help="no run, only the tables and the image")
+    parser.add_argument("--toy", choices=[*EMBEDDED], default="toy-faint", help="toy task to train on")
+    parser.add_argument("--seeds", type=int, default=8, help="of each variant")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--report", action="store_true", help="train nothing")
     options = parser.parse_args()
-    for name in ("jobs", "seeds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be above 0.")
-    try:
-        if not options.report:
-            run(options.world, options.seeds, options.jobs)
-        report()
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    if not options.report:
+        train_missing(options.toy, options.seeds, options.jobs)
+    report()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The two embedded worlds: images, puzzles about them, and what a response to one says.
+"""The built-in toy tasks: images, puzzles about them, and responses to the puzzles.
 
-Images are grids of coloured shapes, one cell an image token. Puzzles ask for counts of what is in them. A response
-reads the image first (counts: tokens that depend on it), and reasons about what it read next (tokens that do not):
+Images are grids of coloured shapes, one cell for each image token. Puzzles ask for counts. A response first reads the
+counts off the image (perception tokens), then reasons about what it read (tokens that do not depend on the image):
 
-    toy        bold colours on white, few words; every read is uncertain, and little else:
+    toy        bold colours on white, fixed wording; only the counts are uncertain:
                <think>I count 2 red shapes and 3 blue circles. So 2 + 3 = 5.</think> \\boxed{5}
-    toy-faint  the same scenes, faint on grainy grey, in words that vary; three or four reads, the last ones late:
+    toy-faint  the same scenes in faint colours on grainy grey, in words that vary; three or four counts, some late:
                <think>Well, we see two red and one squares. Then three green circles. So two and one and
                three.</think> \\boxed{213}
 """
@@ -29,30 +29,25 @@ SHAPES = ["circle", "square", "triangle"]
 GRIDS = [(2, 2), (2, 3), (3, 2), (3, 3)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Images ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Scene:
-    """A grid of `rows` x `columns` cells; `cells`: None, or (colour, shape, x, y, size, fill), row by row."""
+    """A grid of `rows` x `columns` cells; `cells`: None or (colour, shape, x, y, size, fill), row by row."""
 
     rows: int
     columns: int
     background: int
     cells: list
 
-    @property
-    def things(self):
-        """(colour, shape) of all that is in it."""
-        return [cell[:2] for cell in self.cells if cell]
 
-
-def draw_scene(rng, sparse=0.4, dense=0.95):
-    """A scene of random size and density: the share of cells that hold something."""
+def draw_scene(rng, min_density=0.4, max_density=0.95):
+    """A scene of random size and density, the share of cells that are not empty."""
     rows, columns = rng.choice(GRIDS)
-    background, density, cells = rng.randint(235, 255), rng.uniform(sparse, dense), []
+    background = rng.randint(235, 255)
+    density = rng.uniform(min_density, max_density)
+    cells = []
     for _ in range(rows * columns):
         if rng.random() > density:
             cells.append(None)
@@ -84,16 +79,16 @@ def paint_plain(scene, rng=None):
     return image
 
 
-BLOCK = 4  # pixels of equal colour in x and y: a faint image takes a kilobyte
+BLOCK = 4  # pixels of equal colour in x and y, so that the file of a faint image is small
 HUES = {"red": (1.2, -0.8, -0.8), "green": (-0.9, 1.2, -0.8), "blue": (-0.8, -0.7, 1.3), "yellow": (1.0, 0.8, -1.2)}
-CONTRAST = (12, 60)  # of a thing against its background, of 255
-GRAIN = (1, 6)  # standard deviation of the blocks' own noise, of 255
-LEAN = 0.35  # how far a colour may lean to another one
+CONTRAST = (12, 60)  # of a shape against its background, of 255
+GRAIN = (1, 6)  # standard deviation of the noise of each block, of 255
+LEAN = 0.35  # how much of another colour may be mixed in
 
 
 def paint_faint(scene, rng, easy=0.0):
-    """The scene faint on a grey that changes from place to place, with grain; `easy`: more contrast, of 255."""
-    noise = numpy.random.RandomState(rng.getrandbits(32))  # whose stream is frozen
+    """The scene in faint colours on an uneven, noisy grey; `easy` is added to the contrast, of 255."""
+    noise = numpy.random.RandomState(rng.getrandbits(32))  # numpy keeps its stream unchanged between versions
     height, width, side = scene.rows * CELL // BLOCK, scene.columns * CELL // BLOCK, CELL // BLOCK
     y, x = numpy.mgrid[0:height, 0:width] / (3 * side)
     grey = rng.uniform(105, 150) + rng.uniform(-15, 15) * y + rng.uniform(-15, 15) * x
@@ -114,33 +109,32 @@ def paint_faint(scene, rng, easy=0.0):
     return Image.fromarray(blocks).resize((scene.columns * CELL, scene.rows * CELL), Image.Resampling.NEAREST)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Puzzles: a question about what is in the image, and a response that reads first and reasons next
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Puzzles --------------------------------------------------------------------------------------------------------
 
 
-def description(rng):
-    """What to count: its words, and the test that a (colour, shape) must pass."""
-    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-    kind = rng.choice(["colour", "colour", "shape", "both"])
-    if kind == "colour":
-        return f"{colour} shapes", lambda thing: thing[0] == colour
-    if kind == "shape":
-        return f"{shape}s", lambda thing: thing[1] == shape
-    return f"{colour} {shape}s", lambda thing: thing == (colour, shape)
+def draw_queries(rng, count):
+    """So many different things to count: [(words, (colour or None, shape or None))]."""
+    queries = {}
+    while len(queries) < count:
+        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        kind = rng.choice(["colour", "colour", "shape", "both"])
+        if kind == "colour":
+            words, shape = f"{colour} shapes", None
+        elif kind == "shape":
+            words, colour = f"{shape}s", None
+        else:
+            words = f"{colour} {shape}s"
+        queries[words] = (colour, shape)
+    return list(queries.items())
 
 
-def descriptions(rng, count):
-    """So many different ones."""
-    found = {}
-    while len(found) < count:
-        words, test = description(rng)
-        found.setdefault(words, test)
-    return list(found.items())
+def count_shapes(scene, colour, shape):
+    """How many shapes of a scene have this colour and this shape; None: any."""
+    return sum(colour in (None, cell[0]) and shape in (None, cell[1]) for cell in scene.cells if cell)
 
 
 def conclude(family, numbers):
-    """What a puzzle's answer is, given what was read: right counts or wrong ones.
+    """The answer that follows from the numbers a response read, right or wrong.
 
     >>> conclude("difference", [2, 3, 1]), conclude("compare", [2, 1]), conclude("list", [2, 0, 1])
     ('4', 'yes', '201')
@@ -159,41 +153,44 @@ def conclude(family, numbers):
 
 @dataclass
 class Puzzle:
-    """A question, what is to be read off its images, and how a response to it goes."""
+    """A question, the counts to read off its images, and a template of the response."""
 
     family: str
     problem: str
     scenes: list
     counts: list  # the true numbers, in the order in which a response reads them
-    thought: str  # {0}, {1} ...: numbers; {answer}, {truth}, {name}: what follows; [a|b|c]: one of these words
-    names: list = field(default_factory=list)  # of what a choice is between
+    thought: str  # {0}, {1}: numbers; {answer}, {truth}, {name}: what follows from them; [a|b|c]: one of these words
+    names: list = field(default_factory=list)  # the colours to choose between
     images: list = field(default_factory=list)
 
     def response(self, numbers, rng, words):
-        """A response that reads these numbers, right or wrong, and reasons on from there; in words, or in digits."""
-        answer, say = conclude(self.family, numbers), in_words if words else str
-        follows = {"truth": "true" if answer == "yes" else "false"}
-        if "{answer}" in self.thought:
-            follows["answer"] = say(int(answer))
-        follows["name"] = self.names["ABC".index(answer)] if self.names else ""
-        thought = re.sub(r"\[(.*?)\]", lambda slot: one_of(rng, slot[1].split("|")), self.thought)
-        return f"<think>{thought.format(*map(say, numbers), **follows)}</think> \\boxed{{{answer}}}"
+        """A response that reads these numbers, right or wrong, and concludes from them; `words`: numbers in words."""
+        answer = conclude(self.family, numbers)
+        write = in_words if words else str
+
+        def pick(slot):  # each choice is half as likely as the one before
+            choices = slot[1].split("|")
+            return rng.choices(choices, [0.5**i for i in range(len(choices))])[0]
+
+        thought = re.sub(r"\[(.*?)\]", pick, self.thought).format(
+            *map(write, numbers),
+            answer=write(int(answer)) if "{answer}" in self.thought else "",
+            truth="true" if answer == "yes" else "false",
+            name=self.names["ABC".index(answer)] if self.names else "",
+        )
+        return f"<think>{thought}</think> \\boxed{{{answer}}}"
 
 
 def in_words(number):
     return NUMBERS[number] if number >= 0 else f"minus {NUMBERS[-number]}"
 
 
-def one_of(rng, words):
-    """One of some words, each half as likely as the one before."""
-    return rng.choices(words, [0.5**i for i in range(len(words))])[0]
-
-
 def plain_puzzle(rng, family):
-    """A puzzle of the toy, of any of its families."""
+    """A puzzle of the toy task `toy`."""
     scenes = [draw_scene(rng) for _ in range(2 if family == "pictures" else 1)]
-    (one, is_one), (two, is_two) = descriptions(rng, 2)
-    counts, names = [sum(map(is_one, scenes[0].things)), sum(map(is_two, scenes[0].things))], []
+    (one, query), (two, other) = draw_queries(rng, 2)
+    counts = [count_shapes(scenes[0], *query), count_shapes(scenes[0], *other)]
+    names = []
     if family == "difference" and counts[0] < counts[1]:
         one, two, counts = two, one, counts[::-1]
     seen = f"I count {{0}} {one} and {{1}} {two}. "
@@ -209,14 +206,14 @@ def plain_puzzle(rng, family):
         problem, thought = f"<image>Are there more {one} than {two}?", seen + "So {0} > {1} is {truth}."
     elif family == "choice":
         names = rng.sample(list(COLOURS), 3)
-        counts = [sum(colour == name for colour, _ in scenes[0].things) for name in names]
-        if sorted(counts)[-1] == sorted(counts)[-2]:  # a tie for the most common colour: draw another image
+        counts = [count_shapes(scenes[0], name, None) for name in names]
+        if sorted(counts)[-1] == sorted(counts)[-2]:  # a tie: draw another image
             return plain_puzzle(rng, family)
         problem = "<image>Which colour is the most common? (A) {} (B) {} (C) {}".format(*names)
         thought = "I count {{0}} {}, {{1}} {}, {{2}} {}. So the most common is {{name}}.".format(*names)
     elif family == "pictures":
         problem = f"<image><image>How many {one} are there in the two pictures together?"
-        counts = [sum(map(is_one, scene.things)) for scene in scenes]
+        counts = [count_shapes(scene, *query) for scene in scenes]
         thought = "I count {0} in the first and {1} in the second. So {0} + {1} = {answer}."
     else:
         scenes, counts = [], [rng.randint(0, 9), rng.randint(0, 9)]
@@ -225,22 +222,25 @@ def plain_puzzle(rng, family):
     return Puzzle(family, problem, scenes, counts, thought, names)
 
 
-LOOK = "[Okay|Well|Right], [I|we] [see|count|find] "  # slots of words that no image decides
+LOOK = "[Okay|Well|Right], [I|we] [see|count|find] "  # filler words, which no image decides
 FILL = ["", "", "It [seems|looks|is] [clear|fine|good]. "]
-AGAIN, SO, MAKES = "[Then|Next|Again] ", "[So|Thus] ", " [makes|is] "
+AGAIN = "[Then|Next|Again] "
+SO = "[So|Thus] "
+MAKES = " [makes|is] "
 
 
 def faint_puzzle(rng, family):
-    """A puzzle of the toy-faint, of any of its families: three reads, four of two images.
+    """A puzzle of the toy task `toy-faint`: three counts, or four of two images.
 
-    Most answers list what was read: where an error may be made up for by another one, as in a sum, or by luck, as
-    between yes and no, reinforcement learning need not teach to see.
+    Most answers list all counts. In a sum two errors may cancel, and yes or no may be right by luck: then
+    reinforcement learning does not need to teach perception.
     """
     of_two = family == "list of two"
     scenes = [draw_scene(rng, 0.65, 1.0) for _ in range(2 if of_two else 1)]
-    kinds = descriptions(rng, 2 if of_two else 3)
-    asked, said = [words for words, _ in kinds], [words.removesuffix(" shapes") for words, _ in kinds]
-    counts = [sum(map(test, scene.things)) for scene in scenes for _, test in kinds]
+    queries = draw_queries(rng, 2 if of_two else 3)
+    asked = [words for words, _ in queries]
+    said = [words.removesuffix(" shapes") for words in asked]
+    counts = [count_shapes(scene, *query) for scene in scenes for _, query in queries]
     late, end = f"{{2}} {said[-1]}. ", "{0} and {1} and {2}."
 
     if family == "list":
@@ -254,7 +254,7 @@ def faint_puzzle(rng, family):
     elif family == "compare":
         problem, end = "<image>Are there more {} and {} together than {}?", "{0} and {1} over {2} is {truth}."
     else:
-        scenes, counts = [], [rng.randint(0, 4) for _ in kinds]
+        scenes, counts = [], [rng.randint(0, 4) for _ in queries]
         asked = [f"{n} {words}" for n, words in zip(counts, asked)]
         problem = "A box holds {}, {} and {}. How many things does it hold?"
         end = "{0} and {1} and {2}" + MAKES + "{answer}."
@@ -268,30 +268,30 @@ def faint_puzzle(rng, family):
 
 
 @dataclass
-class World:
-    """One of the embedded worlds: its families of puzzles, how one is drawn, and how many there are."""
+class ToyTask:
+    """A built-in toy task: its families of puzzles, how a puzzle is drawn, and how many there are."""
 
     families: list
     puzzle: Callable  # of a random generator and a family
     paint: Callable  # an image, of a scene and a random generator
-    words: bool  # responses say numbers in words
+    words: bool  # responses write numbers in words
     train: int
     test: int = 504
 
     def puzzles(self, seed, count):
-        """So many puzzles of all families in turn, from a seed of any kind."""
+        """Yields so many puzzles, of all families in turn."""
         rng = random.Random(seed)
         for i in range(count):
-            made = self.puzzle(rng, self.families[i % len(self.families)])
-            made.images = [self.paint(scene, rng) for scene in made.scenes]
-            yield made
+            puzzle = self.puzzle(rng, self.families[i % len(self.families)])
+            puzzle.images = [self.paint(scene, rng) for scene in puzzle.scenes]
+            yield puzzle
 
 
-WORLDS = {
-    "toy": World(
+TOY_TASKS = {
+    "toy": ToyTask(
         ["count", "sum", "difference", "compare", "choice", "pictures", "text"], plain_puzzle, paint_plain, False, 2002
     ),
-    "toy-faint": World(
+    "toy-faint": ToyTask(
         ["list", "difference", "list", "compare", "list", "list of two", "text"], faint_puzzle, paint_faint, True, 2401
     ),
 }
