@@ -587,7 +587,7 @@ def pack_rows(groups, advantages, args):
 
 
 def split_group(group, budget):
-    """The group as packed rows of at most `budget` tokens: itself, or slices of it, each of one response or more."""
+    """The group as rows of at most `budget` tokens: itself, or slices of it, each of at least one response."""
     cost, rows, start = len(group.prompt.input_ids), [], 0
     total = cost
     for i, length in enumerate(group.lengths):
@@ -617,39 +617,47 @@ def longest_row(prompt, args):
 
 
 def pack(row, device):
-    """The row [prompt | response 1 | ... | response G] as model inputs, and where things are in it.
+    """The row [prompt | response 1 | ... | response G] as model inputs, and indices into it; made once, on the host.
 
-    A response sees the prompt and itself, and its positions go on after the prompt's. Returns {"inputs": the model's,
-    with the row's segments, prompt and responses, and the keys that each sees; "read" (N,): for each response token,
-    response by response, where in the row the state is that predicts it; "targets" (N,): these tokens; "written" (N,):
-    where they are in (G x T); "images": where the image's tokens are}. Computed on the host, once for each row.
+    A response attends to the prompt and to itself, and its position ids continue from the prompt's. Returns a dict:
+      inputs   what the model is called with: input_ids (1, L), position_ids, and the segments for `kernels.attend`
+      targets  (N,) the tokens of all responses, response by response
+      read     (N,) the index in the row of the state that predicts each of them
+      written  (N,) their indices in a flattened (G, T)
+      images   the indices of the image tokens in the row
     """
-    if row.packed is None:
-        prompt, T, lengths = row.prompt, row.mask.shape[1], torch.tensor([len(row.prompt.input_ids), *row.lengths])
-        shared, L = len(prompt.input_ids), int(lengths.sum())
-        step = torch.cat([torch.arange(n) for n in row.lengths])  # (N,) a token's place in its response
-        positions = (prompt.position_ids.max() + 1 + step).expand(len(prompt.position_ids), -1)
-        positions = torch.cat([prompt.position_ids, positions], 1)  # (3 or 1, L)
-        own = torch.arange(L).split(lengths.tolist())  # the places of each segment
-        seen = torch.cat([own[0], *(places for response in own[1:] for places in (own[0], response))])
-        keys = lengths + shared * (torch.arange(len(lengths)) > 0)  # that each segment sees
-        starts, key_starts = (torch.nn.functional.pad(x.cumsum(0), (1, 0)).int() for x in (lengths, keys))
-        host = {
-            "read": torch.where(step == 0, shared - 1, torch.arange(shared - 1, L - 1)),
-            "written": torch.cat([i * T + torch.arange(n) for i, n in enumerate(row.lengths)]),
-            "images": prompt.image_mask.nonzero()[:, 0],
-            "position_ids": positions[:, None].squeeze(0),
-            "attention_mask": seen[None, None, None],  # indices: transformers passes four dimensions on unchanged
-            "starts": starts,
-            "key_starts": key_starts,
-            "prompt": prompt.input_ids,
-        }
-        sent = {name: kernels.send(value, device) for name, value in host.items()}
-        targets = row.responses.to(device).flatten()[sent["written"]]
-        ids = torch.cat([sent.pop("prompt"), targets])[None]  # (1, L)
-        segments = sent.pop("starts"), sent.pop("key_starts"), (int(lengths.max()), int(keys.max()))
-        inputs = {name: sent.pop(name) for name in ("position_ids", "attention_mask")}
-        row.packed = sent | {"targets": targets, "inputs": inputs | {"input_ids": ids, "segments": segments}}
+    if row.packed is not None:
+        return row.packed
+    prompt, T = row.prompt, row.mask.shape[1]
+    shared = len(prompt.input_ids)
+    lengths = torch.tensor([shared, *row.lengths])  # of the segments: the prompt and the responses
+    L = int(lengths.sum())
+    step = torch.cat([torch.arange(n) for n in row.lengths])  # (N,) the index of each token in its response
+    after_prompt = (prompt.position_ids.max() + 1 + step).expand(len(prompt.position_ids), -1)
+    position_ids = torch.cat([prompt.position_ids, after_prompt], 1)  # (3 or 1, L)
+    first, *responses = torch.arange(L).split(lengths.tolist())  # the indices of each segment
+    seen = torch.cat([first, *(indices for response in responses for indices in (first, response))])
+    keys = lengths + shared * (torch.arange(len(lengths)) > 0)  # how many keys each segment attends to
+    host = {
+        "read": torch.where(step == 0, shared - 1, torch.arange(shared - 1, L - 1)),
+        "written": torch.cat([i * T + torch.arange(n) for i, n in enumerate(row.lengths)]),
+        "images": prompt.image_mask.nonzero()[:, 0],
+        "position_ids": position_ids[:, None].squeeze(0),
+        "attention_mask": seen[None, None, None],  # indices: transformers passes four dimensions on unchanged
+        "starts": pad(lengths.cumsum(0), (1, 0)).int(),
+        "key_starts": pad(keys.cumsum(0), (1, 0)).int(),
+        "prompt": prompt.input_ids,
+    }
+    sent = {name: kernels.send(value, device) for name, value in host.items()}
+    targets = row.responses.to(device).flatten()[sent["written"]]
+    inputs = {
+        "input_ids": torch.cat([sent["prompt"], targets])[None],
+        "position_ids": sent["position_ids"],
+        "attention_mask": sent["attention_mask"],
+        "segments": (sent["starts"], sent["key_starts"], (int(lengths.max()), int(keys.max()))),
+    }
+    indices = {name: sent[name] for name in ("read", "written", "images")}
+    row.packed = {"inputs": inputs, "targets": targets, **indices}
     return row.packed
 
 
@@ -670,14 +678,15 @@ def forward(model, row, temperature=1.0, layer_hook=None):
 
     def compute(model):
         images = image_inputs(model, [row.prompt])
-        nothing = 0 * grey_image(model) if is_sharded(model) and not images else 0  # in the backward pass too
+        nothing = 0  # or the tower's output times 0: its weights are gathered forward and backward on every process
+        if is_sharded(model) and not images:
+            nothing = 0 * grey_image(model)
         with layer_hooks(model.model.language_model.layers, layer_hook):
             hidden = model.model(**packed["inputs"], **images, use_cache=False).last_hidden_state[0] + nothing
         if layer_hook:
             layer_hook(hidden.detach())
-        return *token_logps(
-            hidden.index_select(0, packed["read"]), model.lm_head.weight, packed["targets"], temperature
-        ), hidden
+        states = hidden.index_select(0, packed["read"])  # (N, D)
+        return *token_logps(states, model.lm_head.weight, packed["targets"], temperature), hidden
 
     logps, entropy, hidden = with_full_params(model, compute)
     return unpack(logps, row), unpack(entropy, row), hidden

@@ -160,5 +160,7 @@ def resolve_model(name, revision="main"):
     config = read_config(folder)
     base = config.base_model_name_or_path
     base = str(EMBEDDED[base] / "model") if base in EMBEDDED else base
+    if (Path(base) / CONFIG).exists():
+        raise UserError(f"{folder} holds adapters of {base}, which holds adapters itself: merge those first.")
     beside = folder.parent if (folder.parent / "config.json").exists() else base
     return beside, base, config.revision or revision, folder

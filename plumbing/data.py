@@ -83,6 +83,15 @@ def hidden(path):
     return any(part.startswith(".") for part in path.parts)
 
 
+def version(files):
+    """Eight digits that change when one of the files is written again, even with its old time.
+
+    They name the folder of the cache: by itself `datasets` goes by path and time alone, and would return old rows.
+    """
+    facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in (file.stat() for file in files)]
+    return f"{zlib.crc32(repr(facts).encode()):08x}"
+
+
 def load_rows(name, split, revision="main", option="--data"):
     """Rows of a hub data set (`id` or `id:config`), or of a local file or folder: its only split, or `split`.
 
@@ -96,7 +105,7 @@ def load_rows(name, split, revision="main", option="--data"):
         if files:
             datasets.disable_progress_bars()  # of every converted file; downloads show theirs
             paths = [glob.escape(str(file)) for file in files]  # names, not patterns
-            return datasets.load_dataset(kinds.pop(), data_files=paths, split="train")
+            return datasets.load_dataset(kinds.pop(), name=version(files), data_files=paths, split="train")
         identifier, _, config = name.partition(":")
         return datasets.load_dataset(identifier, config or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
@@ -199,7 +208,7 @@ def plain_text(value, what):
     """
     if value is None or value != value or not str(value).strip():
         raise Unusable(f"has no {what}")
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict | bytes):
         raise Unusable(f"has a {type(value).__name__} for its {what}, not a text")
     if isinstance(value, datetime.date):
         return str(value).removesuffix(" 00:00:00")  # datasets reads a date in a json file as a time
@@ -259,10 +268,7 @@ class Data:
                     problem, sizes, answer = row.result()
                     self.tokens[i] = self.prompt_tokens(problem, sizes)
                     self.checksum = zlib.crc32(f"{i} {problem} {answer}".encode(errors="replace"), self.checksum)
-                except (
-                    Unusable,
-                    ValueError,
-                ) as error:  # ValueError: no UTF-8, or an image too wide
+                except (Unusable, ValueError) as error:  # ValueError: no UTF-8, or an image too wide
                     self.unusable[i] = str(error)
         finally:
             pool.shutdown(cancel_futures=True)

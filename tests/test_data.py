@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 from decimal import Decimal
 
 import pytest
@@ -359,6 +360,14 @@ def test_the_name_of_a_file_is_no_pattern(toy, tmp_path):
     for name, answer in (("train[1]", "1"), ("q?", "3")):
         data = data_of(toy, tmp_path / f"{name}.jsonl")
         assert len(data) == 1 and data.prompt(0).answer == answer
+
+
+def test_a_file_that_is_written_again_with_its_old_time_is_read_again(toy, tmp_path):
+    path = rows_file(tmp_path, [{"question": "1?", "answer": "1"}])
+    before, stat = data_of(toy, path).contents, path.stat()
+    rows_file(tmp_path, [{"question": "2?", "answer": "2"}])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert data_of(toy, path).contents != before and data_of(toy, path).prompt(0).answer == "2"
 
 
 def test_images_are_relative_to_the_file_also_in_a_folder(toy, tmp_path):
