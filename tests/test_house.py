@@ -14,7 +14,7 @@ LAYERS = [  # the lowest first; modules of one layer do not import each other
     ["toy", "tests"],
 ]
 PLUMBING = ["arguments kernels", "families answers adapters", "data memory", "sharding metrics", "checkpoints"]
-LINES = {"common.py": 870, "trainer.py": 380, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 450, "methods": 290}
+LINES = {"common.py": 880, "trainer.py": 380, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 450, "methods": 290}
 METHODS = LAYERS[3]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("toy/*.py")])
 
