@@ -37,6 +37,19 @@ from show import run_of
 from trainer import Trainer
 
 PIXELS = ["--min_pixels", 784, "--max_pixels", 784 * 6]
+COMMON = [
+    *PIXELS,
+    "--kl_coef",
+    0.1,
+    "--entropy_coef",
+    0.01,
+    "--max_response_tokens",
+    12,
+    "--steps",
+    1,
+    "--eval_rows",
+    0,
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +72,14 @@ def images_of(prompt, processor):
     return [unpatchify(part, grid, processor.image_processor) for part, grid in zip(parts, prompt.image_grid_thw)]
 
 
-def data_of(rows, internvl):
+def data_of(rows, internvl, **args):
     model, processor = internvl
-    return Data(str(rows), "train", SharedArgs(), processor, model)
+    return Data(str(rows), "train", SharedArgs(**args), processor, model)
 
 
 @pytest.mark.parametrize("row, names", [(0, [0]), (1, [1]), (2, [2, 3]), (4, [4])])
-def test_patches_and_tiles_are_the_processors_own(rows, internvl, row, names):
-    """There and back: the very tiles; and each patch lies in its image where it lay in the canvas."""
+def test_patches_and_tiles_are_those_of_the_processor(rows, internvl, row, names):
+    """There and back: the very tiles; and each patch has the same place in its image as in the canvas."""
     (model, processor), prompt = internvl, data_of(rows, internvl).prompt(row)
     images = [Image.open(rows.parent / f"{i}.png") for i in names]
     made = processor(text=["<IMG_CONTEXT>" * len(images)], images=images, return_tensors="pt")
@@ -77,17 +90,15 @@ def test_patches_and_tiles_are_the_processors_own(rows, internvl, row, names):
     assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids))[None])
     once, again = prompt.pixel_values.view(-1, 3, 2, 196).unbind(2)
     assert torch.equal(once, again)
-    changed = torch.stack([once, again + 1], 2).flatten(1)  # the tower takes the first
-    assert torch.equal(image_inputs(model, [with_pixels(prompt, changed)])["pixel_values"], made["pixel_values"])
+    changed = dataclasses.replace(prompt, pixel_values=torch.stack([once, again + 1], 2).flatten(1))
+    assert torch.equal(
+        image_inputs(model, [changed])["pixel_values"], made["pixel_values"]
+    )  # the tower takes the first
     if row == 1:  # 2 x 3 tiles and the thumbnail; nothing was resized: the very pixels
         assert prompt.image_grid_thw.tolist() == [[1, 4, 6], [1, 2, 2]]
         canvas, thumbnail = images_of(prompt, processor)
         pixels = torch.tensor(list(images[0].tobytes())).view(56, 84, 3).permute(2, 0, 1) / 255
         assert torch.equal(canvas, pixels) and thumbnail.shape == (3, 28, 28)
-
-
-def with_pixels(prompt, pixel_values):
-    return dataclasses.replace(prompt, pixel_values=pixel_values)
 
 
 def plain_tiles(prompt):
@@ -106,27 +117,24 @@ def plain_tiles(prompt):
     return torch.stack(tiles)
 
 
-def test_a_image_of_several_tiles_at_least(folder, rows):
-    """The limit holds for the length of a prompt, for its tiles, and after a checkpoint."""
-    processor = load_processor(str(folder), min_pixels=784 * 4 + 5, max_pixels=784 * 6)
-    internvl = load_model(str(folder)), processor
-    assert limit_pixels(internvl[0].config, processor) == (784 * 4, 784 * 6)
-    data = data_of(rows, internvl)
-    for row in range(len(data)):
+@pytest.mark.parametrize("min_pixels", [784, 784 * 4 + 5])
+def test_limits_of_pixels_and_the_length_of_a_prompt(folder, rows, min_pixels):
+    """The limit holds for the length of a prompt, which is known before its images are decoded, and for its tiles."""
+    model, processor = load_model(str(folder)), load_processor(str(folder), min_pixels=min_pixels, max_pixels=784 * 6)
+    assert limit_pixels(model.config, processor) == (min_pixels // 784 * 784, 784 * 6)
+    data = data_of(rows, (model, processor))
+    assert len(data) == len(data.tokens) == 8
+    for row, length in data.tokens.items():
         prompt = data.prompt(row)
-        assert len(prompt.input_ids) == data.tokens[row]
+        assert len(prompt.input_ids) == length
         if prompt.pixel_values is not None:
-            assert image_inputs(internvl[0], [prompt])["pixel_values"].shape[0] == int(prompt.image_mask.sum())
-    assert data.prompt(0).image_grid_thw.tolist() == [[1, 4, 4], [1, 2, 2]]  # of 28 x 28 pixels: 2 x 2 tiles
-    assert limit_pixels(internvl[0].config, processor, 784 * 2 + 5, 784 * 5 + 7) == (784 * 2, 784 * 5)
+            assert image_inputs(model, [prompt])["pixel_values"].shape[0] == int(prompt.image_mask.sum())
+    if min_pixels > 784:
+        assert data.prompt(0).image_grid_thw.tolist() == [[1, 4, 4], [1, 2, 2]]  # of 28 x 28 pixels: 2 x 2 tiles
+    assert limit_pixels(model.config, processor, 784 * 2 + 5, 784 * 5 + 7) == (784 * 2, 784 * 5)
 
 
-def test_the_length_of_a_prompt_is_known_before_its_images_are_decoded(rows, internvl):
-    data = data_of(rows, internvl)
-    assert all(len(data.prompt(i).input_ids) == length for i, length in data.tokens.items()) and len(data) == 8
-
-
-def test_several_prompts_images_stand_one_after_the_other(internvl):
+def test_images_of_several_prompts_follow_one_another(internvl):
     model = tiny_model("internvl")
     prompts = [tiny_prompt(model, grids, seed=i) for i, grids in enumerate([[(4, 8)], [], [(4, 4), (8, 4)]])]
     got = image_inputs(model, prompts)
@@ -161,10 +169,8 @@ def test_what_is_blackened_in_the_canvas_is_in_the_thumbnail(internvl):
         dark = dataclasses.replace(prompt, pixel_values=views)
         canvas, thumbnail = (image[0].round() for image in images_of(dark, processor))
         blocks = canvas.view(2, 28, 2, 42).mean((1, 3))
-        assert torch.equal(blocks, thumbnail.view(2, 14, 2, 14).mean((1, 3))) and set(blocks.unique().tolist()) <= {
-            0,
-            1,
-        }
+        assert torch.equal(blocks, thumbnail.view(2, 14, 2, 14).mean((1, 3)))
+        assert set(blocks.unique().tolist()) <= {0, 1}
         seen.add(blocks.sum().item())
     assert len(seen) > 2
 
@@ -194,7 +200,7 @@ def test_the_attack_moves_canvas_and_thumbnail(rows, internvl):
         assert (change > 0).float().mean() > 0.8
 
 
-def test_a_prepared_model_computes_what_transformers_own_does():
+def test_a_patched_model_computes_what_that_of_transformers_does():
     """With frequencies that may grow (InternVL3's rotary embedding), below the model's number of positions."""
     ours, config = tiny_model("internvl"), tiny_model("internvl").config
     config.vision_config._attn_implementation = "eager"
@@ -209,33 +215,37 @@ def test_a_prepared_model_computes_what_transformers_own_does():
     assert torch.allclose(got, want, atol=1e-4)
 
 
+TOY_IMAGES = json.loads((ROOT / "toy/model/processor_config.json").read_text())["image_processor"]
+SIZE = {"height": 28, "width": 28}
+
 METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
-TERMS = ["--kl_coef", 0.1, "--entropy_coef", 0.01, "--max_response_tokens", 12, "--prompts_per_step", 4]
+
+
+def trained(folder, method, output, *flags):
+    """A step of a method; returns the lines of metrics.jsonl, and the tensors by whether the run changed them."""
+    lines = train(method, output, *COMMON, "--model", folder, "--data", folder / "rows.jsonl", *flags)
+    before, after = load_model(str(folder)).state_dict(), load_model(output / "last").state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    return lines, moved, before.keys() - moved
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_it_and_its_checkpoint_is_transformers_own(folder, rows, tmp_path, method):
-    flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--updates_per_step", 2, "--tokens_per_row", 150]
-    lines = train(method, tmp_path / "run", *flags, "--steps", 1, "--eval_rows", 2)
+def test_every_method_trains_it_and_transformers_opens_the_checkpoint(folder, tmp_path, method):
+    flags = ["--updates_per_step", 2, "--tokens_per_row", 150, "--eval_rows", 2]
+    lines, moved, unmoved = trained(folder, method, tmp_path / "run", *flags)
     assert all(value == value for line in lines for value in line.values() if isinstance(value, float))
-    last = tmp_path / "run" / "last"
-    before, after = load_model(str(folder)).state_dict(), weights(last)
-    trained = transformers.AutoModelForImageTextToText.from_pretrained(last)
-    moved = {name: not torch.equal(p, before[name]) for name, p in trained.named_parameters()}
-    assert all(moved.values()), [name for name, changed in moved.items() if not changed]
-    assert after and load_processor(last).image_processor.max_patches == 6
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "last")
+    assert not unmoved & {name for name, _ in model.named_parameters()} and moved
+    assert load_processor(tmp_path / "run" / "last").image_processor.max_patches == 6
 
 
-def test_frozen_vision_is_tower_and_projector(folder, rows, tmp_path):
-    flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--steps", 1, "--eval_rows", 0, "--freeze_vision"]
-    train("grpo", tmp_path / "run", *flags)
-    before, after = load_model(str(folder)).state_dict(), load_model(tmp_path / "run" / "last").state_dict()
-    for name, value in before.items():
-        assert torch.equal(value, after[name]) == ("vision" in name or "projector" in name), name
+def test_frozen_vision_is_tower_and_projector(folder, tmp_path):
+    _, moved, unmoved = trained(folder, "grpo", tmp_path / "run", "--freeze_vision")
+    assert moved and unmoved == {name for name in moved | unmoved if "vision" in name or "projector" in name}
 
 
-def test_a_resumed_run_is_equal_to_the_bit(folder, rows, tmp_path, monkeypatch):
-    flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--eval_rows", 0, "--save_every", 1, "--steps", 2]
+def test_a_resumed_run_is_bit_identical(folder, rows, tmp_path, monkeypatch):
+    flags = [*COMMON, "--model", folder, "--data", rows, "--save_every", 1, "--steps", 2, "--max_response_tokens", 6]
     whole, log, calls = train("pepo", tmp_path / "whole", *flags), Trainer.log, iter(range(9))
 
     def dies(run):  # in the second step, after its update
@@ -251,12 +261,9 @@ def test_a_resumed_run_is_equal_to_the_bit(folder, rows, tmp_path, monkeypatch):
     assert same(*(weights(tmp_path / name / "last") for name in ("whole", "cut")))
 
 
-def test_adapters(folder, rows, tmp_path):
-    flags = ["--model", folder, "--data", rows, *PIXELS, *TERMS, "--steps", 1, "--eval_rows", 0, "--lora_rank", 2]
-    train("vepo", tmp_path / "run", *flags)
-    before, after = load_model(str(folder)).state_dict(), load_model(tmp_path / "run" / "last").state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all("language_model.layers" in name and "_proj" in name for name in changed)
+def test_adapters(folder, tmp_path):
+    _, moved, _ = trained(folder, "vepo", tmp_path / "run", "--lora_rank", 2)
+    assert moved and all("language_model.layers" in name and "_proj" in name for name in moved)
 
 
 def test_evaluation_and_both_pages(folder, rows, tmp_path, monkeypatch, capsys):
@@ -282,7 +289,7 @@ def test_evaluation_and_both_pages(folder, rows, tmp_path, monkeypatch, capsys):
 
 
 def test_numbers_of_internvl3_2b(tmp_path):
-    """Published: vision 24 layers of 1,024, decoder Qwen2.5-1.5B with a head of its own, 2.09 billion parameters."""
+    """Published: vision 24 layers of 1,024, decoder Qwen2.5-1.5B with a separate head, 2.09 billion parameters."""
     text = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
     text |= dict(num_key_value_heads=2, vocab_size=151_674)
     config = transformers.InternVLConfig(
@@ -303,7 +310,7 @@ def test_numbers_of_internvl3_2b(tmp_path):
     assert plan(SharedArgs(model=str(tmp_path), dtype="float32"), 1)["update"]["activations"] == tower + decoder
 
 
-def test_a_head_of_its_own_that_the_configuration_does_not_name(folder, tmp_path):
+def test_a_separate_head_that_the_configuration_does_not_name(folder, tmp_path):
     """InternVL3's files on the hub: a head, and no tie_word_embeddings, which transformers takes for tied."""
     assert "tie_word_embeddings" not in json.loads((folder / "config.json").read_text())
     model, empty = load_model(str(folder)), load_model(str(folder), meta=True)
@@ -321,36 +328,32 @@ def test_a_head_of_its_own_that_the_configuration_does_not_name(folder, tmp_path
 
 
 @pytest.mark.parametrize("top, text, tied", [(True, True, True), (True, False, False), (False, True, False)])
-def test_whose_configuration_ties_the_head(tmp_path, top, text, tied):
-    config = tiny_model("internvl").config
-    config.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": top}
-    saved["text_config"]["tie_word_embeddings"] = text
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+def test_which_configuration_ties_the_head(tmp_path, top, text, tied):
+    tiny_model("internvl").config.save_pretrained(tmp_path)
+    change(tmp_path, "config.json", tie_word_embeddings=top)
+    change(tmp_path, "config.json", part="text_config", tie_word_embeddings=text)
     assert load_config(str(tmp_path)).tie_word_embeddings == tied
 
 
 @pytest.mark.parametrize("family", ["internvl", "qwen2_5_vl"])
-def test_a_head_of_its_own_that_the_configuration_denies_is_refused(tmp_path, family):
+def test_a_separate_head_that_the_configuration_denies_is_refused(tmp_path, family):
     """transformers would keep it on one process, and a model built from the configuration has none."""
     model = tiny_model(family)
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
     model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    saved["tie_word_embeddings"] = saved["text_config"]["tie_word_embeddings"] = True
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+    change(tmp_path, "config.json", tie_word_embeddings=True)
+    change(tmp_path, "config.json", part="text_config", tie_word_embeddings=True)
     with pytest.raises(UserError, match="head and embeddings differ, so tie_word_embeddings must be false"):
         load_model(str(tmp_path))
 
 
 def test_longer_rows_than_its_frequencies_are_for(rows, internvl, toy):
-    model, processor = internvl
     longest = data_of(rows, internvl).longest_tokens
-    Data(str(rows), "train", SharedArgs(max_response_tokens=4096 - longest), processor, model)
+    data_of(rows, internvl, max_response_tokens=4096 - longest)
     with pytest.raises(UserError, match="of up to 4097 tokens in .* do not fit --model's 4096 positions: lower"):
-        Data(str(rows), "train", SharedArgs(max_response_tokens=4097 - longest), processor, model)
-    Data(str(rows), "train", SharedArgs(max_response_tokens=4097), *reversed(toy))  # Qwen-VL's stay what they are
+        data_of(rows, internvl, max_response_tokens=4097 - longest)
+    data_of(rows, toy, max_response_tokens=4097)  # Qwen-VL has no such limit
 
 
 @pytest.mark.parametrize("video", [{}, {"video_token_id": None}])
@@ -364,7 +367,7 @@ def test_the_image_token_is_banned_and_there_may_be_none_of_videos(video):
     assert 11 not in picked and len(set(picked.tolist())) == 4
 
 
-def test_positions_of_a_prompt_without_a_image(rows, toy):
+def test_positions_of_a_prompt_without_an_image(rows, toy):
     prompt = data_of(rows, toy).prompt(3)
     assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids)).expand(3, -1))
     assert prompt.pixel_values is None and prompt.image_grid_thw is None
@@ -398,20 +401,17 @@ def test_other_families_and_decoders_are_refused(tmp_path, change, sentence):
 
 
 def test_pixels_of_less_than_a_tile_are_refused(folder):
-    for least in (None, 1):
-        with pytest.raises(
-            UserError, match="--max_pixels 783 is below 784, the least by --min_pixels or the model: ra"
-        ):
-            load_processor(str(folder), min_pixels=least, max_pixels=783)
-    with pytest.raises(UserError, match="--max_pixels 1573 is below 7840, the least by --min_pixels or the model: rai"):
-        load_processor(str(folder), min_pixels=7840, max_pixels=1568 + 5)
+    cases = [(folder, None, 783, 784), (folder, 1, 783, 784), (folder, 7840, 1573, 7840)]
+    for model, low, high, lowest in [*cases, (ROOT / "toy" / "model", None, 1000, 3136)]:
+        with pytest.raises(UserError, match=f"--max_pixels {high} is below {lowest}, the least by --min_pixels or"):
+            load_processor(str(model), min_pixels=low, max_pixels=high)
 
 
-def change(folder, file, **values):
+def change(folder, file, part=None, **values):
+    """Changes keys of a json file, or of a part of it."""
     path = folder / file
     saved = json.loads(path.read_text())
-    for name, value in values.items():
-        (saved["vision_config"] if name in ("image_size", "patch_size") else saved)[name] = value
+    (saved[part] if part else saved).update(values)
     path.write_text(json.dumps(saved))
 
 
@@ -420,26 +420,19 @@ def change(folder, file, **values):
     [
         ("preprocessor_config.json", {"size": {"height": 56, "width": 56}}),
         ("processor_config.json", {"image_seq_length": 4}),
-        ("config.json", {"image_size": [56, 56]}),  # transformers would interpolate its positions
-        ("config.json", {"patch_size": [7, 7]}),
+        ("config.json", {"part": "vision_config", "image_size": [56, 56]}),  # transformers would interpolate
+        ("config.json", {"part": "vision_config", "patch_size": [7, 7]}),
         ("preprocessor_config.json", {"size": {"shortest_edge": 784, "longest_edge": 7840}}),
+        ("preprocessor_config.json", {"image_processor_type": "ViTImageProcessor", "size": SIZE}),  # no tiles
+        ("processor_config.json", {"image_processor": TOY_IMAGES}),
     ],
 )
-def test_a_processor_of_another_tower_is_refused(folder, tmp_path, file, values):
+def test_a_processor_of_another_tower_or_family_is_refused(folder, tmp_path, file, values):
     shutil.copytree(folder, tmp_path / "model")
+    if "image_processor" in values:
+        (tmp_path / "model" / "preprocessor_config.json").unlink()
+    if "image_processor_type" in values:
+        (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
     change(tmp_path / "model", file, **values)
     with pytest.raises(UserError, match="not made for its vision tower"):
         load_processor(str(tmp_path / "model"))
-
-
-def test_the_processor_of_another_family_is_refused(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "internvl")
-    own = {"image_processor_type": "ViTImageProcessor", "size": {"height": 28, "width": 28}}  # and no tiles
-    (tmp_path / "internvl" / "preprocessor_config.json").write_text(json.dumps(own))
-    with pytest.raises(UserError, match="not made for its vision tower"):
-        load_processor(str(tmp_path / "internvl"))
-    (tmp_path / "internvl" / "preprocessor_config.json").unlink()
-    toy = json.loads((ROOT / "toy/model/processor_config.json").read_text())
-    change(tmp_path / "internvl", "processor_config.json", image_processor=toy["image_processor"])
-    with pytest.raises(UserError, match="not made for its vision tower"):
-        load_processor(str(tmp_path / "internvl"))

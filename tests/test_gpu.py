@@ -1,6 +1,6 @@
-"""What only a card can show: python -m pytest tests/test_gpu.py, alone, since all other tests hide the card.
+"""What only a GPU can show: python -m pytest tests/test_gpu.py, alone, since all other tests hide the GPU.
 
-Kernels, graphs and memory on one card, FSDP2 over NCCL where there are two. Speed: python tests/bench.py --gpu.
+Kernels, graphs and memory on one GPU, FSDP2 over NCCL where there are two. Speed: python tests/bench.py --gpu.
 """
 
 import json
@@ -26,13 +26,13 @@ from plumbing.families import compile_layers
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a card, and python -m pytest tests/test_gpu.py"
+    not torch.cuda.is_available(), reason="needs a GPU, and python -m pytest tests/test_gpu.py"
 )
 
 
 @pytest.fixture(scope="module")
 def model():
-    """The toy in fp32, on the card; products without TF32."""
+    """The toy model in fp32, on the GPU; products without TF32."""
     torch.set_float32_matmul_precision("highest")
     return load_model(TOY / "model").to(DEVICE).train()
 
@@ -50,7 +50,7 @@ def error(values, exact):
 
 @pytest.mark.parametrize("lengths", [[130, 1, 140, 150], [1], [5, 1, 1, 7, 2, 9, 5, 1, 4]])
 def test_segments_equal_the_boolean_mask(model, prompts, lengths):
-    """Hidden states and gradients: the last query of a segment sees its last key, and none sees what comes after it."""
+    """Hidden states and gradients: the last query of a segment attends to its last key, and none to a later one."""
     row = tiny_group(prompts[0], lengths)
 
     def differentiated(row, bf16):
@@ -63,7 +63,7 @@ def test_segments_equal_the_boolean_mask(model, prompts, lengths):
     assert error(differentiated(row, bf16=True), exact) < 2 * error(differentiated(masked, bf16=True), exact) + 1e-3
 
 
-def test_compiled_layers_share_few_graphs_and_give_what_plain_ones_give(model, prompts):
+def test_compiled_layers_share_few_graphs_and_equal_plain_ones(model, prompts):
     """100 rows of any length, with gradients and without, in bf16."""
     torch._dynamo.reset()
     counters.clear()
@@ -72,7 +72,10 @@ def test_compiled_layers_share_few_graphs_and_give_what_plain_ones_give(model, p
     for i in range(100):
         row = tiny_group(prompts[i % 8], [random.randint(1, 300) for _ in range(random.randint(1, 8))])
         found = []
-        for one, stance in ((model, "force_eager"), (compiled, "default")):  # the head's is compiled for both
+        for one, stance in (
+            (model, "force_eager"),
+            (compiled, "default"),
+        ):  # the function of the head is compiled for both
             one.zero_grad()
             bf16, gradients = torch.autocast(DEVICE, torch.bfloat16), torch.set_grad_enabled(i % 3 > 0)
             with bf16, gradients, torch.compiler.set_stance(stance):
@@ -113,21 +116,21 @@ def test_windows_of_any_length_in_one_call_equal_windows_one_by_one(model, monke
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recorded_sampling_gives_the_tokens_of_plain_sampling(model, prompts, bf16, monkeypatch):
-    """Through many steps of the cache, and a batch that gets smaller."""
+    """While the cache grows many times, and the batch gets smaller."""
     sampled, sizes, record, G = [], [], kernels.recorded, 4
-    choose, eos = chooser(model), model.generation_config.eos_token_id
+    sample, eos = chooser(model), model.generation_config.eos_token_id
 
-    def layer_hooks(function, feed, *rest):
-        sizes.append(len(feed))
-        return record(function, feed, *rest)
+    def counted(function, static_input, *rest):
+        sizes.append(len(static_input))
+        return record(function, static_input, *rest)
 
-    monkeypatch.setattr(kernels, "recorded", layer_hooks)
+    monkeypatch.setattr(kernels, "recorded", counted)
     monkeypatch.setattr(kernels, "tokens_between_checks", lambda _: 4)
     uniforms = torch.rand(len(prompts) * G, 96, generator=seeded(0))
     model.eval()
     for graphs in (False, True):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-            sampled.append(generate(model, prompts, G, choose, uniforms, eos, 0, capacity=8, graphs=graphs))
+            sampled.append(generate(model, prompts, G, sample, uniforms, eos, 0, capacity=8, graphs=graphs))
     model.train()
     assert all(torch.equal(a, b) for a, b in zip(*sampled))
     assert len(sizes) > 3 and len(set(sizes)) > 1
@@ -141,12 +144,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def steps(script, output, *flags, card, processes=1):
+def steps(script, output, *flags, gpu, processes=1):
     """The lines of metrics.jsonl of three steps on the toy, in fp32 without TF32."""
     environment = os.environ | {"NVIDIA_TF32_OVERRIDE": "0", "PYTHONPATH": str(ROOT)}
     exact = output.with_suffix(".py")
     exact.write_text(EXACT)
-    if not card:
+    if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     start = [sys.executable] + (["-m", "torch.distributed.run", "--standalone"] if processes > 1 else [])
     start += [f"--nproc_per_node={processes}"] if processes > 1 else []
@@ -169,8 +172,8 @@ METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
 
 @pytest.mark.parametrize("script, flags", [*((script, []) for script in METHODS), ("grpo", ["--lora_rank", 8])])
 def test_three_steps_of_every_method_are_those_of_a_cpu(tmp_path, script, flags):
-    on_card = steps(script, tmp_path / "card", *flags, card=True)
-    assert_close(on_card, steps(script, tmp_path / "cpu", *flags, card=False))
+    on_gpu = steps(script, tmp_path / "gpu", *flags, gpu=True)
+    assert_close(on_gpu, steps(script, tmp_path / "cpu", *flags, gpu=False))
 
 
 @pytest.mark.parametrize("script", ["prpo", "saei"])
@@ -179,17 +182,17 @@ def test_three_steps_of_internvl_are_those_of_a_cpu(tmp_path, script):
     folder = save_internvl(tmp_path / "model")
     flags = ["--model", folder, "--data", folder / "rows.jsonl", "--min_pixels", 784, "--max_pixels", 4704]
     flags += ["--max_response_tokens", 12, "--updates_per_step", 1, "--reward", f"{folder / 'reward.py'}:varies"]
-    on_card = steps(script, tmp_path / "card", *flags, card=True)
-    assert_close(on_card, steps(script, tmp_path / "cpu", *flags, card=False))
+    on_gpu = steps(script, tmp_path / "gpu", *flags, gpu=True)
+    assert_close(on_gpu, steps(script, tmp_path / "cpu", *flags, gpu=False))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("script", ["grpo", "saei"])
-def test_two_cards_are_one(tmp_path, script):
-    one = steps(script, tmp_path / "one", card=True)
-    assert_close(steps(script, tmp_path / "two", "--cuda_graphs", card=True, processes=2), one)
-    more = ["--steps", 4, "--resume"]  # the optimiser's two parts, on one card
-    assert len(steps(script, tmp_path / "two", *more, card=True)) == 4
+def test_two_gpus_equal_one(tmp_path, script):
+    one = steps(script, tmp_path / "one", gpu=True)
+    assert_close(steps(script, tmp_path / "two", "--cuda_graphs", gpu=True, processes=2), one)
+    more = ["--steps", 4, "--resume"]  # the optimiser's two parts, on one GPU
+    assert len(steps(script, tmp_path / "two", *more, gpu=True)) == 4
 
 
 MEASURE = """
@@ -221,7 +224,7 @@ print(json.dumps({{peak: (kept + sum(planned[peak].values())) / peaks[peak] for 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_dry_run_of_a_billion_weights_is_what_is_measured(tmp_path, dtype):
-    """Peaks of the rehearsed sampling and update, within 15 %."""
+    """Peaks of the sampling and the update that check the memory, within 15 %."""
     gpu.random_model("1b", DEVICE).save_pretrained(tmp_path / "model")
     load_processor(TOY / "model").save_pretrained(tmp_path / "model")
     torch.cuda.empty_cache()

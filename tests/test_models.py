@@ -38,83 +38,42 @@ def saved(**changes):
     return lambda folder: save_file(changed, folder / "model.safetensors", {"format": "pt"})
 
 
-def configured(**changes):
+def in_file(name, **changes):
+    """A damage: changes keys of a json file."""
+
     def write(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changes))
+        saved = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(saved | changes))
 
     return write
 
 
 def file(name, text=None):
+    """A damage: another text in a file, or no such file."""
     return lambda folder: (folder / name).unlink() if text is None else (folder / name).write_text(text)
 
 
-FOREIGN_CODE = configured(model_type="mine", auto_map={"AutoConfig": "code.Config"})
+FOREIGN_CODE = in_file("config.json", model_type="mine", auto_map={"AutoConfig": "code.Config"})
 DAMAGES = {
     "a missing tensor": (saved(**{ONE: None}), "is damaged.* of its tensors 1 missing, such as model.language_model"),
     "a tensor too much": (saved(nonsense=torch.ones(2)), "of its tensors 1 unexpected, such as nonsense"),
     "another shape": (saved(**{ONE: torch.ones(2)}), "of its tensors 1 mismatched, such as .*layers.0"),
     "no tokenizer.json": (file("tokenizer.json"), "loses text or image of a question"),
-    "another image token": (configured(image_token_id=17), "loses text or image of a question"),
+    "another image token": (in_file("config.json", image_token_id=17), "loses text or image of a question"),
     "a template without the image": (file("chat_template.jinja", "1 + 1?"), "loses text or image of a question"),
     "a template without the text": (file("chat_template.jinja", "<|image_pad|>"), "loses text or image"),
     "a broken config": (file("config.json", "{"), "cannot be opened"),
     "another family": (
-        configured(model_type="bert"),
+        in_file("config.json", model_type="bert"),
         "is bert; use one of qwen2_vl, qwen2_5_vl, qwen3_vl, internvl",
     ),
-    "code of its own": (FOREIGN_CODE, "cannot be opened .*custom code.*take the name that ends with -hf"),
+    "custom code": (FOREIGN_CODE, "cannot be opened .*custom code.*take the name that ends with -hf"),
 }
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_model_gets_a_sentence(tmp_path, name, monkeypatch):
-    damage, sentence = DAMAGES[name]
-    folder = tmp_path / "model"
-    shutil.copytree(ROOT / "toy" / "model", folder)
-    damage(folder)
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the console"))
-    with pytest.raises(UserError, match=sentence) as error:
-        load_processor(folder)
-        load_model(folder)
-    assert error.value.code == 2
-
-
-def test_pickled_weights_are_not_read(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(ROOT / "toy" / "model", folder)
-    torch.save(WEIGHTS, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="safetensors"):
-        load_model(folder)
-
-
-def test_a_tied_head_that_is_saved_is_not_unexpected(tmp_path):
-    shutil.copytree(ROOT / "toy" / "model", tmp_path / "model")
-    saved(**{"lm_head.weight": WEIGHTS["model.embed_tokens.weight"].clone()})(tmp_path / "model")
-    assert load_model(tmp_path / "model").lm_head.weight.shape[0] == 448
-
-
-def test_limits_of_pixels_that_exclude_each_other(tmp_path):
-    with pytest.raises(UserError, match="--max_pixels 1000 is below 3136, the least"):
-        load_processor(ROOT / "toy" / "model", max_pixels=1000)
-
-
-def test_a_processor_for_videos_too_is_taken_without_it_where_torchvision_is_not(tmp_path):
-    """Hub models and the toy have one, which needs torchvision. One without it opens where torchvision is."""
-    shutil.copytree(ROOT / "toy" / "model", tmp_path / "model")
-    (tmp_path / "model" / "video_preprocessor_config.json").unlink()
-    ours, plain = load_processor(ROOT / "toy" / "model"), load_processor(tmp_path / "model")
-    assert hasattr(ours, "video_processor") == bool(importlib.util.find_spec("torchvision"))
-    assert not hasattr(plain, "video_processor")
-    for processor in (ours, plain):
-        assert processor.tokenizer("1 + 1").input_ids == plain.tokenizer("1 + 1").input_ids
 
 
 @pytest.fixture
 def model_with(tmp_path):
-    """A copy of the toy's model with one thing changed."""
+    """A copy of the toy's model with some changes."""
 
     def make(*changes):
         shutil.copytree(ROOT / "toy" / "model", tmp_path / "model")
@@ -125,12 +84,36 @@ def model_with(tmp_path):
     return make
 
 
-def in_file(name, **changes):
-    def write(folder):
-        saved = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(saved | changes))
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_model_gets_a_sentence(model_with, name, monkeypatch):
+    damage, sentence = DAMAGES[name]
+    folder = model_with(damage)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the console"))
+    with pytest.raises(UserError, match=sentence) as error:
+        load_processor(folder)
+        load_model(folder)
+    assert error.value.code == 2
 
-    return write
+
+def test_pickled_weights_are_not_read(model_with):
+    folder = model_with(file("model.safetensors"))
+    torch.save(WEIGHTS, folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(folder)
+
+
+def test_a_tied_head_that_is_saved_is_not_unexpected(model_with):
+    folder = model_with(saved(**{"lm_head.weight": WEIGHTS["model.embed_tokens.weight"].clone()}))
+    assert load_model(folder).lm_head.weight.shape[0] == 448
+
+
+def test_a_processor_for_videos_too_is_taken_without_it_where_torchvision_is_not(model_with):
+    """Hub models and the toy have one, which needs torchvision. One without it opens where torchvision is."""
+    folder = model_with(file("video_preprocessor_config.json"))
+    ours, plain = load_processor(ROOT / "toy" / "model"), load_processor(folder)
+    assert hasattr(ours, "video_processor") == bool(importlib.util.find_spec("torchvision"))
+    assert not hasattr(plain, "video_processor")
+    assert ours.tokenizer("1 + 1").input_ids == plain.tokenizer("1 + 1").input_ids
 
 
 def with_tokens(*names, special=False):
@@ -139,7 +122,7 @@ def with_tokens(*names, special=False):
     def write(folder):
         spec = json.loads((folder / "tokenizer.json").read_text())
         known = spec["model"]["vocab"]
-        for name in names:  # in place of words that the toy seldom says
+        for name in names:  # in place of words that are rare in the toy task
             word, index = max((pair for pair in known.items() if len(pair[0]) > 1), key=lambda pair: pair[1])
             spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if "".join(pair) != word]
             del known[word]
@@ -159,13 +142,13 @@ def in_template(old, new):
     return write
 
 
-def prompt_of(folder, row=0, **args):
+def prompt_of(folder, data="toy", split="test"):
     model, processor = load_model(folder), load_processor(folder)
-    data = Data("toy", "test", SharedArgs(**args), processor, model)
-    return model, processor, data.prompt(row)
+    return model, processor, Data(str(data), split, SharedArgs(), processor, model).prompt(0)
 
 
 TAGS = ["<think>", "</think>"]
+OPENED = in_template("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
 COPY = ["--data", "toy", "--min_pixels", 3136, "--max_pixels", 25088, "--updates_per_step", 1, "--steps", 1]
 
 
@@ -178,28 +161,30 @@ def test_tags_that_were_never_trained_are_plain_text(model_with):
     model, processor, prompt = prompt_of(folder)
     assert not set(ids) & set(prompt.input_ids.tolist())
     assert INSTRUCTION in processor.tokenizer.decode(prompt.input_ids)
-    assert (
-        processor.tokenizer.decode(ids) == "<think></think>"
-        and not banned_tokens(model, processor.tokenizer)[ids].any()
-    )
+    assert processor.tokenizer.decode(ids) == "<think></think>"
+    assert not banned_tokens(model, processor.tokenizer)[ids].any()
 
 
 def test_tags_that_the_template_writes_are_tokens(model_with):
-    opens = in_template("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
-    folder = model_with(with_tokens("<think>"), opens)
+    folder = model_with(with_tokens("<think>"), OPENED)
     _, processor, prompt = prompt_of(folder)
     token = processor.tokenizer.convert_tokens_to_ids("<think>")
     assert prompt.input_ids.tolist().count(token) == 2  # of the instruction, and the one that is open
 
 
+def sampled(model, tokenizer, prompt, tokens, monkeypatch):
+    """A group of two responses that are the given tokens."""
+    responses = torch.tensor([tokens, tokens])
+    monkeypatch.setattr(common, "generate", lambda *_, **__: (responses, torch.ones_like(responses).bool()))
+    return rollout(model, tokenizer, [prompt], SharedArgs(group_size=2), 0)[0]
+
+
 def test_a_response_begins_inside_of_what_the_template_has_opened(model_with, monkeypatch):
     """As Thinking models' do: the format counts what the template has written."""
-    folder = model_with(in_template("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
-    model, processor, prompt = prompt_of(folder)
+    model, processor, prompt = prompt_of(model_with(OPENED))
     assert prompt.opened == "<think>"
-    said = processor.tokenizer("1</think> \\boxed{1}<|im_end|>", return_tensors="pt").input_ids
-    monkeypatch.setattr(common, "generate", lambda *_, **__: (said.repeat(2, 1), torch.ones(2, said.shape[1]).bool()))
-    (group,) = rollout(model, processor.tokenizer, [prompt], SharedArgs(group_size=2), 0)
+    tokens = processor.tokenizer("1</think> \\boxed{1}<|im_end|>").input_ids
+    group = sampled(model, processor.tokenizer, prompt, tokens, monkeypatch)
     assert group.texts == ["<think>1</think> \\boxed{1}"] * 2
     assert format_reward(group.texts[0]) == 1 and Reward(SharedArgs())([group])[0].rewards.shape == (2,)
     assert prompt_of(ROOT / "toy" / "model")[2].opened == ""
@@ -208,13 +193,10 @@ def test_a_response_begins_inside_of_what_the_template_has_opened(model_with, mo
 @pytest.mark.parametrize("special", [False, True])
 def test_tags_that_are_special_tokens_stay_in_the_text(model_with, monkeypatch, special):
     written = in_template("a helpful assistant.", "a helpful assistant. <think></think>")  # and so they were trained
-    folder = model_with(with_tokens(*TAGS, special=special), written)
-    model, processor, prompt = prompt_of(folder)
+    model, processor, prompt = prompt_of(model_with(with_tokens(*TAGS, special=special), written))
     tokenizer = processor.tokenizer
-    said = [*tokenizer.convert_tokens_to_ids(TAGS), *tokenizer("\\boxed{1}").input_ids, 2, 0]
-    mask = torch.ones(2, len(said), dtype=torch.bool)
-    monkeypatch.setattr(common, "generate", lambda *_, **__: (torch.tensor([said, said]), mask))
-    (group,) = rollout(model, tokenizer, [prompt], SharedArgs(group_size=2), 0)
+    tokens = [*tokenizer.convert_tokens_to_ids(TAGS), *tokenizer("\\boxed{1}").input_ids, 2, 0]
+    group = sampled(model, tokenizer, prompt, tokens, monkeypatch)
     assert group.texts == ["<think></think>\\boxed{1}"] * 2  # what ends or pads a turn is gone
 
 
@@ -235,18 +217,17 @@ def test_no_end_of_a_response(model_with):
 
 
 def test_embeddings_beyond_the_tokenizer_are_never_sampled(toy):
-    model, processor = toy
-    known = set(processor.tokenizer.get_vocab().values())
+    known = set(toy[1].tokenizer.get_vocab().values())
     wide = tiny_model("qwen2_5_vl").config
     wide.text_config.vocab_size = 500
-    banned = banned_tokens(SimpleNamespace(config=wide, device="cpu"), processor.tokenizer)
+    banned = banned_tokens(SimpleNamespace(config=wide, device="cpu"), toy[1].tokenizer)
     assert set(banned.nonzero()[:, 0].tolist()) == set(range(500)) - known | {11, 12}
 
 
 def test_dropout_of_a_configuration_is_off(model_with, tmp_path):
     """Sampling has none: with it, policy and reference of the same weights would differ."""
     text = json.loads((ROOT / "toy/model/config.json").read_text())["text_config"]
-    folder = model_with(configured(text_config=text | {"attention_dropout": 0.1}))
+    folder = model_with(in_file("config.json", text_config=text | {"attention_dropout": 0.1}))
     assert load_config(folder).text_config.attention_dropout == 0
     lines = train("grpo", tmp_path / "run", "--model", folder, *COPY, "--kl_coef", 0.1)
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-9)
@@ -263,14 +244,10 @@ def test_limits_of_length_stored_with_a_tokenizer_cut_nothing(model_with, tmp_pa
     stored = {"truncation": {"direction": "Right", "max_length": 20, "strategy": "LongestFirst", "stride": 0}}
     pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>", "pad_to_multiple_of": None}
     stored["padding"] = pad | {"strategy": {"Fixed": 200}, "direction": "Right"}
-    plain = load_processor(ROOT / "toy" / "model")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "How many? " * 60, "answer": "1"}) + "\n")
-
-    def ids(processor):
-        data = Data(str(tmp_path / "rows.jsonl"), "train", SharedArgs(), processor, load_model(ROOT / "toy" / "model"))
-        return data.prompt(0).input_ids
-
-    assert torch.equal(ids(load_processor(model_with(in_file("tokenizer.json", **stored)))), ids(plain))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "How many? " * 60, "answer": "1"}) + "\n")
+    ours = prompt_of(model_with(in_file("tokenizer.json", **stored)), rows, "train")[2]
+    assert torch.equal(ours.input_ids, prompt_of(ROOT / "toy" / "model", rows, "train")[2].input_ids)
 
 
 class Convolutions(TorchDispatchMode):
@@ -287,13 +264,11 @@ class Convolutions(TorchDispatchMode):
 def test_patches_are_embedded_without_a_convolution(family):
     """Forward, backward and sampling; the product gives what the convolution gives, from parameters of its name."""
     model = tiny_model(family)
-    prompt, plain = tiny_prompt(model, [(4, 8), (4, 4)]), None
-    (name, conv), *more = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)
-    ]
+    prompt, kinds = tiny_prompt(model, [(4, 8), (4, 4)]), (torch.nn.Conv2d, torch.nn.Conv3d)
+    ((name, conv),) = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     pixels = torch.randn(3, 3, 2, 14, 14) if isinstance(conv, torch.nn.Conv3d) else torch.randn(2, 3, 28, 42)
     plain, ours = type(conv).forward(conv, pixels).flatten(2), conv(pixels)
-    assert torch.allclose(plain, ours, atol=1e-5) and not more and f"{name}.weight" in model.state_dict()
+    assert torch.allclose(plain, ours, atol=1e-5) and f"{name}.weight" in model.state_dict()
     with Convolutions() as counted:
         forward(model, tiny_group(prompt, [3, 2]))[0].sum().backward()
         generate(model.eval(), [prompt], 2, chooser(model), torch.rand(2, 3), [], 0)
@@ -301,28 +276,26 @@ def test_patches_are_embedded_without_a_convolution(family):
     assert len(counted.found) == 1 and conv.weight.grad.abs().sum() > 0
 
 
-def nested(name, part):
-    """Moves a part of a file of a processor to a file of its own, as the hub has it."""
+def with_video_processor(folder):
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": 3136, "longest_edge": 10**6}}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<|endoftext|>"}')
 
-    def write(folder):
-        saved = json.loads((folder / "processor_config.json").read_text())
-        flat = saved.pop(part) | {"min_pixels": 3136, "max_pixels": 25088}
-        del flat["size"]
-        (folder / name).write_text(json.dumps(flat))
-        (folder / "processor_config.json").write_text(json.dumps(saved))
 
-    return write
+def with_preprocessor_config(folder):
+    """Moves the image processor to a file of its own, as the hub has it."""
+    saved = json.loads((folder / "processor_config.json").read_text())
+    flat = saved.pop("image_processor") | {"min_pixels": 3136, "max_pixels": 25088}
+    del flat["size"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(flat))
+    (folder / "processor_config.json").write_text(json.dumps(saved))
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_checkpoint_has_the_processor_files_of_its_source(model_with, tmp_path, flat):
-    """They say the same but for the sizes; as transformers saves them, the part for videos would be gone."""
-    video = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": 3136, "longest_edge": 10**6}}
-    changes = [lambda folder: (folder / "video_preprocessor_config.json").write_text(json.dumps(video))]
-    changes += [nested("preprocessor_config.json", "image_processor")] if flat else []
-    changes += [lambda folder: (folder / "special_tokens_map.json").write_text('{"pad_token": "<|endoftext|>"}')]
-    source = model_with(*changes)
-    train("grpo", tmp_path / "run", "--model", source, *COPY, "--max_pixels", 6272)
+    """They agree but for the sizes; as transformers saves them, the part for videos would be gone."""
+    source = model_with(with_video_processor, *[with_preprocessor_config] * flat)
+    train("grpo", tmp_path / "run", "--model", source, *COPY, "--max_pixels", 6272, "--max_response_tokens", 2)
     last = tmp_path / "run" / "last"
     files = {path.name for path in source.iterdir()} - {"model.safetensors", "config.json", "generation_config.json"}
     assert files <= {path.name for path in last.iterdir()} and len(files) == 6 + flat

@@ -6,10 +6,9 @@ import math
 import time
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
-from helpers import QUICK, ROOT, assert_same_training, main_of, same, train, weights
+from helpers import QUICK, ROOT, assert_same_training, main_of, read_metrics, same, train, weights
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -24,14 +23,32 @@ FIELDS = ["step", "reward", "accuracy", "format", "response_tokens", "truncated"
 FIELDS += ["clip_fraction", "approx_kl", "zero_advantage_groups", "seconds", "seconds_rollout", "seconds_score"]
 FIELDS += ["seconds_update", "tokens_per_second"]
 SMALL = ["--prompts_per_step", 2, "--weight_decay", 0.01]
+SHORT = ["--max_response_tokens", 3]
 
 
 def grpo_run(output, *flags):
     return train("grpo", output, *SMALL, *flags)
 
 
+def give_rewards(monkeypatch, rewards):
+    """Replaces the reward by `rewards(group)`; returns the list of the groups that get one."""
+    groups = []
+
+    def reward(self, sampled):
+        for group in sampled:
+            group.rewards = group.accuracy = group.format = torch.tensor(rewards(group))
+        groups.extend(sampled)
+        return sampled
+
+    monkeypatch.setattr(Reward, "__call__", reward)
+    return groups
+
+
 def test_a_run_writes_what_it_says(tmp_path, capsys):
-    lines = grpo_run(tmp_path / "run", "--steps", 3, "--eval_rows", 6, "--eval_every", 2, "--show_every", 1)
+    """Files and console: results on stdout, all else on stderr; no `<image>` in a sample, no bar of a library."""
+    flags = ["--group_size", 4, "--steps", 3, "--eval_rows", 6, "--eval_every", 2, "--show_every", 1]
+    main_of("grpo", tmp_path / "run", [*QUICK, *SMALL, *flags])
+    lines, last = read_metrics(tmp_path / "run"), tmp_path / "run" / "last"
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
@@ -45,31 +62,30 @@ def test_a_run_writes_what_it_says(tmp_path, capsys):
         p = line["eval_accuracy"]
         assert line["eval_rows"] == 6 and line["eval_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 6), abs=1e-6)
     assert json.loads((tmp_path / "run" / "args.json").read_text())["group_size"] == 4
-    console = capsys.readouterr().err
-    assert "right answer" in console and "accuracy" in console and f"{tmp_path / 'run'}/" in console
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "last")
-    assert (tmp_path / "run" / "last").resolve().name == "step-3"
-    assert load_processor(tmp_path / "run" / "last").tokenizer.chat_template
-    before = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "toy" / "model")
+    out, err = capsys.readouterr()
+    assert "accuracy" in out and "toy (test)" in out and f"{tmp_path / 'run'}/" in out and "the model in last/" in out
+    assert "right answer" in err and "<image>" not in err and "threads: " in err
+    assert "training on toy (train): 2002 prompts" in err and "evaluating on toy (test): 504 prompts" in err
+    assert "Loading weights" not in err and "Generating" not in err
+    assert last.resolve().name == "step-3" and load_processor(last).tokenizer.chat_template
+    model, before = map(Qwen2_5_VLForConditionalGeneration.from_pretrained, (last, ROOT / "toy" / "model"))
     moved = {name: not torch.equal(p, q) for (name, p), q in zip(model.named_parameters(), before.parameters())}
     assert all(moved.values()), [name for name, changed in moved.items() if not changed]
 
 
 def test_bfloat16_compute_with_float32_weights(tmp_path):
-    line = grpo_run(tmp_path / "run", "--steps", 1, "--dtype", "bfloat16")[0]
-    assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
-    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run" / "last").values())
-
-
-def test_every_update_in_bfloat16_sees_the_weights_of_the_one_before(tmp_path):
+    """Every update computes with the weights that the one before has changed."""
     flags = ["--steps", 1, "--updates_per_step", 2, "--learning_rate", 1e-3]
-    exact = grpo_run(tmp_path / "fp32", *flags)[0]["approx_kl"]
-    moved = grpo_run(tmp_path / "bf16", *flags, "--dtype", "bfloat16")[0]["approx_kl"]
-    assert exact > 1e-4 and moved == pytest.approx(exact, rel=0.5)
+    exact = grpo_run(tmp_path / "fp32", *flags)[0]
+    rounded = grpo_run(tmp_path / "bf16", *flags, "--dtype", "bfloat16")[0]
+    assert math.isfinite(rounded["loss"]) and rounded["grad_norm"] > 0
+    assert exact["approx_kl"] > 1e-4 and rounded["approx_kl"] == pytest.approx(exact["approx_kl"], rel=0.5)
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "bf16" / "last").values())
 
 
-def test_freeze_vision(tmp_path):
-    grpo_run(tmp_path / "run", "--steps", 1, "--freeze_vision")
+def test_freeze_vision_and_kl_against_itself(tmp_path):
+    (line,) = grpo_run(tmp_path / "run", "--steps", 1, "--freeze_vision", "--kl_coef", 0.1)
+    assert line["kl"] == pytest.approx(0, abs=1e-9)
     after, before = load_file(tmp_path / "run/last/model.safetensors"), load_file(ROOT / "toy/model/model.safetensors")
     for name, value in before.items():
         assert torch.equal(value, after[name]) == ("visual" in name), name
@@ -86,13 +102,9 @@ def test_several_updates_a_step_and_all_the_terms(tmp_path):
 
 
 def test_gradient_checkpointing_and_small_rows_give_the_same_weights(tmp_path):
-    grpo_run(tmp_path / "a", "--steps", 2)
-    grpo_run(tmp_path / "b", "--steps", 2, "--gradient_checkpointing", "--tokens_per_row", 150)
+    grpo_run(tmp_path / "a", "--steps", 1)
+    grpo_run(tmp_path / "b", "--steps", 1, "--gradient_checkpointing", "--tokens_per_row", 150)
     assert_same_training(*(weights(tmp_path / run / "last") for run in "ab"))
-
-
-def test_kl_against_itself_is_zero_at_first(tmp_path):
-    assert grpo_run(tmp_path / "run", "--steps", 1, "--kl_coef", 0.1)[0]["kl"] == pytest.approx(0, abs=1e-9)
 
 
 def test_the_loss_reported_is_that_of_the_whole_step(monkeypatch, tmp_path):
@@ -109,36 +121,12 @@ def test_the_loss_reported_is_that_of_the_whole_step(monkeypatch, tmp_path):
     assert line["zero_advantage_groups"] == pytest.approx((advantages == 0).all(1).float().mean().item(), abs=1e-6)
 
 
-def test_filter_replaces_groups_of_one_mind(monkeypatch, tmp_path, capsys):
-    counts = iter(range(100))
-    seen = []
-
-    def reward(self, groups):  # every other draw is hopeless
-        hopeless = next(counts) % 2 == 0
-        for group in groups:
-            group.accuracy = torch.zeros(4) if hopeless else torch.tensor([1.0, 0, 0, 1])
-            group.rewards = group.format = group.accuracy
-        seen.append(hopeless)
-        return groups
-
-    monkeypatch.setattr(Reward, "__call__", reward)
-    lines = grpo_run(tmp_path / "run", "--steps", 2, "--filter_groups")
-    assert seen == [True, False, True, False] and [line["filtered_groups"] for line in lines] == [0.5, 0.5]
+def test_filter_replaces_groups_that_are_all_wrong(monkeypatch, tmp_path):
+    seen = give_rewards(monkeypatch, lambda _: [len(seen) // 2 % 2 * x for x in (1.0, 0, 0, 1)])
+    lines = grpo_run(tmp_path / "run", "--steps", 2, "--filter_groups", *SHORT)
+    assert len(seen) == 8 and [line["filtered_groups"] for line in lines] == [0.5, 0.5]
     state = json.loads((tmp_path / "run/last/trainer_state.json").read_text())
     assert state["position"] == 8  # four draws of two prompts
-
-
-def test_what_no_token_was_measured_on_is_null(tmp_path):
-    """All responses are cut, and cut ones are left out: an entropy of 0 would read as a collapse."""
-    for script in ("grpo", "pepo"):
-        flags = ["--drop_truncated", "--max_response_tokens", 2, "--format_weight", 0, "--steps", 1]
-        reward = tmp_path / "reward.py"
-        reward.write_text(
-            "def alternate(problems, responses, answers):\n    return [i % 2 for i, _ in enumerate(answers)]\n"
-        )
-        (line,) = train(script, tmp_path / script, *SMALL, *flags, "--reward", f"{reward}:alternate")
-        measured = ["entropy", "clip_fraction", "approx_kl", *(["weight_p50"] if script == "pepo" else [])]
-        assert line["truncated"] == 1 and line["loss"] == 0 and all(line[name] is None for name in measured)
 
 
 def test_nothing_but_the_loss_scales_the_gradient(tmp_path, monkeypatch):
@@ -149,49 +137,45 @@ def test_nothing_but_the_loss_scales_the_gradient(tmp_path, monkeypatch):
 
 
 def test_filter_gives_up_after_its_tries(monkeypatch, tmp_path, capsys):
-    def reward(self, groups):
-        for group in groups:
-            group.rewards = group.accuracy = group.format = torch.ones(4)
-        return groups
-
-    monkeypatch.setattr(Reward, "__call__", reward)
+    give_rewards(monkeypatch, lambda _: [1.0] * 4)
     before = load_file(ROOT / "toy/model/model.safetensors")
-    lines = grpo_run(tmp_path / "run", "--steps", 1, "--filter_groups", "--filter_tries", 3)
+    lines = grpo_run(tmp_path / "run", "--steps", 1, "--filter_groups", "--filter_tries", 3, *SHORT)
     assert "0 prompts of mixed success in 3 draws" in capsys.readouterr().err
     assert all(lines[0][name] is None for name in ("loss", "entropy", "grad_norm", "learning_rate"))
     assert same(before, load_file(tmp_path / "run/last/model.safetensors"))
 
 
 def test_equal_rewards_leave_the_gradient_at_zero(monkeypatch, tmp_path):
-    def reward(self, groups):
-        for group in groups:
-            group.rewards = group.accuracy = group.format = torch.full((4,), 0.1)
-        return groups
-
-    monkeypatch.setattr(Reward, "__call__", reward)
-    line = grpo_run(tmp_path / "run", "--steps", 1)[0]
+    give_rewards(monkeypatch, lambda _: [0.1] * 4)
+    line = grpo_run(tmp_path / "run", "--steps", 1, *SHORT)[0]
     assert line["grad_norm"] == 0 and line["loss"] == 0 and line["zero_advantage_groups"] == 1
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_leaving_out_groups_of_equal_rewards_changes_nothing(monkeypatch, tmp_path, updates):
-    """They have no gradient; the weights are those of a run that makes all passes, to the bit."""
-    flags = ["--steps", 3, "--prompts_per_step", 4, "--seed", 3, "--updates_per_step", updates]
+    """They have no gradient; the weights are bit-identical to those of a run that makes all passes."""
+    flags = ["--steps", 1, "--prompts_per_step", 4, "--updates_per_step", updates, "--max_response_tokens", 8]
     passes = []
+    give_rewards(monkeypatch, lambda group: [group.prompt.prompt_id % 2 * x for x in (1.0, 0, 0, 1)])
     monkeypatch.setattr(grpo, "forward", lambda *x: (passes.append(1), forward(*x))[1])
-    lines = grpo_run(tmp_path / "a", *flags)
-    flat = round(4 * sum(line["zero_advantage_groups"] for line in lines))
-    assert 0 < flat < 12 and len(passes) == (12 - flat) * updates  # there are some, and there are others
+    (line,) = grpo_run(tmp_path / "a", *flags)
+    assert line["zero_advantage_groups"] == 0.5 and len(passes) == 2 * updates
     plain = Trainer.with_gradient
     monkeypatch.setattr(Trainer, "with_gradient", lambda trainer, rows: plain(trainer, rows, keep_zero_advantage=True))
     grpo_run(tmp_path / "b", *flags)
-    assert len(passes) == (12 - flat + 12) * updates
+    assert len(passes) == (2 + 4) * updates
     assert same(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
 
 
-def test_the_first_update_is_rehearsed_on_the_largest_row_and_forgotten(args, monkeypatch):
+def test_memory_of_the_first_update_is_checked_with_the_largest_row_and_changes_nothing(args, monkeypatch):
     rows = []
-    monkeypatch.setattr(trainer, "forward", lambda model, row, *rest: (rows.append(row), forward(model, row, *rest))[1])
+
+    def spy(model, row, *rest):
+        assert all(p.grad is not None for p in model.parameters())  # as after earlier rows
+        rows.append(row)
+        return forward(model, row, *rest)
+
+    monkeypatch.setattr(trainer, "forward", spy)
     made = Trainer(args)
     assert len(rows) == 1 and rows[0].mask.sum() == args.group_size * args.max_response_tokens
     assert len(rows[0].prompt.input_ids) == max(made.data.tokens[i] for i in made.data.indices)
@@ -205,11 +189,11 @@ def test_the_first_update_is_rehearsed_on_the_largest_row_and_forgotten(args, mo
     assert len(rows[1].prompt.input_ids) + rows[1].mask.sum() <= 300
 
 
-def test_sampling_is_rehearsed_with_a_full_cache(args, monkeypatch):
-    """All prompts that are sampled together, the longest ones, and a token when every response is as long as may be."""
-    rooms, grow, sampled = [], SharedPrefixCache.grow, []
+def test_memory_of_sampling_is_checked_with_a_full_cache(args, monkeypatch):
+    """All prompts that are sampled together, the longest ones, and one token when every response has full length."""
+    shapes, grow, sampled = [], SharedPrefixCache.grow, []
     monkeypatch.setattr(
-        SharedPrefixCache, "grow", lambda cache, *size: (grow(cache, *size), rooms.append(cache.suffix[-1][0].shape))
+        SharedPrefixCache, "grow", lambda cache, *size: (grow(cache, *size), shapes.append(cache.suffix[-1][0].shape))
     )
 
     def spy(model, tokenizer, prompts, *rest, **more):
@@ -220,31 +204,24 @@ def test_sampling_is_rehearsed_with_a_full_cache(args, monkeypatch):
     args.rollout_prompts, args.prompts_per_step, args.max_response_tokens = 3, 4, 200
     made = Trainer(args)
     assert sampled == [[made.data.longest_tokens] * 3]
-    assert [(shape[0], shape[2], shape[3]) for shape in rooms] == [(3, args.group_size, 200)]
+    assert [(shape[0], shape[2], shape[3]) for shape in shapes] == [(3, args.group_size, 200)]
     assert made.model.training and not made.seconds.keys() - {"update", "rollout"}
 
 
-def test_gradients_of_earlier_rows_are_there_when_the_update_is_rehearsed(args, monkeypatch):
-    seen = []
-
-    def spy(model, row, *rest):
-        seen.append(all(p.grad is not None for p in model.parameters()))
-        return forward(model, row, *rest)
-
-    monkeypatch.setattr(trainer, "forward", spy)
-    Trainer(args)
-    assert seen == [True]
-
-
-def test_a_rehearsal_that_runs_out_of_memory_turns_checkpointing_on(args, monkeypatch, capsys):
+def test_a_memory_check_that_fails_turns_checkpointing_on(args, monkeypatch, capsys):
     def full(model, *rest):
         if not model.model.language_model.layers[0].gradient_checkpointing:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(model, *rest)
 
     monkeypatch.setattr(trainer, "forward", full)
-    assert Trainer(args).args.gradient_checkpointing is True
+    made = Trainer(args)
+    assert made.args.gradient_checkpointing is True
     assert "gradient checkpointing: on, an update does not fit without it" in capsys.readouterr().err
+    for phase, flag in (("rollout", "--rollout_prompts"), ("update", "--tokens_per_row")):
+        message = f"out of memory in the {phase} phase: lower {flag}"
+        with pytest.raises(UserError, match=message), made.phase(phase):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     monkeypatch.setattr(trainer, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
     with pytest.raises(UserError, match="out of memory in the update phase: lower --tokens_per_row"):
         Trainer(args)
@@ -271,15 +248,6 @@ def test_compile_false_compiles_nothing(args, monkeypatch, compiled):
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("phase, flag", [("rollout", "--rollout_prompts"), ("update", "--tokens_per_row")])
-def test_out_of_memory_names_the_flags_to_turn(args, phase, flag):
-    with (
-        pytest.raises(UserError, match=f"out of memory in the {phase} phase: lower {flag}"),
-        Trainer(args).phase(phase),
-    ):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-
 def test_evaluation_takes_the_memory_of_sampling_and_fails_like_it(args, monkeypatch):
     args.rollout_prompts, args.eval_rows, args.max_response_tokens = 3, 60, 40
     made, batches = Trainer(args), []
@@ -302,22 +270,16 @@ def test_evaluation_takes_the_memory_of_sampling_and_fails_like_it(args, monkeyp
 
 
 def test_truncated_responses_may_be_left_out(monkeypatch, tmp_path):
-    def reward(self, groups):
-        for group in groups:
-            group.rewards = group.accuracy = group.format = torch.tensor([1.0, 0, 0, 1])
-        return groups
-
-    monkeypatch.setattr(Reward, "__call__", reward)
-    flags = ["--steps", 1, "--max_response_tokens", 5, "--temperature", 3]  # nobody ends in five tokens
-    line = grpo_run(tmp_path / "a", *flags)[0]
-    assert line["truncated"] == 1 and line["response_tokens"] == 5 and line["grad_norm"] > 0
-    line = grpo_run(tmp_path / "b", *flags, "--drop_truncated")[0]
-    assert line["loss"] == 0 and line["grad_norm"] == 0
-
-
-def test_one_token_responses(tmp_path):
-    line = grpo_run(tmp_path / "run", "--steps", 1, "--max_response_tokens", 1)[0]
-    assert line["response_tokens"] == 1 and math.isfinite(line["loss"])
+    """Nothing is measured then, and what was not measured is null: an entropy of 0 would read as a collapse."""
+    give_rewards(monkeypatch, lambda _: [1.0, 0, 0, 1])
+    flags = [*SMALL, "--steps", 1, "--max_response_tokens", 1, "--temperature", 3]  # none ends after one token
+    (line,) = train("grpo", tmp_path / "kept", *flags)
+    assert line["truncated"] == 1 and line["response_tokens"] == 1 and line["grad_norm"] > 0
+    assert math.isfinite(line["loss"])
+    for script, more in (("grpo", []), ("pepo", ["weight_p50"])):
+        (line,) = train(script, tmp_path / script, *flags, "--drop_truncated")
+        assert line["truncated"] == 1 and line["loss"] == 0 and line["grad_norm"] == 0
+        assert all(line[name] is None for name in ("entropy", "clip_fraction", "approx_kl", *more))
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch, tmp_path, capsys):
@@ -337,43 +299,32 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch, tmp_p
 
 
 def test_a_run_that_learns_nothing_any_more_ends(monkeypatch, tmp_path):
-    """20 updates in a row without a finite gradient: one sentence, and no checkpoint of it. 19 are survived."""
+    """20 updates in a row without a finite gradient: one sentence, and no checkpoint of it. 19 are no reason to end."""
     good = iter([*[False] * 19, True, *[False] * 100])
     norm = lambda *_, **__: torch.tensor(1.0 if next(good) else torch.inf)  # noqa: E731
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
-    with pytest.raises(UserError, match="20 updates in a row had no finite gradient, the last in step 40: "):
-        grpo_run(tmp_path / "run", "--steps", 60, "--prompts_per_step", 1, "--max_response_tokens", 3)
-    assert (tmp_path / "run/last").resolve().name == "step-20"
-
-
-def test_what_is_shown_and_where(tmp_path, capsys):
-    """Results on stdout, all else on stderr; no `<image>` in a sample, no bar of a library; the threads are named."""
-    flags = ["--steps", 2, "--show_every", 1, "--prompts_per_step", 2, "--eval_rows", 4]
-    monkey = [*QUICK, "--group_size", 4, *flags]
-    main_of("grpo", tmp_path / "run", monkey)
-    out, err = capsys.readouterr()
-    assert "accuracy" in out and "toy (test)" in out and "the model in last/" in out
-    assert "right answer" in err and "<image>" not in err and "threads: " in err
-    assert "training on toy (train): 2002 prompts" in err and "evaluating on toy (test): 504 prompts" in err
-    assert "Loading weights" not in err and "Generating" not in err
+    flags = ["--steps", 3, "--save_every", 1, "--prompts_per_step", 20, "--updates_per_step", 20, *SHORT]
+    with pytest.raises(UserError, match="20 updates in a row had no finite gradient, the last in step 2: "):
+        grpo_run(tmp_path / "run", *flags)
+    assert (tmp_path / "run/last").resolve().name == "step-1"
 
 
 def test_local_data_is_never_evaluated_on_what_it_trains_on(tmp_path, capsys):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(f'{{"question": "What is {i}?", "answer": "{i}"}}\n' for i in range(30)))
-    lines = grpo_run(tmp_path / "run", "--steps", 1, "--data", path, "--eval_rows", -1)
+    lines = grpo_run(tmp_path / "run", "--steps", 1, "--data", path, "--eval_rows", -1, *SHORT)
     assert [line["eval_rows"] for line in lines if "eval_rows" in line] == [3, 3]
     assert {line["eval_data"] for line in lines if "eval_rows" in line} == {"rows held out of mine.jsonl"}
     assert "training on mine.jsonl: 27 prompts" in capsys.readouterr().err
     path.write_text('{"question": "What is 1?", "answer": "1"}\n' * 5)
-    lines = grpo_run(tmp_path / "few", "--steps", 1, "--data", path, "--eval_rows", -1)
+    lines = grpo_run(tmp_path / "few", "--steps", 1, "--data", path, "--eval_rows", -1, *SHORT)
     assert not [line for line in lines if "eval_rows" in line]
     assert "evaluating on nothing: too few rows to hold some out, and no --eval_data" in capsys.readouterr().err
 
 
 def test_seed_decides_everything(tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        grpo_run(tmp_path / name, "--steps", 2, "--seed", seed)
+        grpo_run(tmp_path / name, "--steps", 1, "--seed", seed)
     a, b, c = (weights(tmp_path / name / "last") for name in "abc")
     assert same(a, b) and not same(a, c)
 
@@ -396,14 +347,6 @@ def test_mistakes_in_what_a_run_needs(args, no_waiting, more, sentence):
         Trainer(args)
     assert error.value.code == 2
     assert not list(Path(args.output).glob("*"))  # nothing is left behind
-
-
-def test_a_batch_that_cannot_be_split_over_the_processes(args, monkeypatch):
-    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 3)
-    with pytest.raises(
-        UserError, match="--prompts_per_step 2 cannot be split over 3 processes: make it a multiple of 3"
-    ):
-        Trainer(args)
 
 
 def test_an_output_that_is_a_file(args, tmp_path):
