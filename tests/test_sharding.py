@@ -131,7 +131,7 @@ from plumbing import kernels
 from torch.distributed.fsdp import FSDPModule
 tracing.use(patch)
 def compiled(function, device, trace=kernels.compiled):
-    assert isinstance(getattr(function, "__self__", None), FSDPModule | None)
+    assert isinstance(getattr(function, "__self__", None), FSDPModule | common.Batch | None)
     return trace(function, device)
 patch(kernels, "compiled", compiled)
 """
