@@ -29,7 +29,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpu  # noqa: E402
 
-from common import Reward, forward, group_advantages, load_processor, policy_loss, rollout  # noqa: E402
+from common import Reward, forward, group_advantages, load_processor, policy_loss, rollout, stack_rewards  # noqa: E402
 from plumbing.adapters import add_adapters  # noqa: E402
 from plumbing.arguments import INSTRUCTION, TOY, SharedArgs  # noqa: E402
 from plumbing.data import Data  # noqa: E402
@@ -151,7 +151,7 @@ def plain_sampling(model, prompts, tokens):
 
 def our_step(model, tokenizer, prompts, args, reward, optimizer, step):
     groups = rollout(model, tokenizer, prompts, args, step)
-    advantages = group_advantages(reward(groups))
+    advantages = group_advantages(stack_rewards(reward(groups), args.group_size))
     denominator = sum(int(group.mask.sum()) for group in groups)
     for group, group_advantage in zip(groups, advantages):
         logps, _, _ = forward(model, group)
