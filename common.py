@@ -450,30 +450,16 @@ class Batch:
 
 
 @torch.no_grad()
-def generate(
-    model,
-    prompts,
-    group_size,
-    sample,
-    uniforms,
-    eos,
-    pad_id,
-    capacity=CACHE_STEP,
-    prefill_tokens=1,
-    sharded=False,
-    graphs=False,
-):
+def generate(model, prompts, group_size, sample, uniforms, eos, pad_id, **options):
     """G responses to each of P prompts, in one batch.
 
     Args: `sample` from `make_sampler`; `uniforms` (P * G, T) in [0, 1), one for each token to come; `eos`: tokens that
     end a response; options: see `Batch`.
     Returns responses (P * G, t) and their mask, True up to and including the first of the `eos` tokens.
     """
-    batch = Batch(model, prompts, group_size, pad_id, capacity, prefill_tokens, sharded, graphs)
-    uniforms, eos = (
-        uniforms.to(model.device).unflatten(0, (len(prompts), group_size)),
-        torch.tensor(eos).to(model.device),
-    )
+    batch = Batch(model, prompts, group_size, pad_id, **options)
+    uniforms = uniforms.view(len(prompts), group_size, -1).to(model.device)  # (P, G, T)
+    eos = torch.tensor(eos, device=model.device)
     responses = torch.full(uniforms.shape, pad_id, device=model.device)  # (P, G, T)
     ended = torch.zeros(uniforms.shape[:2], dtype=torch.bool, device=model.device)  # (P, G)
     logits = batch.prefill()
@@ -502,19 +488,18 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
     eos, groups = end_tokens(model, tokenizer), []
     not_text = {*eos, tokenizer.pad_token_id}
     training, _ = model.training, model.eval()
-    sampling = {
-        "eos": eos,
-        "pad_id": tokenizer.pad_token_id,
+    options = {
         "capacity": capacity or min(CACHE_STEP, args.max_response_tokens),
+        "prefill_tokens": args.tokens_per_row,
+        "sharded": args.reshard_while_sampling and is_sharded(model),
+        "graphs": args.cuda_graphs,
     }
-    sampling |= {"prefill_tokens": args.tokens_per_row, "graphs": args.cuda_graphs}
-    sampling["sharded"] = args.reshard_while_sampling and is_sharded(model)
     for start in range(0, len(prompts), args.rollout_prompts):
         batch = prompts[start : start + args.rollout_prompts]
         size = (args.group_size, args.max_response_tokens)
         tables = [torch.rand(size, generator=seeded(args.seed, step, p.index, p.prompt_id)) for p in batch]
         uniforms = torch.cat([table[part] for table in tables])
-        responses, mask = generate(model, batch, G, sample, uniforms, **sampling)
+        responses, mask = generate(model, batch, G, sample, uniforms, eos, tokenizer.pad_token_id, **options)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
         written = [tokens[:length] for tokens, length in zip(responses.tolist(), mask.sum(1).tolist())]
         for i, prompt in enumerate(batch):

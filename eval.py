@@ -631,6 +631,11 @@ def table(results):
 def main():
     args = parse_args(Args)
     if args.compare:
+        if len(args.compare) != 2:
+            raise UserError(f"--compare takes two result folders, not {len(args.compare)}.")
+        for folder in args.compare:
+            if not (Path(folder) / "results.json").exists():
+                raise UserError(f"--compare: {folder} has no results.json: evaluate it first.")
         first, second = args.compare
         print("\n".join(compare(first, second)))
         return

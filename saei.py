@@ -236,7 +236,7 @@ def main():
                 attacked = rollout(model, trainer.tokenizer, attacked_prompts, args, step, slice(args.n1, None))
                 sampled = [join(*halves) for halves in zip(clean, attacked)]
                 sampled = trainer.reward(sampled)  # with rewards (G,)
-                record_sampled(sampled, trainer, args)
+                record_sampled(sampled, trainer, args)  # SaEI
                 groups = trainer.keep_groups(groups, sampled)
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
@@ -262,7 +262,7 @@ def main():
                         logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
-                    record_trained(row, logps, old_logps, token_advantages, entropy, trainer, clip)
+                    record_trained(row, logps, old_logps, token_advantages, entropy, trainer, clip)  # SaEI
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * aggregate(entropy, mask, args.aggregation, denominator)
                     if args.kl_coef:

@@ -184,8 +184,8 @@ def main():
             for minibatch in trainer.minibatches(rows):
                 denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
                 # VEPO: the policy term is a mean over the chosen tokens (or the responses)
-                chosen = trainer.all_reduce(sum(kept_tokens(x.loss_mask, args.keep_ratio).sum() for x in minibatch))
-                chosen_denominator = chosen if args.aggregation == "token" else denominator
+                count = trainer.all_reduce(sum(kept_tokens(x.loss_mask, args.keep_ratio).sum() for x in minibatch))
+                chosen_denominator = count if args.aggregation == "token" else denominator
                 for row in trainer.with_gradient(minibatch):
                     # VEPO: the policy that sampled also chooses the tokens
                     if args.updates_per_step == 1:

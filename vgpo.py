@@ -182,7 +182,7 @@ def main():
                         logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator
                     )
                     info["entropy"] = aggregate(entropy.detach(), mask)
-                    info |= quantiles("weight", row.weights, row.mask)
+                    info |= quantiles("weight", row.weights, row.mask)  # VGPO
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * aggregate(entropy, mask, args.aggregation, denominator)
                     if args.kl_coef:

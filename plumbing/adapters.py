@@ -162,5 +162,5 @@ def resolve_model(name, revision="main"):
     base = str(EMBEDDED[base] / "model") if base in EMBEDDED else base
     if (Path(base) / CONFIG).exists():
         raise UserError(f"{folder} holds adapters of {base}, which holds adapters itself: merge those first.")
-    beside = folder.parent if (folder.parent / "config.json").exists() else base
-    return beside, base, config.revision or revision, folder
+    processor = folder.parent if (folder.parent / "config.json").exists() else base
+    return processor, base, config.revision or revision, folder

@@ -68,7 +68,9 @@ def load_reward(spec):
     module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    function = getattr(module, name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--reward {spec}: {file} has no function {name}.")
 
     def rewards(problems, responses, answers):
         values = [float(value) for value in function(list(problems), list(responses), list(answers))]

@@ -40,7 +40,8 @@ def cannot_open(option, name, error):
 def cannot_write(path, error):
     """The sentence for a file or folder that cannot be written, and what to do about it."""
     full = re.search(r"No space left|quota exceeded|File too large|os error (28|122|27)\b", str(error))
-    return f"{path} could not be written ({error}): {'make room on the disk' if full else 'see that it may be written'}"
+    advice = "free space on the disk" if full else "check its permissions"
+    return f"{path} could not be written ({error}): {advice}"
 
 
 def flag(default, help, gt=None, min=None, max=None, lt=None, **options):

@@ -101,6 +101,11 @@ def load_rows(name, split, revision="main", option="--data"):
     kinds = {KINDS.get(file.suffix) for file in files}
     if Path(name).exists() and (len(kinds) != 1 or None in kinds):
         raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
+    for file in files if kinds == {"json"} else ():
+        with file.open("rb") as opened:
+            begin = opened.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        if begin not in (b"{", b"["):  # pyarrow crashes on a file that holds null
+            raise UserError(f"{option} {file} must hold rows: one object a line, or a list of objects.")
     try:
         if files:
             datasets.disable_progress_bars()  # of every converted file; downloads show theirs

@@ -84,7 +84,7 @@ def args(tmp_path):
 
 @pytest.fixture
 def image_file(tmp_path):
-    """A data set of three rows, one without an image, as json lines beside its images."""
+    """A data set of three rows, one without an image, as json lines next to its images."""
     for i, (mode, colour) in enumerate([("RGB", "red"), ("RGBA", (0, 0, 255, 128))]):
         Image.new(mode, (56, 84), colour).save(tmp_path / f"{i}.png")
     rows = [

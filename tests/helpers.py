@@ -100,7 +100,7 @@ TEMPLATE = (  # InternVL3's
 def save_internvl(folder):
     """A random InternVL with tiles of 28 x 28 pixels, one token each, and its processor, on the toy's tokenizer.
 
-    Beside it eight rows with one image, two and none, of different sizes; and a reward that varies, in reward.py: a
+    Next to it eight rows with one image, two and none, of different sizes; and a reward that varies, in reward.py: a
     random model's answers are all wrong, and without a gradient AdamW makes steps out of rounding.
     """
     (folder / "reward.py").write_text(

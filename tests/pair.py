@@ -1,4 +1,4 @@
-"""Two processes that wait for jobs: runs of the scripts over gloo, without starting Python anew for each.
+"""Two processes that wait for jobs: runs of the scripts over gloo, without starting Python for each.
 
 `Pair().run(job)` is what `torchrun --nproc_per_node=2 script.py ...` would do, in processes that stay. A job is a
 dictionary: script, output, flags, and `patch`, lines of Python that replace a part of the code for this run alone by

@@ -41,7 +41,7 @@ def child(output, flags, environment):
     grpo.main()
 
 
-FORKS = multiprocessing.get_context("forkserver")  # starts a process without importing torch anew
+FORKS = multiprocessing.get_context("forkserver")  # starts a process without importing torch again
 FORKS.set_forkserver_preload(["grpo"])
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # of numpy and of pyarrow
 
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_another_trainer_or_without_its_keys(tmp_path):
     assert trained_with(tmp_path) == trained_with("toy") == {}
 
 
-@pytest.mark.parametrize("error, advice", [(errno.ENOSPC, "make room"), (errno.EACCES, "see that it may be written")])
+@pytest.mark.parametrize("error, advice", [(errno.ENOSPC, "free space"), (errno.EACCES, "check its permissions")])
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, error, advice):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text("mine")

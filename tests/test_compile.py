@@ -88,7 +88,7 @@ def differentiated(model, row, how):
 
 
 def test_a_compiled_decode_step_gives_the_same_tokens(traced, monkeypatch):
-    """In all rooms and for fewer and fewer prompts by the same graphs; the prompts' own pass is not compiled."""
+    """For all capacities and for fewer and fewer prompts by the same graphs; the prompts' own pass is not compiled."""
     model = tiny_model("qwen2_5_vl").eval()
     prompts = [tiny_prompt(model, shapes) for shapes in [*SHAPES.values()] * 2]
     uniforms = torch.rand(3 * len(prompts), 40, generator=seeded(0))

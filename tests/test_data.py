@@ -303,6 +303,8 @@ def test_answers_of_every_type_are_their_text(toy, tmp_path):
     "content, sentence",
     [
         (b'{"question": "a", "answer": "1"}\n{"question": "b", \n', "d.jsonl cannot be opened .JSON parse error"),
+        (b"", "d.jsonl must hold rows: one object a line, or a list of objects"),
+        (b"null", "d.jsonl must hold rows"),
         ('{"question": "\u00e9", "answer": "1"}\n'.encode("latin-1"), "row 0 .*utf-8"),
         (
             b'{"question": "a", "answer": 1}\n' * 400_000 + b'{"question": "b", "answer": "A"}',

@@ -531,6 +531,8 @@ def test_own_data_is_called_own(tmp_path, evaluate, capsys):
         (["--check_seconds", "nan"], "--check_seconds nan must be above 0"),
         (["--min_pixels", 5000, "--max_pixels", 4000], "--min_pixels 5000 is more than --max_pixels 4000"),
         (["--model", "/nowhere"], "--model /nowhere cannot be opened"),
+        (["--compare", "runs/x"], "--compare takes two result folders, not 1"),
+        (["--compare", "runs/x", "runs/y"], "--compare: runs/x has no results.json: evaluate it first"),
         (["--max_prompt_tokens", 5], "has no row left to use"),
     ],
 )

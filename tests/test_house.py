@@ -72,7 +72,7 @@ def test_imports_go_one_way(path):
     "source, own, sentence",
     [
         ("import trainer", (1, "common"), "common imports trainer"),
-        ("from vepo import add_noise", (3, "prpo"), "prpo imports vepo"),  # beside it
+        ("from vepo import add_noise", (3, "prpo"), "prpo imports vepo"),  # of the same layer
         ("from common import forward", (0, "data"), "data imports common"),
         ("from plumbing.metrics import pooled", (0, "data"), "plumbing/data imports metrics"),
         ("from plumbing import checkpoints", (0, "metrics"), "plumbing/metrics imports checkpoints"),

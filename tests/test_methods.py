@@ -94,16 +94,16 @@ def test_a_constant_out_of_its_range_gets_a_sentence(tmp_path, capsys, name, fla
     assert not (tmp_path / "run").exists()
 
 
-ARMS = [("vepo", []), ("vepo", ["--select", "random"]), ("vgpo", []), ("pepo", ["--weight_schedule", "constant"])]
-ARMS += [("saei", ["--step", 0.2])]
-ARMS += [("prpo", STRONG), ("prpo", ["--shuffle", *STRONG])]
+CASES = [("vepo", []), ("vepo", ["--select", "random"]), ("vgpo", []), ("pepo", ["--weight_schedule", "constant"])]
+CASES += [("saei", ["--step", 0.2])]
+CASES += [("prpo", STRONG), ("prpo", ["--shuffle", *STRONG])]
 
 
-@pytest.mark.parametrize("name, arm", ARMS)
+@pytest.mark.parametrize("name, case", CASES)
 @pytest.mark.parametrize("updates", [1, 2])
-def test_groups_cut_into_rows_are_weighed_as_a_whole(trained, name, arm, updates):
+def test_groups_cut_into_rows_are_weighted_as_a_whole(trained, name, case, updates):
     """Also where a step has one update: a rollout factor needs the focus of all responses to its prompt."""
-    flags = ["--steps", 1, "--max_response_tokens", 64, "--updates_per_step", updates, *arm]
+    flags = ["--steps", 1, "--max_response_tokens", 64, "--updates_per_step", updates, *case]
     whole, lines = trained(name, *flags)
     cut, cut_lines = trained(name, *flags, "--tokens_per_row", 130)
     assert_same_training(whole, cut)

@@ -37,7 +37,7 @@ def test_means_are_over_tokens_and_processes(tmp_path, monkeypatch):
 
 def test_a_disk_that_is_full_while_a_line_is_appended(tmp_path):
     own, _ = log("/dev/full")
-    with pytest.raises(UserError, match="/dev/full could not be written .*No space left.*: make room .* --resume"):
+    with pytest.raises(UserError, match="/dev/full could not be written .*No space left.*: free space .* --resume"):
         own.write({"step": 3})
 
 

@@ -59,7 +59,7 @@ def test_a_reward_of_ones_own(tmp_path):
 
 
 def test_a_reward_file_is_a_module_like_any_other(tmp_path):
-    """It imports what lies beside it, has dataclasses, and may use up what it is given."""
+    """It imports what lies next to it, has dataclasses, and may use up what it is given."""
     (tmp_path / "beside_the_reward.py").write_text("HALF = 0.5\n")
     (tmp_path / "mine.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_reward import HALF\n"
@@ -78,6 +78,8 @@ def test_a_reward_file_is_a_module_like_any_other(tmp_path):
     "code, spec, sentence",
     [
         ("def f(problems, responses, answers):\n    return [1.0]", "f", "returned 1 values for 4 responses"),
+        ("x = 1", "f", "mine.py has no function f"),
+        ("x = 1", "x", "mine.py has no function x"),
         ("def f(*_):\n    return [0, float('nan'), 0, 0]", "f", "returned nan for the response 'b' to 'Q'"),
         ("def f(*_):\n    return [0, 0, 0, float('-inf')]", "f", "returned -inf for the response 'b' to 'Q'"),
         ("def f(*_):\n    return [0, 0, 1e38, 0]", "f", "returned 1e.38 for the response 'a' .* from -1e.06 to 1e.06"),

@@ -127,12 +127,12 @@ def test_the_host_waits_for_the_device_when_it_asks_whether_all_have_ended_and_n
 
 
 def test_the_cache_grows_in_steps_and_no_graph_is_recorded_between(monkeypatch):
-    """And it ends with the responses: no room is made for tokens that none of them has."""
-    rooms, recorded, grow = [], [], common.SharedPrefixCache.grow
+    """And it ends with the responses: no memory is taken for tokens that none of them has."""
+    sizes, recorded, grow = [], [], common.SharedPrefixCache.grow
 
     def watch(cache, group_size, capacity):
         grow(cache, group_size, capacity)
-        rooms.append([tuple(x.shape[2:4]) for x in cache.suffix[0]])
+        sizes.append([tuple(x.shape[2:4]) for x in cache.suffix[0]])
 
     def record(function, *inputs):
         recorded.append(inputs)
@@ -146,8 +146,8 @@ def test_the_cache_grows_in_steps_and_no_graph_is_recorded_between(monkeypatch):
     _, mask = generate(model, prompts, G, choose, uniforms, [13, *range(40, 45)], 0, capacity=4, graphs=True)
     longest = mask.shape[1]
     assert 8 < longest < 100
-    assert rooms == [[(G, room)] * 2 for room in range(4, longest + 3, 4)]
-    assert len(rooms) < len(recorded) <= len(rooms) + 2  # also when half of the prompts, then three of four, have left
+    assert sizes == [[(G, capacity)] * 2 for capacity in range(4, longest + 3, 4)]
+    assert len(sizes) < len(recorded) <= len(sizes) + 2  # also when half of the prompts, then three of four, have left
 
 
 @pytest.mark.parametrize("fit, sizes", [(0, [1] * 4), (1.5, [1] * 4), (2, [2, 2]), (3, [3, 1]), (100, [4])])

@@ -378,7 +378,7 @@ def test_each_process_writes_its_own_part_of_the_optimiser(tmp_path, finished, s
             assert rows[0] == -(-len(value) // 2) and sum(rows) == len(value)
     for full in (FULL_ON_THE_SECOND, FULL_ON_THE_MAIN):  # all processes end, and none waits for another
         codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume", patch=full)
-        assert codes == [2, 2] and "No space left on device): make room on the disk; the checkpoint before" in console
+        assert codes == [2, 2] and "No space left on device): free space on the disk; the checkpoint before" in console
         assert "Traceback" not in console and not list(output.glob("step-2*"))
     assert (output / "last").resolve().name == "step-1"
     one, other = sorted((output / "last/optimizer").glob("*.safetensors"))

@@ -1,6 +1,6 @@
-"""Kinds of token in the responses of the embedded worlds, whose grammar is known: what was read, what follows, words.
+"""Kinds of token in responses to the toy tasks, whose grammar is known: read off the image, derived, or filler.
 
-Not here: the worlds themselves (toy/worlds.py), and what is measured by kind (show.py, toy/credit.py).
+Not here: the toy tasks (toy/puzzles.py), and what is measured by kind (show.py, toy/credit.py).
 """
 
 import re
