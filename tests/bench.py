@@ -33,13 +33,14 @@ from common import Reward, forward, group_advantages, load_processor, policy_los
 from plumbing.adapters import add_adapters  # noqa: E402
 from plumbing.arguments import INSTRUCTION, TOY, SharedArgs  # noqa: E402
 from plumbing.data import Data  # noqa: E402
-from plumbing.families import image_inputs  # noqa: E402
+from plumbing.families import image_inputs, patch_attention  # noqa: E402
 
 P, G = 2, 8
 METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1, "saei": 2.0}  # what a step may cost, in GRPO's
 
 
 def make_model():
+    """As transformers has it; what is ours is measured after `patch_attention`, as in training."""
     torch.manual_seed(0)
     config = transformers.Qwen2_5_VLConfig.from_pretrained(TOY / "model")
     text, vision = config.text_config, config.vision_config
@@ -308,9 +309,9 @@ def main():
         prompt = make_data(args, processor, model, image_tokens)[0]
         gpu.report(model, options.gpu, prompt, args, options.repeats)
         return
-    model = make_model()
+    model, plain = patch_attention(make_model()), make_model()
     prompts = make_data(args, processor, model, image_tokens)
-    model.generation_config.eos_token_id = [8191]  # the random model hardly ever ends: equal lengths for all
+    model.generation_config.eos_token_id = plain.generation_config.eos_token_id = [8191]  # the random model hardly ever ends: equal lengths for all
     groups = rollout(model, processor.tokenizer, prompts, args, 0)
     Lp, Lr = len(prompts[0].input_ids), int(groups[0].mask[0].sum())
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -322,14 +323,14 @@ def main():
         bound = G * (Lp + Lr) / (Lp + G * Lr)
         compare(
             "update: padded batch / packed row",
-            lambda: padded_update(model, groups),
+            lambda: padded_update(plain, groups),
             lambda: packed_update(model, groups),
             options.repeats,
             f"token ratio {bound:.2f}, bar {0.8 * bound:.2f}",
         )
         compare(
             "sampling: plain generate / prompt computed once",
-            lambda: plain_sampling(model, prompts, tokens),
+            lambda: plain_sampling(plain, prompts, tokens),
             lambda: rollout(model, processor.tokenizer, prompts, args, 0),
             options.repeats,
         )
