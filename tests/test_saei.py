@@ -210,6 +210,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_clean_image(monkeypatch):
     monkeypatch.setattr(saei, "entropy_gradient", bad_once)
     assert torch.equal(attack(group, run, Args(iterations=2)).pixel_values, group.prompt.pixel_values)
     assert run.log["attack_failed"] == [1.0] and run.log["attack_entropy_before"] == [0.0]
+    assert run.log["attack_pixel_change"] == [0.0]
 
 
 def test_text_only_prompts_are_not_attacked():

@@ -162,6 +162,7 @@ def test_selections_for_comparison(trained):
     for select in ("vepo", "entropy", "jsd", "random"):
         lines[select] = metrics(trained, "--select", select)
     assert len({line["kept_tokens"] for line in lines.values()}) == 1
+    assert len({line["kept_top_entropy"] for line in lines.values()}) == 4  # each chooses other tokens
     assert lines["entropy"]["kept_top_entropy"] == 1 > lines["vepo"]["kept_top_entropy"]
     assert lines["random"]["kept_top_entropy"] < lines["vepo"]["kept_top_entropy"]
     assert all(("seconds_noised" in lines[select]) == (select in ("vepo", "jsd")) for select in lines)  # no pass unused
