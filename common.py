@@ -501,15 +501,12 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
         uniforms = torch.cat([table[part] for table in tables])
         responses, mask = generate(model, batch, G, sample, uniforms, eos, tokenizer.pad_token_id, **options)
         truncated = ~torch.isin(responses, torch.tensor(eos, device=responses.device)).any(1)
-        written = [tokens[:length] for tokens, length in zip(responses.tolist(), mask.sum(1).tolist())]
-        for i, prompt in enumerate(batch):
-            own = slice(i * G, (i + 1) * G)
-            lengths = [len(tokens) for tokens in written[own]]
-            valid = mask[own, : max(lengths)]
-            ids = responses[own, : max(lengths)].masked_fill(~valid, tokenizer.pad_token_id)
-            said = [[token for token in tokens if token not in not_text] for tokens in written[own]]
+        for prompt, ids, valid, cut in zip(batch, responses.split(G), mask.split(G), truncated.split(G)):
+            valid = valid[:, : valid.sum(1).max()]  # (G, T)
+            ids = ids[:, : valid.shape[1]].masked_fill(~valid, tokenizer.pad_token_id)  # (G, T)
+            said = [[token for token in tokens if token not in not_text] for tokens in ids.tolist()]
             texts = [prompt.opened + tokenizer.decode(tokens) for tokens in said]
-            groups.append(Group(prompt, ids, valid, truncated[own], texts))
+            groups.append(Group(prompt, ids, valid, cut, texts))
     model.train(training)
     return groups
 

@@ -120,26 +120,18 @@ def limit_pixels(config, processor, min_pixels=None, max_pixels=None):
     """Sets between how many pixels an image is resized to; None keeps the image processor's own. Returns both limits.
 
     InternVL's are rounded down to whole tiles, which transformers calls patches there; its thumbnail is not counted.
-    Raises UserError for an empty range, and for a processor that is not this model's.
+    Raises UserError for an empty range, and for InternVL's processor of another size of tiles.
     """
-    own, tower, size, tile = (
-        processor.image_processor,
-        config.vision_config,
-        dict(processor.image_processor.size or {}),
-        1,
-    )
+    own, tile = processor.image_processor, 1
     if is_internvl(config):
-        tile = tower.image_size[0] ** 2
-        found = [size.get("height"), size.get("width"), tower.patch_size[0], hasattr(own, "crop_to_patches")]
-        fits = found == [*tower.image_size, 14, True] and processor.image_seq_length == config.image_seq_length
-    else:
-        fits = "shortest_edge" in size
-    if not fits:
-        raise UserError("the image processor of --model is not made for its vision tower: take a whole copy of it.")
-    if is_internvl(config):
+        side = config.vision_config.image_size
+        if [own.size["height"], own.size["width"]] != [*side]:  # transformers would interpolate the tower's positions
+            raise UserError("the image processor of --model is not made for its vision tower: take a whole copy of it.")
+        tile = side[0] ** 2
         low, high = max(tile, min_pixels or tile * own.min_patches), max_pixels or tile * own.max_patches
         own.min_patches, own.max_patches = low // tile, high // tile
     else:
+        size = dict(own.size)
         low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
         own.size = {**size, "shortest_edge": low, "longest_edge": high}
     if low > high:

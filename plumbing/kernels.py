@@ -88,9 +88,8 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
     return attend(*x, starts, starts, (longest, longest), scaling)[None], None
 
 
-AttentionInterface.register(
-    "flash_windows", window_attention
-)  # transformers passes cu_seq_lens_q to names with "flash"
+# transformers passes cu_seq_lens_q to names with "flash"
+AttentionInterface.register("flash_windows", window_attention)
 
 
 def product_weights(model):

@@ -311,7 +311,9 @@ def main():
         return
     model, plain = patch_attention(make_model()), make_model()
     prompts = make_data(args, processor, model, image_tokens)
-    model.generation_config.eos_token_id = plain.generation_config.eos_token_id = [8191]  # the random model hardly ever ends: equal lengths for all
+    model.generation_config.eos_token_id = plain.generation_config.eos_token_id = [
+        8191
+    ]  # the random model hardly ever ends: equal lengths for all
     groups = rollout(model, processor.tokenizer, prompts, args, 0)
     Lp, Lr = len(prompts[0].input_ids), int(groups[0].mask[0].sum())
     millions = sum(p.numel() for p in model.parameters()) / 1e6

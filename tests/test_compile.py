@@ -130,20 +130,8 @@ SCRIPTS = [
     ("grpo", ["--lora_rank", 4]),
     *((name, []) for name in ("vepo", "vgpo", "prpo", "pepo", "saei")),
 ]
-FLAGS = [
-    "--steps",
-    1,
-    "--prompts_per_step",
-    2,
-    "--updates_per_step",
-    1,
-    "--kl_coef",
-    0.01,
-    "--entropy_coef",
-    0.01,
-    "--max_response_tokens",
-    16,
-]
+FLAGS = "--steps 1 --prompts_per_step 2 --updates_per_step 1 --kl_coef 0.01 --entropy_coef 0.01".split()
+FLAGS += ["--max_response_tokens", 16]
 
 
 def test_every_script_trains_the_same(traced, tmp_path):
