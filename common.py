@@ -23,9 +23,6 @@ import torch
 import transformers
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from plumbing import kernels
 from plumbing.adapters import add_adapters, load_adapters, resolve_model, without_adapters
@@ -41,7 +38,7 @@ from plumbing.families import (
     patch_attention,
     vision,
 )
-from plumbing.kernels import HEAD_CHUNK
+from plumbing.kernels import CACHE_STEP, HEAD_CHUNK, SharedPrefixCache
 from plumbing.sharding import is_sharded, on_any_process, on_main, shard, with_full_params
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,78 +230,6 @@ class Group:
                 setattr(row, name, value[part])
         row.packed = None
         return row
-
-
-CACHE_STEP = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between
-
-
-class SharedPrefixCache(transformers.DynamicCache):
-    """Keys and values of P prompts (a usual padded cache), and of the G responses to each, which grow.
-
-    The prompts' part is computed once, some prompts at a time, and never copied while responses grow. The responses'
-    part is written at `written`, a tensor, and read up to `capacity`, a number that seldom changes; 0 while prompts
-    come.
-    """
-
-    def __init__(self, layers, device):
-        super().__init__()
-        self.prefix, self.suffix, self.capacity = [[] for _ in range(layers)], [None] * layers, 0
-        self.written = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        keys = keys.to(values.dtype)  # autocast computes rotary embeddings in fp32
-        if not self.capacity:  # some of the prompts: (p, heads, Lp, d)
-            self.prefix[layer].append((keys, values))
-            return keys, values
-        for suffix, new in zip(self.suffix[layer], (keys, values)):  # one more token of each response: (P, heads, G, d)
-            suffix.index_copy_(3, self.written, new[:, :, :, None])
-        return list(zip(self.prefix[layer], self.suffix[layer]))
-
-    def grow(self, group_size, capacity):
-        """Makes space for so many tokens of each response, when all prompts are there."""
-        more = capacity - self.capacity
-        for i, prefix in enumerate(self.prefix):  # one layer at a time is held twice
-            if not self.capacity:
-                self.prefix[i] = prefix = tuple(map(torch.cat, zip(*prefix)))
-                self.suffix[i] = tuple(x.new_zeros(*x.shape[:2], group_size, 0, x.shape[3]) for x in prefix)
-            self.suffix[i] = tuple(pad(x, (0, 0, 0, more)) for x in self.suffix[i])
-        self.capacity = capacity
-
-    def select(self, prompts):
-        """Forgets all prompts but these, when the others' responses have all ended."""
-        for layers in (self.prefix, self.suffix):
-            for i, pair in enumerate(layers):
-                layers[i] = tuple(x[prompts] for x in pair)
-
-
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
-    """Attention of G response tokens per prompt to the prompt's keys, shared, and to their own response's keys.
-
-    query (P, H, G, d); key and value: (prefix (P, H', Lp, d), suffix (P, H', G, t, d)) from `SharedPrefixCache`, H' the
-    key-value heads, t its capacity; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors
-    take the usual path (prefill), or, with `segments` from `pack`, that of a packed row; attention_mask then holds
-    indices, (1, 1, 1, K): the keys that each segment sees.
-    """
-    if segments:  # of a packed row
-        query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (L, H, d)
-        return kernels.attend(query, key, value, *segments, scaling, attention_mask.flatten())[None], None
-    if isinstance(key, torch.Tensor):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    (prefix_k, suffix_k), (prefix_v, suffix_v) = key, value
-    P, H, G, d = query.shape
-    heads, shared = prefix_k.shape[1], prefix_k.shape[2]
-    query = query.view(P, heads, H // heads, G, d).transpose(2, 3)  # (P, H', G, H / H', d)
-    to_prefix = (query.flatten(2, 3) @ prefix_k.mT).view(P, heads, G, H // heads, shared)
-    scores = torch.cat([to_prefix, query @ suffix_k.mT], -1).float() * scaling
-    scores = scores.masked_fill(~attention_mask.view(P, 1, 1, 1, -1), float("-inf"))
-    weights = scores.softmax(-1).to(value[0].dtype)
-    out = (weights[..., :shared].flatten(2, 3) @ prefix_v).view(P, heads, G, H // heads, d)
-    out = out + weights[..., shared:] @ suffix_v
-    return out.transpose(1, 2).flatten(2, 3), None  # (P, G, H, d)
-
-
-AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", sdpa_mask)
 
 
 def seeded(*key):

@@ -1,6 +1,6 @@
-"""How things are computed: attention kernels, compiled functions, CUDA graphs, pinned copies, CPU threads.
+"""How things are computed: attention and its cache, compiled functions, CUDA graphs, pinned copies, CPU threads.
 
-Not here: which keys a token attends to (common.py).
+Not here: which keys a token attends to in a packed row, and what is sampled (common.py).
 """
 
 import contextlib
@@ -11,10 +11,13 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 if importlib.util.find_spec("flash_attn_interface"):  # the package flash-attn 3, in place of torch's own
     activate_flash_attention_impl("FA3")
@@ -75,6 +78,78 @@ def send(tensor, device):
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+CACHE_STEP = 128  # the responses' cache grows by so many tokens at a time: shapes stay the same in between
+
+
+class SharedPrefixCache(transformers.DynamicCache):
+    """Keys and values of P prompts (a usual padded cache), and of the G responses to each, which grow.
+
+    The prompts' part is computed once, some prompts at a time, and never copied while responses grow. The responses'
+    part is written at `written`, a tensor, and read up to `capacity`, a number that seldom changes; 0 while prompts
+    come.
+    """
+
+    def __init__(self, layers, device):
+        super().__init__()
+        self.prefix, self.suffix, self.capacity = [[] for _ in range(layers)], [None] * layers, 0
+        self.written = torch.zeros(1, dtype=torch.long, device=device)  # tokens of each response so far
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        keys = keys.to(values.dtype)  # autocast computes rotary embeddings in fp32
+        if not self.capacity:  # some of the prompts: (p, heads, Lp, d)
+            self.prefix[layer].append((keys, values))
+            return keys, values
+        for suffix, new in zip(self.suffix[layer], (keys, values)):  # one more token of each response: (P, heads, G, d)
+            suffix.index_copy_(3, self.written, new[:, :, :, None])
+        return list(zip(self.prefix[layer], self.suffix[layer]))
+
+    def grow(self, group_size, capacity):
+        """Makes space for so many tokens of each response, when all prompts are there."""
+        more = capacity - self.capacity
+        for i, prefix in enumerate(self.prefix):  # one layer at a time is held twice
+            if not self.capacity:
+                self.prefix[i] = prefix = tuple(map(torch.cat, zip(*prefix)))
+                self.suffix[i] = tuple(x.new_zeros(*x.shape[:2], group_size, 0, x.shape[3]) for x in prefix)
+            self.suffix[i] = tuple(pad(x, (0, 0, 0, more)) for x in self.suffix[i])
+        self.capacity = capacity
+
+    def select(self, prompts):
+        """Forgets all prompts but these, when the others' responses have all ended."""
+        for layers in (self.prefix, self.suffix):
+            for i, pair in enumerate(layers):
+                layers[i] = tuple(x[prompts] for x in pair)
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
+    """Attention of G response tokens per prompt to the prompt's keys, shared, and to their own response's keys.
+
+    query (P, H, G, d); key and value: (prefix (P, H', Lp, d), suffix (P, H', G, t, d)) from `SharedPrefixCache`, H' the
+    key-value heads, t its capacity; attention_mask (P, 1, 1, Lp + t) bool. One softmax over both parts. Plain tensors
+    take the usual path (prefill), or, with `segments` from `pack`, that of a packed row; attention_mask then holds
+    indices, (1, 1, 1, K): the keys that each segment sees.
+    """
+    if segments:  # of a packed row
+        query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (L, H, d)
+        return attend(query, key, value, *segments, scaling, attention_mask.flatten())[None], None
+    if isinstance(key, torch.Tensor):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    (prefix_k, suffix_k), (prefix_v, suffix_v) = key, value
+    P, H, G, d = query.shape
+    heads, shared = prefix_k.shape[1], prefix_k.shape[2]
+    query = query.view(P, heads, H // heads, G, d).transpose(2, 3)  # (P, H', G, H / H', d)
+    to_prefix = (query.flatten(2, 3) @ prefix_k.mT).view(P, heads, G, H // heads, shared)
+    scores = torch.cat([to_prefix, query @ suffix_k.mT], -1).float() * scaling
+    scores = scores.masked_fill(~attention_mask.view(P, 1, 1, 1, -1), float("-inf"))
+    weights = scores.softmax(-1).to(value[0].dtype)
+    out = (weights[..., :shared].flatten(2, 3) @ prefix_v).view(P, heads, G, H // heads, d)
+    out = out + weights[..., shared:] @ suffix_v
+    return out.transpose(1, 2).flatten(2, 3), None  # (P, G, H, d)
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)
 
 
 def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):

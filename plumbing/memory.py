@@ -73,7 +73,7 @@ def plan(args, gpus):
     whole_weights = bytes_each * (trained if lora else parameters) if shards > 1 or bytes_each == 2 else 0
     reference = 4 * parameters / gpus if gpus > 1 or bytes_each == 4 else 2 * parameters + 4 * embeddings
     cached = 2 * text.num_key_value_heads * head * bytes_each  # keys and values of a token in a layer
-    capacity = math.ceil(T / min(T, 128)) * min(T, 128)  # in steps of common.py's CACHE_STEP
+    capacity = math.ceil(T / min(T, 128)) * min(T, 128)  # in steps of kernels.py's CACHE_STEP
     grown = batch * G * capacity * (text.num_hidden_layers + 1) * cached  # one layer is held twice while it grows
     attention = batch * G * text.num_attention_heads * (prompt + capacity) * 12  # scores: 2 x bf16, 2 x fp32
     return {

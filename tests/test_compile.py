@@ -130,7 +130,7 @@ SCRIPTS = [
     ("grpo", ["--lora_rank", 4]),
     *((name, []) for name in ("vepo", "vgpo", "prpo", "pepo", "saei")),
 ]
-FLAGS = "--steps 1 --prompts_per_step 2 --updates_per_step 1 --kl_coef 0.01 --entropy_coef 0.01".split()
+FLAGS = ["--steps", 1, "--prompts_per_step", 2, "--updates_per_step", 1, "--kl_coef", 0.01, "--entropy_coef", 0.01]
 FLAGS += ["--max_response_tokens", 16]
 
 

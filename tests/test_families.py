@@ -37,7 +37,8 @@ from show import run_of
 from trainer import Trainer
 
 PIXELS = ["--min_pixels", 784, "--max_pixels", 784 * 6]
-COMMON = [*PIXELS, *"--kl_coef 0.1 --entropy_coef 0.01 --max_response_tokens 12 --steps 1 --eval_rows 0".split()]
+COMMON = [*PIXELS, "--kl_coef", 0.1, "--entropy_coef", 0.01, "--max_response_tokens", 12, "--steps", 1]
+COMMON += ["--eval_rows", 0]
 
 
 @pytest.fixture(scope="module")
