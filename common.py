@@ -2,11 +2,12 @@
 
     model loading -> rollout -> reward -> packed forward -> perturbed images, token scores -> advantages and policy loss
 
-Shapes, the same everywhere: P prompts in a step, G responses to each (a group), B responses in a packed row, T tokens
-of the longest response (up to and including its end-of-turn token), L tokens of a packed row, D hidden size, V
-vocabulary. The one idea that makes it fast: the G responses to a prompt share its long prefix, most of which is the
-image. So everything after sampling runs on ONE row [prompt | response 1 | ... | response G] per group, and sampling
-computes the prompt once. Not here: a method (its file), and the steps of a training run (trainer.py).
+Shapes, the same everywhere: P prompts of a step on this process, G responses to each (a group), B responses in a packed
+row, T tokens of the longest of them (up to and including its end-of-turn token), N response tokens of a row, L tokens
+of a row, D hidden size, V vocabulary. The one idea that makes it fast: the G responses to a prompt share its long
+prefix, most of which is the image. So everything after sampling runs on packed rows [prompt | response 1 | ... |
+response B], one or more for a group, and sampling computes the prompt once. Not here: a method (its file), and the
+steps of a training run (trainer.py).
 """
 
 import contextlib
@@ -56,7 +57,7 @@ def load_config(name, revision="main"):
     source, _, revision, _ = resolve_model(name, revision)
     try:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # whatever transformers says of a folder that is no model
+    except Exception as error:  # transformers' errors of what is not a model are of many types
         more = " Of an InternVL take the name that ends with -hf or -HF." if "custom code" in str(error) else ""
         raise UserError(cannot_open("--model", name, error) + more) from None
     config = known_family(name, config)
@@ -127,8 +128,8 @@ def load_model(name, revision="main", meta=False, dtype=torch.float32):
     model, found = auto.from_pretrained(source, config=config, revision=revision, **options)
     wrong = {kind: list(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):  # transformers would initialise what is missing at random
-        said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
-        raise UserError(f"--model {source} is damaged, or not the model of its config.json: of its tensors {said}.")
+        counts = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys)
+        raise UserError(f"--model {source} is damaged, or not the model of its config.json: of its tensors {counts}.")
     if config.tie_word_embeddings != (model.lm_head.weight is model.get_input_embeddings().weight):
         raise UserError(f"--model {source}: head and embeddings differ, so tie_word_embeddings must be false.")
     return patch_attention(load_adapters(model, adapters, dtype) if adapters else model)
@@ -196,29 +197,29 @@ def to_device_or_shard(model, source, accelerator):
 
 @dataclass
 class Group:
-    """A prompt and its G responses; what is per token is (G, T).
+    """A prompt and B = G responses to it, or B fewer ones: a slice `group[a:b]` is a group, too.
 
-    A slice `group[a:b]` is a group of fewer responses. `split_group` slices so that prompt and responses fit
-    --tokens_per_row; the code calls such a group a row. responses, mask and the prompt's text never change.
+    `split_group` slices so that prompt and responses fit --tokens_per_row; the code calls such a group a row.
+    responses, mask and the prompt's text never change.
     """
 
     prompt: Prompt
-    responses: torch.Tensor  # (G, T) token ids
-    mask: torch.Tensor  # (G, T) True up to and including the first end-of-turn token
-    truncated: torch.Tensor  # (G,) True where there is no end-of-turn token
-    texts: list  # G decoded responses, without end and padding tokens
-    rewards: torch.Tensor | None = None  # (G,)
-    accuracy: torch.Tensor | None = None  # (G,)
-    format: torch.Tensor | None = None  # (G,)
-    advantages: torch.Tensor | None = None  # (G,)
-    zero_advantage: bool = False  # all rewards are equal: no gradient
-    loss_mask: torch.Tensor | None = None  # (G, T) tokens in the loss: mask, but for --drop_truncated
-    old_logps: torch.Tensor | None = None  # (G, T) before the step's first update; None: on-policy
-    ref_logps: torch.Tensor | None = None  # (G, T)
-    scores: torch.Tensor | None = None  # (G, T) a method's score of each token
-    weights: torch.Tensor | None = None  # (G, T) factors of the advantage, or which tokens are trained
-    lengths: list = dataclasses.field(init=False)  # G, on the host: counting them later would wait for the GPU
-    packed: dict | None = dataclasses.field(init=False, default=None)  # what `pack` returns, made once
+    responses: torch.Tensor  # (B, T) token ids
+    mask: torch.Tensor  # (B, T) True up to and including the first end-of-turn token
+    truncated: torch.Tensor  # (B,) True where there is no end-of-turn token
+    texts: list  # B decoded responses, without end and padding tokens
+    rewards: torch.Tensor | None = None  # (B,)
+    accuracy: torch.Tensor | None = None  # (B,)
+    format: torch.Tensor | None = None  # (B,)
+    advantages: torch.Tensor | None = None  # (B,)
+    zero_advantage: bool = False  # all rewards are equal: the policy term has no gradient
+    loss_mask: torch.Tensor | None = None  # (B, T) tokens in the loss: mask, but for --drop_truncated
+    old_logps: torch.Tensor | None = None  # (B, T) before the step's first update; None: on-policy
+    ref_logps: torch.Tensor | None = None  # (B, T)
+    scores: torch.Tensor | None = None  # (B, T) a method's score of each token
+    weights: torch.Tensor | None = None  # (B, T) factors of the advantage; VEPO: True on tokens to train
+    lengths: list = dataclasses.field(init=False)  # B, on the host: counting them later would wait for the GPU
+    packed: dict = dataclasses.field(init=False, default_factory=dict)  # what `pack` returns, made once
 
     def __post_init__(self):
         self.lengths = self.mask.sum(1).tolist()
@@ -228,7 +229,7 @@ class Group:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor | list):
                 setattr(row, name, value[part])
-        row.packed = None
+        row.packed = {}
         return row
 
 
@@ -429,8 +430,8 @@ def rollout(model, tokenizer, prompts, args, step, part=slice(None), temperature
         for prompt, ids, valid, cut in zip(batch, responses.split(G), mask.split(G), truncated.split(G)):
             valid = valid[:, : valid.sum(1).max()]  # (G, T)
             ids = ids[:, : valid.shape[1]].masked_fill(~valid, tokenizer.pad_token_id)  # (G, T)
-            said = [[token for token in tokens if token not in not_text] for tokens in ids.tolist()]
-            texts = [prompt.opened + tokenizer.decode(tokens) for tokens in said]
+            without_end = [[token for token in tokens if token not in not_text] for tokens in ids.tolist()]
+            texts = [prompt.opened + tokenizer.decode(tokens) for tokens in without_end]
             groups.append(Group(prompt, ids, valid, cut, texts))
     model.train(training)
     return groups
@@ -480,14 +481,14 @@ def stack_rewards(groups, group_size):
 
 
 def pack_rows(groups, advantages, args):
-    """Packed rows, one per group, or more if a group is longer than --tokens_per_row, with advantages and loss_mask.
+    """Packed rows, one per group, or more if a group is longer than --tokens_per_row; with advantages and loss_mask.
 
     advantages (P, G). Groups of equal rewards become rows too: their tokens count in the loss's denominator.
     """
     rows = []
-    for group, group_advantages in zip(groups, advantages):
-        group.zero_advantage = not group_advantages.any()
-        group.advantages = group_advantages.to(group.mask.device)
+    for i, group in enumerate(groups):
+        group.zero_advantage = not advantages[i].any()
+        group.advantages = advantages[i].to(group.mask.device)
         group.loss_mask = group.mask & ~group.truncated[:, None] if args.drop_truncated else group.mask
         rows += split_group(group, args.tokens_per_row)
     return rows
@@ -509,8 +510,7 @@ def dummy_row(group):
     """A row of weight 0, of a group's first response: for a process that has no row left while others have."""
     row = group[:1]
     zeros = torch.zeros(row.mask.shape, device=row.mask.device)
-    row.prompt, row.advantages = dataclasses.replace(row.prompt, prompt_id=-1), zeros[:, 0]
-    row.loss_mask = zeros.bool()
+    row.advantages, row.loss_mask = zeros[:, 0], zeros.bool()
     row.old_logps = row.ref_logps = row.scores = row.weights = zeros
     return row
 
@@ -524,16 +524,16 @@ def longest_row(prompt, args):
 
 
 def pack(row, device):
-    """The row [prompt | response 1 | ... | response G] as model inputs, and indices into it; made once, on the host.
+    """The row [prompt | response 1 | ... | response B] as model inputs, and indices into it; made once, on the host.
 
     A response attends to the prompt and to itself, and its position ids continue from the prompt's. Returns a dict:
       inputs   what the model is called with: input_ids (1, L), position_ids, and the segments for `kernels.attend`
       targets  (N,) the tokens of all responses, response by response
       read     (N,) the index in the row of the state that predicts each of them
-      written  (N,) their indices in a flattened (G, T)
+      written  (N,) their indices in a flattened (B, T)
       images   the indices of the image tokens in the row
     """
-    if row.packed is not None:
+    if row.packed:
         return row.packed
     prompt, T = row.prompt, row.mask.shape[1]
     shared = len(prompt.input_ids)
@@ -564,12 +564,12 @@ def pack(row, device):
         "segments": (sent["starts"], sent["key_starts"], (int(lengths.max()), int(keys.max()))),
     }
     indices = {name: sent[name] for name in ("read", "written", "images")}
-    row.packed = {"inputs": inputs, "targets": targets, **indices}
+    row.packed.update(inputs=inputs, targets=targets, **indices)
     return row.packed
 
 
 def unpack(values, row):
-    """Values (N, ...), one per response token, response by response, as (G, T, ...) with 0 on padding."""
+    """Values (N, ...), one per response token, response by response, as (B, T, ...) with 0 on padding."""
     out = values.new_zeros(row.mask.numel(), *values.shape[1:])
     return out.index_copy(0, pack(row, values.device)["written"], values).view(*row.mask.shape, *values.shape[1:])
 
@@ -578,7 +578,7 @@ def forward(model, row, temperature=1.0, layer_hook=None):
     """Log-probs and entropies of a row's response tokens, from one packed forward pass.
 
     `layer_hook`: called with the row's detached hidden states (L, D) before each layer, the embeddings first, and after
-    the final norm. Returns logps (G, T) and entropy (G, T) in nats, over the full vocabulary at the sampling
+    the final norm. Returns logps (B, T) and entropy (B, T) in nats, over the full vocabulary at the sampling
     temperature, that is, before top_k and top_p cut it; hidden (L, D), the whole row's states after the final norm.
     """
     packed = pack(row, model.device)
@@ -611,7 +611,7 @@ def layer_hooks(layers, hook):
 
 
 def response_and_image_states(hidden, row):
-    """Of a packed row's hidden states (L, D): each response token's own (G, T, D), and those of the image (N, D)."""
+    """Of a packed row's hidden states (L, D): each response token's own (B, T, D), and those of the image (N, D)."""
     return unpack(hidden[len(row.prompt.input_ids) :], row), hidden[pack(row, hidden.device)["images"]]
 
 
@@ -638,7 +638,7 @@ def compare_logits(function, model, row, *hidden, temperature=1.0, chunk=HEAD_CH
     """What `function(*logits)` says of the distributions that a row's tokens have under several hidden states (L, D).
 
     It is given fp32 logits (n, V) over the temperature, one for each hidden state, for a chunk of tokens at a time, and
-    returns tensors (n,). Returns these as (G, T), 0 on padding. The (N, V) logits never exist as a whole.
+    returns tensors (n,). Returns these as (B, T), 0 on padding. The (N, V) logits never exist as a whole.
     """
     read = pack(row, model.device)["read"]
 
@@ -662,7 +662,7 @@ def with_image(row, change):
     """The row with `change(pixel_values)` instead of its images; itself where it has none."""
     if row.prompt.pixel_values is None:
         return row
-    changed = copy.copy(row)  # with what `pack` made of it
+    changed = copy.copy(row)  # shares what `pack` makes
     changed.prompt = dataclasses.replace(row.prompt, pixel_values=change(row.prompt.pixel_values))
     return changed
 
@@ -677,7 +677,7 @@ def still_noise(pixel_values, generator):
 
 
 def token_uniforms(row, seed, step):
-    """Uniform numbers (G, T) in [0, 1) that depend on seed, step, prompt and response alone."""
+    """Uniform numbers (B, T) in [0, 1) that depend on seed, step, prompt and response alone."""
     keys = [(seed, step, row.prompt.index, row.prompt.prompt_id, text) for text in row.texts]
     return torch.stack([torch.rand(row.mask.shape[1], generator=seeded(*key)) for key in keys]).to(row.mask.device)
 
@@ -764,10 +764,10 @@ def policy_loss(logps, old_logps, advantages, mask, clip_low=0.2, clip_high=0.2,
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     log_ratio = torch.where(mask, logps - old_logps, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = aggregate(-torch.min(free, clipped), mask, aggregation, denominator)
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = aggregate(-torch.min(unclipped, clipped), mask, aggregation, denominator)
     info = {
-        "clip_fraction": aggregate((clipped < free).float(), mask).detach(),
+        "clip_fraction": aggregate((clipped < unclipped).float(), mask).detach(),
         "approx_kl": aggregate(log_ratio.expm1() - log_ratio, mask).detach(),
     }
     return loss, info

@@ -241,7 +241,7 @@ def main():
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = pack_rows(groups, advantages, args)  # one packed row per group: B responses of up to T tokens
+        rows = pack_rows(groups, advantages, args)  # packed rows, one or more per group: B responses
 
         with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in trainer.with_gradient(rows):
@@ -269,7 +269,7 @@ def main():
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
                         loss = loss + args.kl_coef * aggregate(kl, mask, args.aggregation, denominator)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    loss.backward()
+                    loss.backward()  # summed over rows and processes; LoRA's processes: in clip_gradients
                     trainer.record(loss, info, mask)
                 grad_norm = trainer.clip_gradients()  # over all processes; clipped to --max_grad_norm
                 if math.isfinite(grad_norm):  # otherwise this update is skipped

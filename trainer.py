@@ -190,7 +190,7 @@ class Trainer:
         args, found = self.args, self.all_reduce(len(groups))
         if found >= args.prompts_per_step:
             return []
-        if self.draws >= (args.filter_tries if args.filter_groups else 1):
+        if self.draws >= args.filter_tries:
             self.print_main(f"step {self.step + 1}: {found:.0f} prompts of mixed success in {self.draws} draws")
             return []
         self.draws += 1
@@ -217,8 +217,8 @@ class Trainer:
     def with_gradient(self, rows, keep_zero_advantage=False):
         """The rows to compute, the longest first, and as many on each process: dummy rows, of no weight, fill up.
 
-        Rows of groups with equal rewards have no gradient and are left out, unless a KL term, an entropy bonus or a
-        method's own term (`keep_zero_advantage`) gives them one. The number must be equal because sharded weights are
+        Groups with equal rewards have no gradient and are left out, unless a KL term, an entropy bonus (VEPO has one)
+        or a method's own term (`keep_zero_advantage`) gives them one. The number is equal because sharded weights are
         gathered by all processes together; the longest come first because all wait for the longest row of a turn.
         """
         everything = keep_zero_advantage or self.args.kl_coef or self.args.entropy_coef
@@ -243,8 +243,8 @@ class Trainer:
         return all_reduce(float(value), self.accelerator)
 
     def record(self, loss, info, mask):
-        """For the log: the loss, and `info` as means over the tokens in `mask`, weighted by their number."""
-        self.metrics.add("loss", loss.detach(), 0)
+        """For the log: the loss, and `info`, means of a row, weighted by its number of tokens in `mask`."""
+        self.metrics.add("loss", loss.detach(), 0)  # `clip_gradients` adds the weight, once per update
         self.metrics.add_means(info, mask)
 
     def clip_gradients(self):

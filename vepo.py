@@ -2,21 +2,23 @@
 
 Many tokens that depend on the image have a low entropy, so entropy alone chooses badly. VEPO scores a token by how much
 noise on the image changes its prediction, and by its entropy, and trains on the best 20 % of each response. P_t is the
-policy's distribution of token t, over the full vocabulary, and Q_t the same under the noised image:
+distribution of token t, over the full vocabulary, by the policy that sampled, and Q_t the same under the noised image:
 
     j_t = JSD(P_t, Q_t),  H_t = H(P_t),  g_t = |H(Q_t) - H(P_t)|
     score_t = [1 - (1 - j'_t)^alpha (1 - g'_t)^(1 - alpha)] H'_t          ' : min-max within the response
-    loss = - 1/|K| sum_{t in K} min(rho_t A, clip(rho_t) A) - 1e-3 mean_t H_t     K: the ceil(k T) best of each response
+    loss = - 1/|K| sum_{t in K} min(rho_t A, clip(rho_t) A) - 1e-3 mean_t H_t
+
+K: the ceil(k T) best tokens of each response of a mini-batch. The bonus has the H_t of the policy that is trained.
 
 The formulas follow the released code (Leonnnnnn929/VEPO), except:
   1. The code adds N(0, 2^2) to normalised pixels once for each of the 12 responses of a prompt, which share one array:
      a standard deviation of 6.9. Here it is added once per prompt and step (`--noise_std 2`), and scaled for models
-     that normalise otherwise. `--noise diffusion` is step 500 of a forward diffusion, 3.4 times weaker.
+     that normalise otherwise. `--noise diffusion` is step 500 of a forward diffusion: 3.4 times less noise to signal.
   2. A divergence below 1e-6 is rounding and counts as 0, or min-max would amplify it.
   3. The entropy bonus, over all tokens, appears only in the code, not in the paper.
   4. A prompt without an image has no divergence: its tokens are chosen by entropy.
 
-One more forward pass, without gradient: the clean distributions come out of a pass that is made anyway.
+One more forward pass, without gradient: the hidden states under the clean image come out of a pass that is made anyway.
 
     python vepo.py                                                                  # the toy, minutes on a laptop CPU
     torchrun --nproc_per_node=8 vepo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs
@@ -50,7 +52,7 @@ class Args(SharedArgs):
 
 
 def add_noise(pixel_values, generator, std=2.0):
-    """Gaussian noise on the processor's normalised pixels, each entry for itself, nothing clipped (VEPO's code)."""
+    """Gaussian noise on the processor's normalised pixels, independent in each entry, unclipped (VEPO's code)."""
     return pixel_values + std * torch.randn(pixel_values.shape, generator=generator)
 
 
@@ -66,11 +68,11 @@ def diffuse(pixel_values, generator, step=500):
 
 def noised_pixels(pixel_values, image_std, generator, args):
     """Pixels (patches, C) with `--noise`, which is meant for Qwen2.5-VL's image_std (CLIP's) and scaled for others."""
-    unit = torch.tensor(OPENAI_CLIP_STD) / torch.tensor(image_std)  # (3,)
-    unit = unit.repeat_interleave(pixel_values.shape[1] // 3)  # (C,)
+    to_own = torch.tensor(OPENAI_CLIP_STD) / torch.tensor(image_std)  # (3,) pixels by CLIP's std to the model's own
+    to_own = to_own.repeat_interleave(pixel_values.shape[1] // 3)  # (C,): the channel comes first
     if args.noise == "normalised":
-        return unit * add_noise(pixel_values / unit, generator, args.noise_std)
-    return unit * diffuse(pixel_values / unit, generator, args.noise_step)
+        return to_own * add_noise(pixel_values / to_own, generator, args.noise_std)
+    return to_own * diffuse(pixel_values / to_own, generator, args.noise_step)
 
 
 @torch.no_grad()
@@ -101,10 +103,8 @@ def token_scores(jsd, entropy, noised_entropy, mask, alpha=0.7):
 
 
 def kept_tokens(mask, ratio=0.2):
-    """(B,) how many tokens of each response are kept: ceil(ratio T), at least 1 where there is one."""
-    length = mask.sum(1)
-    wanted = (length.double() * ratio - 1e-9).ceil().long()  # in floats 0.07 x 100 is above 7
-    return wanted.clamp(min=1).minimum(length)
+    """(B,) how many tokens of each response are kept: ceil(ratio T)."""
+    return (mask.sum(1).double() * ratio - 1e-9).ceil().long()  # in floats 0.07 x 100 is above 7
 
 
 def select_top(scores, mask, ratio=0.2):
@@ -113,24 +113,26 @@ def select_top(scores, mask, ratio=0.2):
     >>> select_top(torch.tensor([[0.1, 0.9, 0.3, 0.2, 0.9]]), torch.ones(1, 5, dtype=torch.bool), ratio=0.4)
     tensor([[False,  True, False, False,  True]])
     """
-    order = scores.float().masked_fill(~mask, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    return mask & (order.argsort(1) < kept_tokens(mask, ratio)[:, None])  # rank < k
+    order = scores.masked_fill(~mask, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    return order.argsort(1) < kept_tokens(mask, ratio)[:, None]  # rank < k
 
 
 def scoring_forward(row, trainer, args, step):
-    """Logps and entropy (B, T) of a row under the policy that sampled; sets `row.weights`: True on tokens to train."""
-    noised = noised_hidden(row, trainer, args, step)  # before a pass whose graph is kept
+    """`forward` of a row by the policy that sampled, which sets `row.weights` (B, T). Returns logps, entropy (B, T)."""
+    seen = row.prompt.pixel_values is not None
+    compared = args.select in ("vepo", "jsd") and (seen or trainer.world_size > 1)  # processes make all passes together
+    if compared:
+        noised = noised_hidden(row, trainer, args, step)  # before the pass whose graph is kept: not both in memory
     logps, entropy, hidden = forward(trainer.model, row, args.temperature)  # (B, T), (B, T), (L, D)
     row.scores, signals = entropy.detach(), {}  # of --select entropy, and without an image
     if args.select == "random":
         row.scores = token_uniforms(row, args.seed, step)
-    if noised is not None:
+    if compared:
         states = hidden.detach(), noised
-        jsd, _, noised_entropy = compare_logits(divergences, trainer.model, row, *states, temperature=args.temperature)
-        if row.prompt.pixel_values is not None:
-            signals = {"jsd": jsd, "entropy_gap": (noised_entropy - row.scores).abs()}
-            by_vepo = token_scores(jsd, row.scores, noised_entropy, row.mask, args.alpha)
-            row.scores = jsd if args.select == "jsd" else by_vepo
+        jsd, clean, noised = compare_logits(divergences, trainer.model, row, *states, temperature=args.temperature)
+        if seen:
+            signals = {"jsd": jsd, "entropy_gap": (noised - clean).abs()}
+            row.scores = jsd if args.select == "jsd" else token_scores(jsd, clean, noised, row.mask, args.alpha)
     row.weights = select_top(row.scores, row.mask, args.keep_ratio)
     record_choice(row, entropy.detach(), signals, trainer, args)
     return logps, entropy
@@ -146,10 +148,7 @@ def record_choice(row, entropy, signals, trainer, args):
 
 
 def noised_hidden(row, trainer, args, step):
-    """Hidden states (L, D) of the row under its noised images, one draw per prompt and step; None if not needed."""
-    no_image = row.prompt.pixel_values is None and trainer.world_size == 1  # several processes make all passes together
-    if no_image or args.select not in ("vepo", "jsd"):
-        return None
+    """Hidden states (L, D) of the row under its noised images: one draw for each prompt and step."""
     generator = seeded(args.seed, step, row.prompt.index, row.prompt.prompt_id, "noise")
     image_std = trainer.processor.image_processor.image_std
     noised = with_image(row, lambda pixels: noised_pixels(pixels, image_std, generator, args))
@@ -171,7 +170,7 @@ def main():
 
         rewards = stack_rewards(groups, args.group_size)  # (P, G)
         advantages = group_advantages(rewards)  # (P, G)
-        rows = pack_rows(groups, advantages, args)  # one packed row per group: B responses of up to T tokens
+        rows = pack_rows(groups, advantages, args)  # packed rows, one or more per group: B responses
 
         with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
             for row in trainer.with_gradient(rows):
@@ -183,7 +182,7 @@ def main():
         with trainer.phase("update"):
             for minibatch in trainer.minibatches(rows):
                 denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
-                # VEPO: the policy term is a mean over the chosen tokens (or the responses)
+                # VEPO: the policy term is a mean over the chosen tokens, as many as the lengths say (or the responses)
                 count = trainer.all_reduce(sum(kept_tokens(x.loss_mask, args.keep_ratio).sum() for x in minibatch))
                 chosen_denominator = count if args.aggregation == "token" else denominator
                 for row in trainer.with_gradient(minibatch):
@@ -195,7 +194,7 @@ def main():
                     old_logps = logps.detach() if row.old_logps is None else row.old_logps
                     token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token
                     mask = row.loss_mask  # (B, T)
-                    chosen = mask & (row.weights > 0)  # VEPO: (B, T)
+                    chosen = mask & row.weights.bool()  # VEPO: (B, T)
                     loss, info = policy_loss(
                         logps, old_logps, token_advantages, chosen, *clip, args.aggregation, chosen_denominator
                     )
@@ -206,7 +205,7 @@ def main():
                         kl = kl_penalty(logps, row.ref_logps)  # (B, T)
                         loss = loss + args.kl_coef * aggregate(kl, mask, args.aggregation, denominator)
                         info["kl"] = aggregate(kl.detach(), mask)
-                    loss.backward()
+                    loss.backward()  # summed over rows and processes; LoRA's processes: in clip_gradients
                     trainer.record(loss, info, mask)
                 grad_norm = trainer.clip_gradients()  # over all processes; clipped to --max_grad_norm
                 if math.isfinite(grad_norm):  # otherwise this update is skipped

@@ -189,7 +189,7 @@ def bf16_products(model, gradients):
     """Inside, matrix products use bf16 copies of the model's weights, made once, as autocast would at each call.
 
     (Autocast caches its copies, but not inside a compiled function.) With `gradients`, backward passes reach the fp32
-    weights through the copies; these must not change inside.
+    weights through the copies, which are those of before the optimizer's step.
     """
     places = product_weights(model)
     weights = [getattr(module, name) for module, name in places]
