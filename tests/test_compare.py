@@ -48,6 +48,7 @@ def test_the_tables_by_hand(monkeypatch, capsys):
     found = [record("GRPO", 0, (0.5, 0.7)), record("GRPO", 1, (0.6, 0.8))]
     found += [record("PEPO", 1, (0.9, 1.0)), record("PEPO", 0, (0.5, 0.6))]
     found += [record("PEPO", 2, (0.1, 0.1)), record("VEPO", 0, (0.6, 0.7)), record("VEPO", 1, (0.8, 0.8))]
+    found.append(record("DAPO", 1, (0.6, 0.9)))
     old = {"toy": "toy", "variant": "GRPO", "seed": 0, "accuracy": [0.5, 0.0]}  # without perception and reasoning
     write([*found, old | {"evaluations": [[0, 0.4], [2, 0.5]]}])
     monkeypatch.setattr(compare, "draw", lambda _: None)
@@ -63,6 +64,7 @@ def test_the_tables_by_hand(monkeypatch, capsys):
     assert rows["PEPO"][5] == f"+5.0 ± {t * 21.2132:.1f}"  # of -10 and +20 in the test
     assert rows["VEPO"][2:4] == [f"+7.5 ± {t * 3.5355:.1f}", "0.41"]  # t = 3: p = 1 - 2 atan(3) / pi, of two variants
     assert rows["PEPO"][3] == "0.63"  # t = 2/3
+    assert rows["DAPO"][:4] == ["1", "75.0", "+5.0", "-"]  # only one of GRPO's seeds yet
     assert "toy | seeds" in plain and "| GRPO | 1 | 25.0 | - | - | 50.0 | - | - | - |" in plain
 
 

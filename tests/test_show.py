@@ -158,15 +158,9 @@ def number(name, note):
 def test_the_page_stands_alone_and_shows_all_methods_on_the_same_response(page):
     assert page.startswith("<!doctype html>") and not re.search(r"(src|href)=\"(?!data:)", page)
     assert "http" not in page and page.count("A right response") == page.count("A wrong response") == 2
-    for name in ("VEPO: noise", "PRPO: patches blackened", "PRPO: weak noise", "SaEI: attacked, 2/255"):
-        assert name in page
     signals = r"“.+”: " + "; ".join(re.escape(text).replace(r"\{\}", r"[-+.e\d]+") for text in show.SIGNALS.values())
     notes = [note for lines in prompts_of(page) for line in lines.values() for _, _, note in line]
     assert all(re.match(signals + r"\n\w+: ", note, re.DOTALL) for note in notes)
-
-
-def test_the_page_says_what_each_method_does(page):
-    """In words, before the first prompt, with the methods' own constants."""
     words = page.split("<h2>")[0]
     for method, advantage in show.ADVANTAGES.items():
         assert f'<b>{method}</b><i>score</i><div class="words">{show.SCORES[method]}</div>' in words
@@ -191,6 +185,9 @@ def test_one_scale_for_all_advantages_of_a_prompt_and_for_the_scores_of_a_method
             for _, share, note in spans:  # two digits of a score are said
                 assert share == pytest.approx((number("score", note) - low) / (high - low), abs=0.3)
             assert {0.0, 1.0} <= {share for _, share, _ in spans}
+            for line in (lines["right", method, "score"], lines["wrong", method, "score"]):
+                if max(number("score", note) for _, _, note in line) < high:  # the other response has the highest
+                    assert max(share for _, share, _ in line) < 1
 
 
 def images_of(text):
@@ -231,20 +228,20 @@ def test_the_images_are_those_that_were_scored(toy, monkeypatch):
     assert torch.equal(drawn[caption][0].int(), (127.5 + 60 * moved).round().int())
 
 
-def group_of(toy, images=1):
-    """Responses to the first prompt of the toy with so many images, the first of them right."""
+@pytest.fixture(scope="module")
+def of_two_images(toy):
+    """Responses to the first prompt of the toy with two images, the first of them right; and a trainer's parts."""
     model, processor = toy
     data = Data("toy", "test", SharedArgs(), processor, model)
-    prompt = data.prompt(next(i for i in data.indices if len(data.fields(i)[1]) == images))
+    prompt = data.prompt(next(i for i in data.indices if len(data.fields(i)[1]) == 2))
     (group,) = rollout(model, processor.tokenizer, [prompt], SharedArgs(), "show")
     group.accuracy, group.advantages = (torch.arange(8) == 0).float(), torch.linspace(1, -1, 8)
     return group, show.run_of(model, processor)
 
 
-@pytest.mark.parametrize("images", [1, 2])
-def test_scores_are_those_of_the_method_files(toy, images):
+def test_scores_are_those_of_the_method_files(of_two_images):
     """Bit-identical to what the scripts' own functions set on a row."""
-    group, trainer = group_of(toy, images)
+    group, trainer = of_two_images
     methods, _, _ = show.score_tokens(group, trainer, SharedArgs())
     rows = {name: dataclasses.replace(group, loss_mask=group.mask) for name in methods}
     vepo.scoring_forward(rows["VEPO"], trainer, vepo.Args(), 0)
@@ -261,20 +258,15 @@ def test_scores_are_those_of_the_method_files(toy, images):
     assert torch.equal(methods["SaEI"][0], saei.middle_third(entropy, group.mask).float())
 
 
-@pytest.mark.parametrize("images", [1, 2])
-def test_any_number_of_images_and_responses_of_one_token(toy, images):
-    group, trainer = group_of(toy, images)
+def test_responses_of_one_token_and_equal_ones(of_two_images):
+    """Scores that are all equal, and advantages that are all 0, have the lowest colour."""
+    group, trainer = of_two_images
     short = dataclasses.replace(group, responses=group.responses[:, :1], mask=group.mask[:, :1])
     text = show.section(short, trainer, SharedArgs())
     (lines,) = prompts_of(text)
-    assert text.count("<img") == 6 * images and len(lines) == 22
+    assert text.count("<img") == 6 * 2 and len(lines) == 22
     assert all(len(line) == 1 for line in lines.values())
     assert lines["right", "VEPO", "advantage"][0][2].endswith("(kept)")
-
-
-def test_equal_responses(toy):
-    """Scores that are all equal, and advantages that are all 0, have the lowest colour."""
-    group, trainer = group_of(toy)
     equal, mask = group.responses[:2, :1].expand(2, 3), torch.tensor([[True, False, False]] * 2)
     group = dataclasses.replace(group[:2], responses=equal, mask=mask, advantages=torch.zeros(2))
     text = show.section(group, trainer, SharedArgs())
@@ -394,6 +386,9 @@ def test_signals_of_a_constructed_model_by_hand(monkeypatch):
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, abs=1e-5), name
+    tokens, _, _ = show.image_signals(group, trainer, show.SignalArgs())
+    assert tokens["dependent_stable"].tolist() == [[0, 0, 0, 0, 1, 0]]
+    assert tokens["dependent_brittle"].tolist() == [[0, 1, 0, 0, 0, 0]]
     weights = pepo.token_weights(torch.eye(6)[2:3], torch.tensor([[0, two, 2 * two, 0, 0, 0]]), group.mask)
     assert found["weight_spread"] == pytest.approx(weights.std(correction=0).item(), abs=1e-5)
     assert math.isnan(found["derived_entropy"]) and math.isnan(found["focus_and_accuracy"])
@@ -443,11 +438,10 @@ def test_shares_of_a_response_by_hand():
     assert found["read_share"] == pytest.approx(0.2) and found["read_kept_by_entropy"] == pytest.approx(0.5)
 
 
-def test_a_random_step_is_as_large_as_the_attack(toy):
+def test_a_random_step_is_as_large_as_the_attack(of_two_images):
     """Each pixel moves by 2/255, up as often as down, and stays in [0, 1]."""
-    model, processor = toy
-    prompt = Data("toy", "test", SharedArgs(), processor, model).prompt(5)  # of two images
-    run, image_processor = show.run_of(model, processor), processor.image_processor
+    group, run = of_two_images
+    prompt, image_processor = group.prompt, run.processor.image_processor
     moved = show.random_step(prompt, run, 0)
     assert torch.equal(moved, show.random_step(prompt, run, 0)) and moved.shape == prompt.pixel_values.shape
     sizes = prompt.image_grid_thw.prod(1).tolist()
