@@ -16,7 +16,6 @@ import io
 import itertools
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +45,7 @@ from common import (
     with_image,
 )
 from plumbing.arguments import EMBEDDED, SharedArgs, UserError, check_numbers, flag, model_source, parse_args
-from plumbing.checkpoints import trained_with, write_text
+from plumbing.checkpoints import trained_with
 from plumbing.data import Data
 from plumbing.families import patches_of
 from plumbing.metrics import draw_curves, read_runs
@@ -76,11 +75,10 @@ class ShownArgs(OfTraining):
         given = {name: value for name, value in vars(self).items() if value is not None}
         trained = trained_with(self.model)
         trained["data"] = trained.get("eval_data") or trained.get("data")  # --eval_split is a split of that one
-        stored = {name: trained[name] for name in USED if trained.get(name) is not None}
-        settings = {name: value for name, value in {**stored, **given}.items() if name in USED}
+        settings = {name: given.get(name, trained.get(name)) for name in USED}
+        settings = {name: value for name, value in settings.items() if value is not None}
         base = trained.get("model", self.model)  # a checkpoint of the toy has the toy's defaults
-        training = SharedArgs(model=base, cuda_graphs=False, **settings)
-        vars(self).update({**vars(training), **given})
+        vars(self).update({**vars(SharedArgs(model=base, cuda_graphs=False, **settings)), **given})
 
 
 @dataclasses.dataclass
@@ -142,24 +140,25 @@ def image_signals(row, trainer, args):
     kl_strong, kl_weak = compare_logits(prpo.divergences, model, row, hidden, *views, temperature=temperature)
     reweighted = dataclasses.replace(row)
     pepo.scoring_forward(reweighted, trainer, pepo.Args(**settings))
+    dependent, brittle = (min_max(kl.log1p(), mask) > 0.5 for kl in (kl_strong, kl_weak))
     vepo_score = vepo.token_scores(jsd, entropy, noised_entropy, mask)
     signals = {
         "entropy": entropy,
         "jsd": jsd,
         "vepo_score": vepo_score,
-        "kept_by_entropy": vepo.select_top(entropy, mask).float(),
-        "kept_by_vepo": vepo.select_top(vepo_score, mask).float(),
-        "kept_by_jsd": (vepo.select_top(jsd, mask) & (jsd > 0)).float(),
+        "kept_by_entropy": vepo.select_top(entropy, mask),
+        "kept_by_vepo": vepo.select_top(vepo_score, mask),
+        "kept_by_jsd": vepo.select_top(jsd, mask) & (jsd > 0),
         "focus": vgpo.row_focus(hidden, row, vgpo.Args()),
         "kl_strong": kl_strong,
         "kl_weak": kl_weak,
-        "dependency": min_max(kl_strong.log1p(), mask),
-        "instability": min_max(kl_weak.log1p(), mask),
+        "dependent_stable": dependent & ~brittle,
+        "dependent_brittle": dependent & brittle,
         "rvd": prpo.robust_visual_dependency(kl_strong, kl_weak, mask),
         "similarity": reweighted.scores,
         "weight": reweighted.weights,
     }
-    return signals, hidden, noised
+    return {name: values.float() for name, values in signals.items()}, hidden, noised
 
 
 def split_images(pixel_values, prompt, trainer):
@@ -223,11 +222,11 @@ full at the largest of them. Point at a token, or tap it.</p>
 """
 
 
-@torch.no_grad()
 def score_tokens(group, trainer, args):
     """What every method, with its default constants, makes of the same responses; factors are those of a first update.
 
-    Returns {method: (scores or None, factors of the advantage)}, {signal: values}, all (G, T), {caption: pixel_values}.
+    Returns {method: (scores or None, factors of the advantage)}, {signal: values}, all (G, T), and the prompt's images
+    as the methods see them: {caption: [(3, H, W) in [0, 1]]}.
     """
     mask, seen = group.mask, []
 
@@ -236,8 +235,6 @@ def score_tokens(group, trainer, args):
 
     with trainer.model.model.register_forward_pre_hook(keep_images, with_kwargs=True):
         signals, _, _ = image_signals(group, trainer, args)
-    noise, strong, weak, clean, _ = seen
-    views = {"the image": clean, "VEPO: noise": noise, "PRPO: patches blackened": strong, "PRPO: weak noise": weak}
     focused = dataclasses.replace(group, scores=signals["focus"])
     vgpo.set_weights([focused], trainer, vgpo.Args())
     methods = {
@@ -248,36 +245,31 @@ def score_tokens(group, trainer, args):
         "PEPO": (signals["similarity"], signals["weight"]),
         "SaEI": (saei.middle_third(signals["entropy"], mask).float(), mask),
     }
-    return methods, signals, views
-
-
-def images_of(group, trainer, args, views):
-    """{caption: images (3, H, W) in [0, 1]} of a group's prompt: as the methods scored it, and as SaEI attacks it."""
-    attacked = saei.attack(group, trainer, saei.Args(seed=args.seed, temperature=args.temperature)).pixel_values
-    views = {**views, "SaEI: attacked, 2/255": attacked}
+    noise, strong, weak, clean, _ = seen
+    views = {"the image": clean, "VEPO: noise": noise, "PRPO: patches blackened": strong, "PRPO: weak noise": weak}
+    attack = saei.Args(seed=args.seed, temperature=args.temperature)
+    views["SaEI: attacked, 2/255"] = saei.attack(group, trainer, attack).pixel_values
     images = {caption: split_images(pixels.cpu(), group.prompt, trainer) for caption, pixels in views.items()}
     pairs = zip(images["the image"], images["SaEI: attacked, 2/255"])
     added = [(0.5 + AMPLIFIED * (after - before)).clamp(0, 1) for before, after in pairs]
-    return {**images, f"SaEI: what the attack adds, {AMPLIFIED} times, around grey": added}
+    return methods, signals, images | {f"SaEI: what the attack adds, {AMPLIFIED} times, around grey": added}
 
 
-def notes(method, scores, weights, advantage):
-    """Yields the text of each token of a response: a method's score (T,), and its weight (T,) on the advantage."""
-    for i, weight in enumerate(weights.tolist()):
-        score = "" if scores is None else f"score {scores[i]:.2g}, "
-        value = f"{advantage * weight:+.3g}" if weight else "0"
-        reason = f"the response's {advantage:+.3g} x {weight:.2f}"
-        if method == "VEPO":
-            reason = "kept" if weight else "not among the best 20 %: left out of the policy loss"
-        yield f"{method}: {score}advantage {value} ({reason})"
+def note(method, score, weight, advantage):
+    """The text of a token: a method's score of it, and its weight on the response's advantage."""
+    value = f"{advantage * weight:+.3g}" if weight else "0"
+    reason = f"the response's {advantage:+.3g} x {weight:.2f}"
+    if method == "VEPO":
+        reason = "kept" if weight else "not among the best 20 %: left out of the policy loss"
+    return f"{method}: {'' if score is None else f'score {score:.2g}, '}advantage {value} ({reason})"
 
 
 def spans(tokens, notes, shares, kinds):
     """Tokens as HTML: each in the colour of its kind, with a share (T,) in [0, 1] of it, and with its hover text."""
     parts = []
-    for token, note, share, kind in zip(tokens, notes, shares.tolist(), kinds):
+    for token, said, share, kind in zip(tokens, notes, shares.tolist(), kinds):
         text = html.escape(token).replace("\n", "↵\n")
-        parts.append(f'<span class="{kind}" style="--v:{share:.2f}" data-w="{html.escape(note)}">{text}</span>')
+        parts.append(f'<span class="{kind}" style="--v:{share:.2f}" data-w="{html.escape(said)}">{text}</span>')
     return "".join(parts)
 
 
@@ -296,34 +288,32 @@ def image_tag(image):
 
 def section(group, trainer, args):
     """The HTML of one prompt that has an image, with a right and a wrong response to it."""
-    methods, signals, views = score_tokens(group, trainer, args)
+    methods, signals, images = score_tokens(group, trainer, args)
     advantages = {name: group.advantages[:, None] * weights for name, (_, weights) in methods.items()}  # (G, T)
     shown = [int(group.accuracy.argmax()), int(group.accuracy.argmin())]
     largest = max(values[shown].abs().max().item() for values in advantages.values())  # one scale for all methods
     scale = f"Full colour: an advantage of {largest:.3g} or {-largest:.3g}."
     parts = [f"<h2>{html.escape(group.prompt.problem.replace('<image>', '').strip())}</h2><p class=soft>{scale}</p>"]
-    for caption, images in images_of(group, trainer, args, views).items():
-        parts.append(f"<figure>{''.join(map(image_tag, images))}{html.escape(caption)}</figure>")
+    for caption, pictures in images.items():
+        parts.append(f"<figure>{''.join(map(image_tag, pictures))}{html.escape(caption)}</figure>")
     for kind, i in zip(("right", "wrong"), shown):
         length, advantage = group.lengths[i], group.advantages[i].item()
         answer = f"advantage {advantage:+.2f}, the answer is {html.escape(group.prompt.answer)}"
         parts.append(f"<h3>A {kind} response <small>({answer})</small></h3>")
         tokens = [trainer.tokenizer.decode([token]) for token in group.responses[i, :length].tolist()]
-        about = []
-        for t, token in enumerate(tokens):
-            measured = [text.format(f"{signals[name][i, t]:.2g}") for name, text in SIGNALS.items()]
-            about.append(f"“{token}”: {'; '.join(measured)}")
         for name, (scores, weights) in methods.items():
-            lines = {}
-            score = None if scores is None else scores[i, :length]
-            texts = ["\n".join(both) for both in zip(about, notes(name, score, weights[i, :length], advantage))]
-            if score is not None:
+            notes, lines = [], {}
+            for t, token in enumerate(tokens):
+                measured = [text.format(f"{signals[signal][i, t]:.2g}") for signal, text in SIGNALS.items()]
+                said = note(name, None if scores is None else scores[i, t], weights[i, t].item(), advantage)
+                notes.append(f"“{token}”: {'; '.join(measured)}\n{said}")
+            if scores is not None:
                 low, high = scores[shown][group.mask[shown]].aminmax()  # one scale for both responses
-                shares = (score - low) / (high - low).clamp(min=1e-5)  # smaller differences are rounding
-                lines["score"] = spans(tokens, texts, shares, "s" * length)
+                shares = (scores[i, :length] - low) / (high - low).clamp(min=1e-5)  # smaller differences are rounding
+                lines["score"] = spans(tokens, notes, shares, "s" * length)
             own = advantages[name][i, :length]
             kinds = ["zpn"[sign] for sign in own.sign().int().tolist()]  # 0: zero, 1: positive, -1: negative
-            lines["advantage"] = spans(tokens, texts, own.abs() / max(largest, 1e-12), kinds)
+            lines["advantage"] = spans(tokens, notes, own.abs() / max(largest, 1e-12), kinds)
             parts.append(method_row(name, "tokens", **lines))
     return "\n".join(parts)
 
@@ -397,12 +387,10 @@ def total_variations(logits, *others):
 
 def random_step(prompt, trainer, seed):
     """The prompt's pixel_values after a step as large as SaEI's, with random signs: what any small change does."""
-    generator = seeded(seed, prompt.index, "signs")
-    parts = []
-    for image in split_images(prompt.pixel_values, prompt, trainer):
-        moved = saei.adversarial_step(image, torch.randn(image.shape, generator=generator), saei.Args.step)
-        parts.append(saei.patchify(moved, trainer.processor.image_processor))
-    return torch.cat(parts)
+    generator, step = seeded(seed, prompt.index, "signs"), saei.Args.step
+    images = split_images(prompt.pixel_values, prompt, trainer)
+    moved = [saei.adversarial_step(image, torch.randn(image.shape, generator=generator), step) for image in images]
+    return torch.cat([saei.patchify(image, trainer.processor.image_processor) for image in moved])
 
 
 def token_signals(group, trainer, args):
@@ -419,37 +407,35 @@ def token_signals(group, trainer, args):
                 _, signals[f"entropy_{name}"], moved_hidden = forward(model, moved, temperature)
                 states.append(moved_hidden)
             changed = compare_logits(total_variations, model, row, hidden, *states, temperature=temperature)
-        for name, share in zip(("noise", "attack", "random"), changed):
-            signals[f"changed_by_{name}"] = share
+        signals |= zip(("changed_by_noise", "changed_by_attack", "changed_by_random"), changed)
         rows.append(signals)
     return {name: torch.cat([signals[name] for signals in rows]).cpu() for name in rows[0]}
 
 
 def correlation(x, y):
     """Pearson's, of two tensors (n,); NaN where one of them does not vary."""
-    return torch.corrcoef(torch.stack([x.float(), y.float()]))[0, 1].item()
+    return torch.corrcoef(torch.stack([x, y.float()]))[0, 1].item()
 
 
 def response_signals(tokens, kinds):
     """{name: value} of one response, from its tokens' signals (T,) and their kinds, None where these are not known."""
-    entropy, jsd, focus, T = tokens["entropy"], tokens["jsd"], tokens["focus"], len(tokens["entropy"])
+    jsd, focus, T = tokens["jsd"], tokens["focus"], len(tokens["jsd"])
     found = {name: tokens[name].mean() for name in BY_KIND}
+    missed = tokens["kept_by_jsd"] * (1 - tokens["kept_by_entropy"])
+    clear = jsd > CLEAR
     found["response_tokens"] = T
-    by_jsd, not_by_entropy = tokens["kept_by_jsd"], 1 - tokens["kept_by_entropy"]
-    found["missed_by_entropy"] = (by_jsd * not_by_entropy).sum() / by_jsd.sum()
-    clear = by_jsd * (jsd > CLEAR)
-    found["missed_by_entropy_clearly"] = (clear * not_by_entropy).sum() / clear.sum()
+    found["missed_by_entropy"] = missed.sum() / tokens["kept_by_jsd"].sum()
+    found["missed_by_entropy_clearly"] = missed[clear].sum() / tokens["kept_by_jsd"][clear].sum()
     for name in ("jsd", "entropy", "vepo"):
         found[f"jsd_kept_by_{name}"] = (jsd * tokens[f"kept_by_{name}"]).sum() / jsd.sum()
     position = torch.arange(T)
     found["focus_and_position"] = correlation(focus, position)
     for b in range(BINS):
         found[f"focus_{b}"] = focus[position * BINS // T == b].mean()
-    dependent, brittle = tokens["dependency"] > 0.5, tokens["instability"] > 0.5
-    found["dependent_stable"] = (dependent & ~brittle).float().mean()
-    found["dependent_brittle"] = (dependent & brittle).float().mean()
+    for name in ("dependent_stable", "dependent_brittle"):
+        found[name] = tokens[name].mean()
     found["weight_spread"] = tokens["weight"].std(correction=0)
-    order = entropy.sort(stable=True).indices
+    order = tokens["entropy"].sort(stable=True).indices
     for third, part in zip(THIRDS, order.tensor_split((T // 3, 2 * T // 3))):
         for after in ("", "_attacked", "_random"):
             found[f"entropy_{third}{after}"] = tokens[f"entropy{after}"][part].mean()
@@ -469,17 +455,15 @@ def group_signals(group, trainer, args, embedded):
         own = {name: values[i][valid] for name, values in signals.items()}
         responses.append(response_signals(own, kinds_of(tokens) if embedded else None))
     values = {name: torch.tensor([response[name] for response in responses]) for name in responses[0]}
-    found = {name: x.nanmean().item() for name, x in values.items()}
-    found["accuracy"] = group.accuracy.mean().item()
-    found["format"] = group.format.mean().item()
+    found = {name: x.nanmean() for name, x in values.items()}
+    found["accuracy"], found["format"] = group.accuracy.mean(), group.format.mean()
     right = group.accuracy > 0.5
-    for b in range(BINS):
-        found[f"focus_{b}_right"] = values[f"focus_{b}"][right].nanmean().item()
-        found[f"focus_{b}_wrong"] = values[f"focus_{b}"][~right].nanmean().item()
+    for name in [f"focus_{b}" for b in range(BINS)]:
+        found[f"{name}_right"], found[f"{name}_wrong"] = values[name][right].nanmean(), values[name][~right].nanmean()
     for name in ("similarity", "entropy"):
-        found[f"{name}_right_minus_wrong"] = (values[name][right].mean() - values[name][~right].mean()).item()
+        found[f"{name}_right_minus_wrong"] = values[name][right].mean() - values[name][~right].mean()
     found["focus_and_accuracy"] = correlation(values["focus"], right)
-    return found
+    return {name: float(value) for name, value in found.items()}
 
 
 def interval(values):
@@ -552,12 +536,6 @@ def draw_signals(found, path):
     figure.savefig(path, dpi=80)
 
 
-def writable(option, path):
-    """Raises UserError, before the work is done, where a file cannot be written."""
-    if Path(path).is_dir() or not os.access(Path(path).resolve().parent, os.W_OK):
-        raise UserError(f"{option} {path} cannot be written: name a file, in a folder that exists.")
-
-
 def main():
     command, *flags = sys.argv[1:] or [""]
     classes = {"curves": CurveArgs, "tokens": TokenArgs, "signals": SignalArgs}
@@ -573,16 +551,15 @@ def main():
         lines = draw_curves(read_runs(args.runs), args.output, args.window)
         print(*lines, f"{args.output}.png, {args.output}.svg", sep="\n")
     elif command == "tokens":
-        writable("--page", args.page)
-        write_text(Path(args.page), token_page(args))
+        Path(args.page).write_text(token_page(args))
         print(args.page)
     else:
         file = Path(args.output) / "signals.json"
-        writable("--output", file)
+        file.parent.mkdir(parents=True, exist_ok=True)
         found = measure_signals(args)
         print(*signal_table(found), sep="\n")
         settings = {name: getattr(args, name) for name in ("model", "data", "seed", "group_size", "temperature")}
-        write_text(file, json.dumps({**settings, "papers": PAPERS, "signals": found}, indent=1) + "\n")
+        file.write_text(json.dumps({**settings, "papers": PAPERS, "signals": found}, indent=1) + "\n")
         draw_signals(found, file.with_suffix(".png"))
         print(f"{file}, {file.with_suffix('.png')}")
 

@@ -7,18 +7,15 @@ import json
 import math
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
+import pandas
 import torch
 from accelerate.utils import gather_object
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
-from torch.nn.functional import pad
-from tqdm.auto import tqdm
 
-from plumbing.arguments import UserError, cannot_write
+from plumbing.arguments import UserError
 
 
 class Metrics:
@@ -29,8 +26,9 @@ class Metrics:
 
     def add(self, name, value, weight):
         """Adds to a sum and its weight; the log holds their quotient over all processes."""
+        value, weight = (x.detach().double() if isinstance(x, torch.Tensor) else x for x in (value, weight))
         total, weights = self.own.get(name, (0.0, 0.0))
-        self.own[name] = (total + double(value), weights + double(weight))  # tensors, until the step is over
+        self.own[name] = (total + value, weights + weight)  # tensors, until the step is over
 
     def add_means(self, means, mask):
         """Adds what are means over a row's tokens, with as much weight as it has tokens in `mask`."""
@@ -47,46 +45,35 @@ class Metrics:
 
     def sums(self, names=()):
         """{name: (sum, weight)} over all processes since the last call; weight 0 for `names` that nobody measured."""
-        sums, own = {}, {name: (float(value), float(weight)) for name, (value, weight) in self.own.items()}
+        own = {name: (float(value), float(weight)) for name, (value, weight) in self.own.items()}
+        sums, self.own = dict.fromkeys(names, (0.0, 0.0)), {}
         for part in gather_object([own]):  # one for each process
             for name, (value, weight) in part.items():
-                value_so_far, weight_so_far = sums.get(name, (0.0, 0.0))
-                sums[name] = (value_so_far + value, weight_so_far + weight)
-        self.own = {}
-        return dict.fromkeys(names, (0.0, 0.0)) | sums
+                total, weights = sums.get(name, (0.0, 0.0))
+                sums[name] = (total + value, weights + weight)
+        return sums
 
     def write(self, line):
         """A line of metrics.jsonl, floats with six digits, null where one is not finite; the same to the trackers."""
         floats = {name: value for name, value in line.items() if isinstance(value, float)}
         line = line | {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in floats.items()}
         if self.accelerator.is_main_process:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise UserError(f"{cannot_write(self.path, error)}, then go on with --resume.") from None
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         numbers = {name: value for name, value in line.items() if name != "step" and not isinstance(value, dict | str)}
         self.accelerator.log(numbers, step=line["step"])
 
 
-def double(value):
-    return value.detach().double() if isinstance(value, torch.Tensor) else value
-
-
 def means(sums):
-    """{name: mean} of {name: (sum, weight)}; NaN, which the log writes as null, where nothing was measured.
-
-    >>> means({"reward": (6.0, 4.0), "entropy": (0.0, 0.0)})
-    {'reward': 1.5, 'entropy': nan}
-    """
+    """{name: mean} of {name: (sum, weight)}; NaN, which the log writes as null, where nothing was measured."""
     return {name: value / weight if weight else math.nan for name, (value, weight) in sums.items()}
 
 
 def evaluation_metrics(rows, accuracy, tokens, truncated):
     """What the log says of an evaluation on so many rows, from three means over them."""
     stderr = math.sqrt(accuracy * (1 - accuracy) / rows)  # binomial
-    counts = {"eval_rows": rows, "eval_response_tokens": tokens, "eval_truncated": truncated}
-    return {"eval_accuracy": accuracy, "eval_stderr": stderr, **counts}
+    measured = {"eval_accuracy": accuracy, "eval_stderr": stderr, "eval_rows": rows}
+    return {**measured, "eval_response_tokens": tokens, "eval_truncated": truncated}
 
 
 def shown(line):
@@ -94,113 +81,86 @@ def shown(line):
     return f"{line['eval_accuracy']:.1%} ± {line['eval_stderr']:.1%} on {line['eval_rows']} rows"
 
 
-PANELS = {  # metric: (title, share of 1)
-    "eval_accuracy": ("accuracy on {}", True),  # what the runs say that they were evaluated on
-    "reward": ("reward of sampled responses", False),
-    "entropy": ("entropy, nats per token", False),
-    "response_tokens": ("response length, tokens", False),
+PANELS = {  # metric: (title, factor of its values)
+    "eval_accuracy": ("accuracy on {}, %", 100),  # what the runs say that they were evaluated on
+    "reward": ("reward of sampled responses", 1),
+    "entropy": ("entropy, nats per token", 1),
+    "response_tokens": ("response length, tokens", 1),
 }
-STYLES = ["-", "--", "-.", ":"]
 
 
 def read_runs(folders):
-    """{method: [metrics of a seed]}; the method is the folder's name without -0, -1 ... at its end.
+    """The logs of runs as one table: PANELS, `eval_data` and `seconds` of training so far, by `step`, `run`, `method`.
 
-    Folders without a log (eval.py's, say) are left out, and named. Raises UserError where none is left.
+    A run is a folder; its method is the folder's name without -0, -1 ... at its end. Folders without a log (eval.py's,
+    say) are left out, and named. Raises UserError where none is left.
     """
-    runs, others = defaultdict(list), []
-    for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values():
-        lines = read_metrics(folder / "metrics.jsonl")
+    logs, others = [], []
+    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+        file = folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        lines = [json.loads(line) for line in lines if line.endswith("}")]  # a run that was killed ends in half a line
         if lines:
-            runs[re.sub(r"-\d+$", "", folder.resolve().name)].append(lines)
+            log = pandas.DataFrame(lines).groupby("step").last()  # a step and its evaluation are two lines
+            log = log.reindex(columns=[*PANELS, "seconds", "eval_data"]).astype(dict.fromkeys(PANELS, float))
+            log["seconds"] = log["seconds"].fillna(0).cumsum()
+            logs.append(log.reset_index().assign(run=str(folder), method=re.sub(r"-\d+$", "", folder.name)))
         else:
             others.append(str(folder))
-    if not runs:
+    if not logs:
         raise UserError(f"{', '.join(others)}: no metrics.jsonl with a step in it: give folders of training runs.")
     if others:
-        tqdm.write(f"left out, as there is no metrics.jsonl with a step in it: {', '.join(others)}", file=sys.stderr)
-    return dict(runs)
+        print(f"left out, as there is no metrics.jsonl with a step in it: {', '.join(others)}", file=sys.stderr)
+    return pandas.concat(logs)
 
 
-def read_metrics(path):
-    """Lines of a metrics.jsonl, [] if there is none; a half-written line of a run that was killed is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def pooled(logs, name, window=1):
+    """A table of a metric over a method's runs, by step: `mean`, `half` width of its 95 % interval, mean `seconds`.
 
-
-def series(lines, name):
-    """{step: (seconds of training so far, value)} of one run."""
-    seconds, found = 0.0, {}
-    for line in lines:
-        seconds += line.get("seconds") or 0.0
-        if line.get(name) is not None:
-            found[line["step"]] = (seconds, line[name])
-    return found
-
-
-def pooled(seeds, name, window=1):
-    """(steps, mean seconds, mean, half width of the 95 % interval) at the steps that all seeds have.
-
-    Each seed's values are first averaged over the last `window` steps. The interval is Student's t over seeds; 0 for
-    one seed.
+    Only of steps that all runs have. Each run's values are first averaged over the last `window` of these. The interval
+    is Student's t over runs; 0 for one run.
     """
-    found = [series(lines, name) for lines in seeds]
-    steps = sorted(set.intersection(*(set(one) for one in found)))
-    seconds, values = (torch.tensor([[one[s][i] for s in steps] for one in found], dtype=torch.float64) for i in (0, 1))
-    values = running_mean(values, window)
-    half = torch.zeros(len(steps), dtype=torch.float64)
-    if len(found) > 1:
-        half = stdtrit(len(found) - 1, 0.975) * values.std(0) / math.sqrt(len(found))
-    return steps, seconds.mean(0), values.mean(0), half
+    values = logs.pivot(index="step", columns="run", values=name).dropna().rolling(window, min_periods=1).mean()
+    half = stdtrit(values.shape[1] - 1, 0.975) * values.sem(axis=1)
+    seconds = logs.groupby("step")["seconds"].mean()[values.index]
+    return pandas.DataFrame({"mean": values.mean(axis=1), "half": half.fillna(0), "seconds": seconds})
 
 
-def running_mean(values, window):
-    """The mean of each value (..., n) and those before it, `window` of them in all, or as many as there are.
-
-    >>> running_mean(torch.tensor([1.0, 3.0, 5.0, 5.0]), 2)
-    tensor([1., 2., 4., 5.])
-    """
-    total = pad(values.cumsum(-1), (window, 0))
-    return (total[..., window:] - total[..., :-window]) / torch.arange(1, values.shape[-1] + 1).clamp(max=window)
-
-
-def draw_curves(runs, output, window=10):
-    """Draws {method: [metrics of a seed]}, all panels, against steps and against seconds; returns a table's lines."""
+def draw_curves(logs, output, window=10):
+    """Draws the table of `read_runs`, against steps and against seconds; returns the lines of `summary`."""
     figure = Figure(figsize=(15, 6.5), layout="constrained")
-    axes = figure.subplots(2, 4)
-    colours = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
-    logged = [line for seeds in runs.values() for lines in seeds for line in lines]
-    data = ", ".join(sorted({str(line["eval_data"]) for line in logged if "eval_data" in line})) or "test data"
-    for column, (name, (title, percent)) in enumerate(PANELS.items()):
-        title = title.format(data)
-        steps_averaged = 1 if name == "eval_accuracy" else window
-        title += (", %" if percent else "") + (f" (mean of {window} steps)" if steps_averaged > 1 else "")
-        for i, (method, seeds) in enumerate(runs.items()):
-            steps, seconds, mean, half = pooled(seeds, name, steps_averaged)
-            scale = 100 if percent else 1
-            for row, x in enumerate((steps, seconds)):
-                style = {"color": colours[i % len(colours)], "linestyle": STYLES[i // 5 % 4]}
-                label = f"{method} ({len(seeds)})" if len(seeds) > 1 else method
-                axes[row, column].plot(x, scale * mean, label=label, linewidth=1.3, **style)
-                axes[row, column].fill_between(x, scale * (mean - half), scale * (mean + half), alpha=0.15, **style)
-        for row, label in enumerate(("step", "seconds of training")):
-            axes[row, column].set(xlabel=label, title=title if row == 0 else "")
-            axes[row, column].title.set_fontsize(10)
-            axes[row, column].grid(alpha=0.3)
+    axes = figure.subplots(2, len(PANELS))
+    methods = dict(iter(logs.groupby("method", sort=False)))
+    data = ", ".join(sorted(logs["eval_data"].dropna().unique())) or "test data"
+    for (top, bottom), (name, (title, factor)) in zip(axes.T, PANELS.items()):
+        averaged = 1 if name == "eval_accuracy" else window  # steps
+        title = title.format(data) + (f" (mean of {window} steps)" if averaged > 1 else "")
+        top.set_title(title, fontsize=10)
+        for i, (method, own) in enumerate(methods.items()):
+            seeds, curve = own["run"].nunique(), pooled(own, name, averaged)
+            mean, half = factor * curve["mean"], factor * curve["half"]
+            style = {"color": f"C{i}", "linestyle": ["-", "--", "-.", ":"][i // 5 % 4]}
+            for panel, x in ((top, curve.index), (bottom, curve["seconds"])):
+                panel.plot(x, mean, label=f"{method} ({seeds})" if seeds > 1 else method, linewidth=1.3, **style)
+                panel.fill_between(x, mean - half, mean + half, alpha=0.15, **style)
+        top.set_xlabel("step")
+        bottom.set_xlabel("seconds of training")
+        top.grid(alpha=0.3)
+        bottom.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
-    for kind in ("png", "svg"):
-        figure.savefig(f"{output}.{kind}", dpi=110, format=kind)
-    return summary(runs)
+    figure.savefig(f"{output}.png", dpi=110)
+    figure.savefig(f"{output}.svg")
+    return [HEADER, *(table_row(method, own) for method, own in methods.items())]
 
 
-def summary(runs):
-    lines = [f"{'method':16s}{'seeds':>6s}{'steps':>7s}{'seconds':>9s}{'first':>9s}{'last, 95 % interval':>22s}"]
-    for method, seeds in runs.items():
-        steps, seconds, mean, half = pooled(seeds, "eval_accuracy")
-        _, total, _, _ = pooled(seeds, "reward")
-        first, last = (f"{mean[0]:.1%}", f"{mean[-1]:.1%}") if steps else ("-", "-")
-        if len(seeds) > 1 and steps:
-            last += f" ± {half[-1]:.1%}"
-        done = max(line["step"] for line in seeds[0])
-        lines.append(f"{method:16s}{len(seeds):6d}{done:7d}{total[-1] if len(total) else 0:9.0f}{first:>9s}{last:>22s}")
-    return lines
+HEADER = f"{'method':16s}{'seeds':>6s}{'steps':>7s}{'seconds':>9s}{'first':>9s}{'last, 95 % interval':>22s}"
+
+
+def table_row(method, logs):
+    """A method's seeds, steps, seconds, and accuracy at the first and last evaluation, as a line of a table."""
+    seeds, accuracy, seconds = logs["run"].nunique(), pooled(logs, "eval_accuracy"), pooled(logs, "seconds")["mean"]
+    first = last = "-"
+    if len(accuracy):
+        first, last = (f"{accuracy['mean'].iloc[i]:.1%}" for i in (0, -1))
+        last += f" ± {accuracy['half'].iloc[-1]:.1%}" if seeds > 1 else ""
+    return f"{method:16s}{seeds:6d}{logs['step'].max():7d}{seconds.iloc[-1]:9.0f}{first:>9s}{last:>22s}"

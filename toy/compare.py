@@ -15,17 +15,18 @@ no extra evaluation, and paired by seed it is the figure with the least noise. T
 
 import argparse
 import json
-import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy
+import pandas
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 from scipy.stats import ttest_1samp
 
 TOY = Path(__file__).resolve().parent
@@ -86,11 +87,9 @@ def train(toy, variant, seed):
     command += ["--output", str(output), "--eval_every", "75", "--show_every", "0"]
     if (output / "last").exists():
         command.append("--resume")
-    log = RUNS / f"{output.name}.log"
-    with log.open("a") as file:
-        code = subprocess.run(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-    if code:
-        raise UserError(f"{variant}, seed {seed} ended with exit code {code}: {log} says why; then start again.")
+    with (RUNS / f"{output.name}.log").open("a") as file:  # says why, where a run fails
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, stdout=file, stderr=file, env=environment, check=True)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     if "eval_accuracy" not in lines[-1]:  # it was stopped in its last step
         raise UserError(f"{variant}, seed {seed} ended without its last evaluation: remove {output}, then start again.")
@@ -121,32 +120,14 @@ def train_missing(toy, seeds, jobs):
 
 def measures(record):
     """{name: %} of a run; perception and reasoning, of the last steps, are missing in old records."""
-    found = {"online": 100 * statistics.fmean(record["accuracy"]), "test": 100 * record["evaluations"][-1][1]}
-    for name in ("perception", "reasoning"):
-        if name in record:
-            found[name] = 100 * statistics.fmean(record[name][-WINDOW:])
-    return found
-
-
-def read_runs(toy):
-    """{variant: {seed: measures}} of the recorded runs on a toy task."""
-    runs = {variant: {} for variant in VARIANTS}
-    for record in read_records():
-        if record["toy"] == toy:
-            runs[record["variant"]][record["seed"]] = measures(record)
-    return runs
-
-
-def differences(runs, variant, base, name):
-    """The differences of a measure between two variants, on the seeds that both have."""
-    seeds = sorted(runs[variant].keys() & runs[base].keys())
-    return [runs[variant][seed][name] - runs[base][seed][name] for seed in seeds]
+    percent = 100 * pandas.DataFrame({name: record[name] for name in COLUMNS if name in record})
+    last = percent.tail(WINDOW).reindex(columns=["perception", "reasoning"]).mean()
+    return {"online": percent["accuracy"].mean(), "test": 100 * record["evaluations"][-1][1], **last}
 
 
 def interval(values):
     """Mean and half width of its 95 % interval by Student's t; NaN for the half width of a single value."""
-    mean = statistics.fmean(values)
-    return mean, ttest_1samp(values, mean).confidence_interval().high - mean if len(values) > 1 else math.nan
+    return values.mean(), stdtrit(len(values) - 1, 0.975) * values.sem()
 
 
 def holm(p_values):
@@ -155,19 +136,22 @@ def holm(p_values):
     >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
     {'a': 0.03, 'c': 0.06, 'b': 0.06}
     """
-    corrected, largest = {}, 0.0
-    for i, name in enumerate(sorted(p_values, key=p_values.get)):
-        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
-        corrected[name] = largest
-    return corrected
+    ordered = pandas.Series(p_values, dtype=float).sort_values()
+    return (ordered * numpy.arange(len(ordered), 0, -1)).cummax().clip(upper=1).to_dict()
 
 
 def shown(values, sign=""):
-    """Mean and interval of some values, as text; a dash where there is none."""
-    if not values:
+    """Mean and interval of the values that are not missing, as text; a dash where there is none."""
+    values = values.dropna()
+    if values.empty:
         return "-"
     mean, half = interval(values)
-    return f"{mean:{sign}.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+
+
+def gain(runs, measure, variant, base):
+    """The differences of a measure between two variants, on the seeds that both have."""
+    return (runs[measure, variant] - runs[measure, base]).dropna()
 
 
 def report():
@@ -177,32 +161,31 @@ def report():
     accuracy, with Holm's correction for all comparisons on a toy task, those of CONTROLS among them; perception and
     reasoning: of the last steps.
     """
-    gains = {}
+    records, gains = pandas.DataFrame([record | measures(record) for record in read_records()]), {}
+    pairs = [(variant, base) for variant, (_, base) in VARIANTS.items() if variant != base]
     for toy in EMBEDDED:
-        runs = read_runs(toy)
-        pairs = [(variant, base) for variant, (_, base) in VARIANTS.items()]
-        online = {pair: differences(runs, *pair, "online") for pair in pairs + CONTROLS}
-        tested = [pair for pair, values in online.items() if pair[0] != pair[1] and len(values) > 1]
-        p_values = holm({pair: ttest_1samp(online[pair], 0).pvalue for pair in tested})
+        runs = records[records["toy"] == toy].pivot(index="seed", columns="variant", values=MEASURES)
+        runs = runs.reindex(columns=pandas.MultiIndex.from_product([MEASURES, VARIANTS]))
+        online = {pair: gain(runs, "online", *pair) for pair in pairs + CONTROLS}
+        p_values = holm({pair: ttest_1samp(points, 0).pvalue for pair, points in online.items() if len(points) > 1})
         p_values = {pair: f"{p:.2g}" for pair, p in p_values.items()}
         print(f"\n| {toy} | seeds | online, % | paired | p | test, % | paired | perception | reasoning |")
         print("|---|---|---|---|---|---|---|---|---|")
-        for pair in pairs:
-            variant, base = pair
-            own = [runs[variant][seed] for seed in runs[variant] if seed in runs[base]]
-            means = [shown([run[name] for run in own if name in run]) for name in MEASURES]
-            points, test_points = "-", "-"
+        for variant, (_, base) in VARIANTS.items():
+            pair = (variant, base)
+            own = runs[runs["online", variant].notna() & runs["online", base].notna()]
+            means = [shown(own[name, variant]) for name in MEASURES]
+            points = test_points = "-"
             if variant != base:
-                points = shown(online[pair], "+")
-                test_points = shown(differences(runs, *pair, "test"), "+")
+                points, test_points = shown(online[pair], "+"), shown(gain(runs, "test", *pair), "+")
             cells = [variant, str(len(own)), means[0], points, p_values.get(pair, "-"), means[1], test_points]
-            if own:
+            if len(own):
                 print(f"| {' | '.join(cells + means[2:])} |")
         for pair in CONTROLS:
-            if online[pair]:
+            if len(online[pair]):
                 print(f"{' against '.join(pair)}: {shown(online[pair], '+')} online, p = {p_values.get(pair, '-')}")
-        compared = [pair for pair in pairs if pair[0] != pair[1] and online[pair]]
-        gains[toy] = {variant: interval(online[variant, base]) for variant, base in compared}
+        found = {variant: interval(online[variant, base]) for variant, base in pairs if len(online[variant, base])}
+        gains[toy] = pandas.DataFrame(found, index=["mean", "half"]).T
     draw(gains)
 
 
@@ -218,39 +201,36 @@ KINDS = {"read": ("perception", "#8e6bd1"), "derived": ("derived", "#3d8bd9"), "
 def draw(gains):
     """toy/comparison.png, a column for each toy task: assumptions, gradient by kind of token, gains in accuracy.
 
-    `gains`: {toy: {variant: (mean, half width)}}. The other values are those of signals.json and credit.json.
+    `gains`: {toy: table of mean and half width by variant}. The other values are those of signals.json and credit.json.
     """
     figure = Figure(figsize=(11, 11), layout="constrained")
     axes = figure.subplots(3, len(EMBEDDED), height_ratios=[0.8, 1, 1])
     credit = json.loads((TOY / "credit.json").read_text())
     for (top, middle, bottom), (toy, folder) in zip(axes.T, EMBEDDED.items()):
         signals = json.loads((folder / "signals.json").read_text())["signals"]
-        for i, name in enumerate(ASSUMPTIONS):
-            low, mean, high = (100 * signals[name][side] for side in ("low", "mean", "high"))
-            top.bar(i, mean, yerr=[[mean - low], [high - mean]], capsize=3, color="#8e6bd1")
+        found = 100 * pandas.DataFrame({label: signals[name] for name, label in ASSUMPTIONS.items()}).T
+        errors = [found["mean"] - found["low"], found["high"] - found["mean"]]
+        top.bar(found.index, found["mean"], yerr=errors, capsize=3, color="#8e6bd1")
         top.plot([-0.4, 0.4], [41, 41], color="black", linestyle=":", linewidth=1.5)  # VEPO's paper, on a 7B
-        top.set_xticks(range(len(ASSUMPTIONS)), ASSUMPTIONS.values(), fontsize=8)
         top.set(ylim=(0, 105), title=f"{toy}: assumptions, % (dotted: VEPO's paper, 7B)")
 
-        variants = credit[toy]["variants"]
-        left = [0.0] * len(variants)
+        variants, left = credit[toy]["variants"], 0.0
         for kind, (label, colour) in KINDS.items():
-            widths = [100 * values[f"share_{kind}"][0] for values in variants.values()]
-            middle.barh(range(len(variants)), widths, left=left, color=colour, label=label)
-            left = [a + b for a, b in zip(left, widths)]
-        middle.set_yticks(range(len(variants)), variants, fontsize=8)
+            widths = numpy.array([100 * values[f"share_{kind}"][0] for values in variants.values()])
+            middle.barh(list(variants), widths, left=left, color=colour, label=label)
+            left = left + widths
         middle.set_title("squared gradient norm by kind of token, %")
         middle.invert_yaxis()
         middle.legend(fontsize=8, loc="lower right")
 
-        for i, (mean, half) in enumerate(gains[toy].values()):
-            bottom.errorbar(mean, i, xerr=half, fmt="o", color="#3d8bd9", capsize=3)
+        points = gains[toy]
+        bottom.errorbar(points["mean"], points.index, xerr=points["half"], fmt="o", color="#3d8bd9", capsize=3)
         bottom.axvline(0, color="black", linewidth=1)
-        bottom.set_yticks(range(len(gains[toy])), gains[toy], fontsize=8)
         bottom.invert_yaxis()
         bottom.set_title("points of online accuracy against its GRPO, 95 %")
         for panel in (top, middle, bottom):
             panel.title.set_fontsize(10)
+            panel.tick_params(labelsize=8)
             panel.grid(alpha=0.3)
     figure.savefig(TOY / "comparison.png", dpi=130)
 

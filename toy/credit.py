@@ -45,30 +45,26 @@ from toy.kinds import KINDS  # noqa: E402
 
 BATCH = 16  # prompts of a step
 REFERENCE = "GRPO, 12"
-SCORED = {  # variant: the method that sets the weights of its tokens, and its arguments
-    "VEPO": (vepo, vepo.Args()),
-    "PRPO": (prpo, prpo.Args()),
-    "top entropy": (vepo, vepo.Args(select="entropy")),
-    "random 20 %": (vepo, vepo.Args(select="random")),
-    "PRPO shuffled": (prpo, prpo.Args(shuffle=True)),
+SCORED = {  # variant: the method that sets the weights of its tokens, and what its `scoring_forward` is given
+    "VEPO": (vepo, vepo.Args(), 0),
+    "PRPO": (prpo, prpo.Args(), 0),
+    "top entropy": (vepo, vepo.Args(select="entropy"), 0),
+    "random 20 %": (vepo, vepo.Args(select="random"), 0),
+    "PRPO shuffled": (prpo, prpo.Args(shuffle=True), 0),
+    "PEPO": (pepo, pepo.Args()),  # weights of the end of a run
 }
 
 
 def variant_weights(row, run, hidden):
     """{variant: (G, T)}: the factors by which each variant multiplies the advantage of a response."""
     weights = {"GRPO": row.mask, ORACLE: kind_masks(row, run.tokenizer.decode)["read"]}
-    for name, (method, args) in SCORED.items():
+    for name, (method, *settings) in SCORED.items():
         scored = dataclasses.replace(row)
-        method.scoring_forward(scored, run, args, 0)
+        method.scoring_forward(scored, run, *settings)
         weights[name] = scored.weights
-    scored = dataclasses.replace(row)
-    pepo.scoring_forward(scored, run, pepo.Args())
-    weights["PEPO"] = scored.weights  # those of the end of a run
-    scored = dataclasses.replace(row)
-    scored.scores = vgpo.row_focus(hidden, scored, vgpo.Args())
-    vgpo.set_weights([scored], run, vgpo.Args())
-    weights["VGPO"] = scored.weights
-    return weights
+    focused = dataclasses.replace(row, scores=vgpo.row_focus(hidden, row, vgpo.Args()))
+    vgpo.set_weights([focused], run, vgpo.Args())
+    return weights | {"VGPO": focused.weights}
 
 
 class Gradients:
@@ -76,10 +72,7 @@ class Gradients:
 
     def __init__(self, parameters, batch):
         self.parameters, self.batch, self.batches, self.parts = parameters, batch, [], []
-        self.start()
-
-    def start(self):
-        self.prompts, self.sums = 0, torch.zeros(len(KINDS), sum(p.numel() for p in self.parameters))
+        self.prompts, self.sums = 0, torch.zeros(len(KINDS), sum(p.numel() for p in parameters))
 
     def add(self, logps, advantages, weights, kinds):
         """Adds those of a group: of -sum_t A w_t log p_t, by kind of token; advantages (G,), the others (G, T)."""
@@ -90,10 +83,10 @@ class Gradients:
 
     def end_prompt(self):
         self.prompts += 1
-        if self.prompts == self.batch:
+        if self.prompts % self.batch == 0:
             self.batches.append(self.sums.sum(0))
             self.parts.append(self.sums @ self.batches[-1])
-            self.start()
+            self.sums.zero_()
 
 
 def jackknife(function, n):
@@ -123,7 +116,7 @@ def summary(own, reference):
         mean = (gram[kept][:, kept].sum() - n * square) / (n * (n - 1))  # of products of different batches
         return (mean / (square - mean)).item()
 
-    measures = {f"share_{kind}": share(k) for k, kind in enumerate(KINDS)} | {"cosine": cosine, "signal": signal}
+    measures = {**{f"share_{kind}": share(k) for k, kind in enumerate(KINDS)}, "cosine": cosine, "signal": signal}
     return {name: jackknife(measure, len(G)) for name, measure in measures.items()}
 
 

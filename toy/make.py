@@ -46,18 +46,17 @@ MISCOUNTS = {"toy": 0.6, "toy-faint": 0.25}  # share of counts that the teacher 
 
 def write_parquet(path, puzzles):
     """A table in the schema of hiyouga/geometry3k, with two more columns: `family`, and `reads`, the true counts."""
+    columns = {"images": List(Image()), "problem": Value("string"), "answer": Value("string")}
+    columns |= {"family": Value("string"), "reads": List(Value("int8"))}
     rows = []
     for puzzle in puzzles:
-        images = []
-        for image in puzzle.images:
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG", optimize=True)
-            images.append({"bytes": buffer.getvalue(), "path": None})
+        files = [io.BytesIO() for _ in puzzle.images]
+        for image, file in zip(puzzle.images, files):
+            image.save(file, "PNG", optimize=True)
+        images = [{"bytes": file.getvalue(), "path": None} for file in files]
         answer = conclude(puzzle.family, puzzle.counts)
-        rows.append([images, puzzle.problem, answer, puzzle.family, puzzle.counts])
-    types = [List(Image()), Value("string"), Value("string"), Value("string"), List(Value("int8"))]
-    features = Features(dict(zip(["images", "problem", "answer", "family", "reads"], types)))
-    Dataset.from_list([dict(zip(features, row)) for row in rows], features=features).to_parquet(path)
+        rows.append(dict(zip(columns, [images, puzzle.problem, answer, puzzle.family, puzzle.counts])))
+    Dataset.from_list(rows, features=Features(columns)).to_parquet(path)
 
 
 # ---- tokenizer and model: the classes, special tokens and chat template of Qwen2.5-VL, with a small vocabulary ------

@@ -185,48 +185,63 @@ def in_words(number):
     return NUMBERS[number] if number >= 0 else f"minus {NUMBERS[-number]}"
 
 
+QUESTIONS = {  # of toy's families, about {one} and {two}, or about the names or counts {0}, {1}, {2}
+    "count": "How many {one} are there?",
+    "sum": "How many {one} and {two} are there together, each kind counted by itself?",
+    "difference": "How many more {one} than {two} are there?",
+    "compare": "Are there more {one} than {two}?",
+    "choice": "Which colour is the most common? (A) {0} (B) {1} (C) {2}",
+    "pictures": "How many {one} are there in the two pictures together?",
+    "text": "A box holds {0} {one} and {1} {two}. How many things does it hold?",
+}
+THOUGHTS = {
+    "count": "I count {{0}} {one}.",
+    "sum": "I count {{0}} {one} and {{1}} {two}. So {{0}} + {{1}} = {{answer}}.",
+    "difference": "I count {{0}} {one} and {{1}} {two}. So {{0}} - {{1}} = {{answer}}.",
+    "compare": "I count {{0}} {one} and {{1}} {two}. So {{0}} > {{1}} is {{truth}}.",
+    "choice": "I count {{0}} {0}, {{1}} {1}, {{2}} {2}. So the most common is {{name}}.",
+    "pictures": "I count {{0}} in the first and {{1}} in the second. So {{0}} + {{1}} = {{answer}}.",
+    "text": "The box holds {{0}} {one} and {{1}} {two}. So {{0}} + {{1}} = {{answer}}.",
+}
+
+
 def plain_puzzle(rng, family):
     """A puzzle of the toy task `toy`."""
     scenes = [draw_scene(rng) for _ in range(2 if family == "pictures" else 1)]
     (one, query), (two, other) = draw_queries(rng, 2)
-    counts = [count_shapes(scenes[0], *query), count_shapes(scenes[0], *other)]
-    names = []
-    if family == "difference" and counts[0] < counts[1]:
-        one, two, counts = two, one, counts[::-1]
-    seen = f"I count {{0}} {one} and {{1}} {two}. "
-
+    counts, names = [count_shapes(scenes[0], *query), count_shapes(scenes[0], *other)], []
     if family == "count":
-        problem, counts, thought = f"<image>How many {one} are there?", counts[:1], f"I count {{0}} {one}."
-    elif family == "sum":
-        problem = f"<image>How many {one} and {two} are there together, each kind counted by itself?"
-        thought = seen + "So {0} + {1} = {answer}."
-    elif family == "difference":
-        problem, thought = f"<image>How many more {one} than {two} are there?", seen + "So {0} - {1} = {answer}."
-    elif family == "compare":
-        problem, thought = f"<image>Are there more {one} than {two}?", seen + "So {0} > {1} is {truth}."
+        counts = counts[:1]
+    elif family == "difference" and counts[0] < counts[1]:
+        one, two, counts = two, one, counts[::-1]
     elif family == "choice":
         names = rng.sample(list(COLOURS), 3)
         counts = [count_shapes(scenes[0], name, None) for name in names]
-        if sorted(counts)[-1] == sorted(counts)[-2]:  # a tie: draw another image
+        if counts.count(max(counts)) > 1:  # a tie: draw another image
             return plain_puzzle(rng, family)
-        problem = "<image>Which colour is the most common? (A) {} (B) {} (C) {}".format(*names)
-        thought = "I count {{0}} {}, {{1}} {}, {{2}} {}. So the most common is {{name}}.".format(*names)
     elif family == "pictures":
-        problem = f"<image><image>How many {one} are there in the two pictures together?"
         counts = [count_shapes(scene, *query) for scene in scenes]
-        thought = "I count {0} in the first and {1} in the second. So {0} + {1} = {answer}."
-    else:
+    elif family == "text":
         scenes, counts = [], [rng.randint(0, 9), rng.randint(0, 9)]
-        problem = f"A box holds {counts[0]} {one} and {counts[1]} {two}. How many things does it hold?"
-        thought = f"The box holds {{0}} {one} and {{1}} {two}. So {{0}} + {{1}} = {{answer}}."
-    return Puzzle(family, problem, scenes, counts, thought, names)
+    question, thought = (text[family].format(*(names or counts), one=one, two=two) for text in (QUESTIONS, THOUGHTS))
+    return Puzzle(family, "<image>" * len(scenes) + question, scenes, counts, thought, names)
 
 
 LOOK = "[Okay|Well|Right], [I|we] [see|count|find] "  # filler words, which no image decides
 FILL = ["", "", "It [seems|looks|is] [clear|fine|good]. "]
 AGAIN = "[Then|Next|Again] "
 SO = "[So|Thus] "
-MAKES = " [makes|is] "
+MAKES = " [makes|is] {answer}."
+FAINT = {  # family: its question, about what is counted, and the end of its thought
+    "list": ("How many {}, {} and {} are there? Give three digits.", "{0} and {1} and {2}."),
+    "list of two": (
+        "How many {} and {} are there in each of the two pictures? Give four digits.",
+        "{0} and {1} and {2} and {3}.",
+    ),
+    "difference": ("How many more {} and {} together than {} are there?", "{0} and {1} less {2}" + MAKES),
+    "compare": ("Are there more {} and {} together than {}?", "{0} and {1} over {2} is {truth}."),
+    "text": ("A box holds {}, {} and {}. How many things does it hold?", "{0} and {1} and {2}" + MAKES),
+}
 
 
 def faint_puzzle(rng, family):
@@ -241,30 +256,18 @@ def faint_puzzle(rng, family):
     asked = [words for words, _ in queries]
     said = [words.removesuffix(" shapes") for words in asked]
     counts = [count_shapes(scene, *query) for scene in scenes for _, query in queries]
-    late, end = f"{{2}} {said[-1]}. ", "{0} and {1} and {2}."
-
-    if family == "list":
-        problem = "<image>How many {}, {} and {} are there? Give three digits."
-    elif of_two:
-        problem = "<image><image>How many {} and {} are there in each of the two pictures? Give four digits."
-        late, end = f"{{2}} {said[0]} and {{3}} {said[1]}. ", "{0} and {1} and {2} and {3}."
-    elif family == "difference":
-        problem = "<image>How many more {} and {} together than {} are there?"
-        end = "{0} and {1} less {2}" + MAKES + "{answer}."
-    elif family == "compare":
-        problem, end = "<image>Are there more {} and {} together than {}?", "{0} and {1} over {2} is {truth}."
-    else:
+    if family == "text":
         scenes, counts = [], [rng.randint(0, 4) for _ in queries]
         asked = [f"{n} {words}" for n, words in zip(counts, asked)]
-        problem = "A box holds {}, {} and {}. How many things does it hold?"
-        end = "{0} and {1} and {2}" + MAKES + "{answer}."
     negative = family == "difference" and counts[0] + counts[1] < counts[2]
     many_yes = family == "compare" and conclude(family, counts) == "yes" and rng.random() < 0.5
     if negative or many_yes or sum(counts) > 9:  # draw another one
         return faint_puzzle(rng, family)
+    question, end = FAINT[family]
     first = f"{{0}} {said[0]} and {{1}} {said[1]}. "
+    late = f"{{2}} {said[0]} and {{3}} {said[1]}. " if of_two else f"{{2}} {said[2]}. "
     thought = LOOK + first + rng.choice(FILL) + AGAIN + late + rng.choice(FILL) + SO + end
-    return Puzzle(family, problem.format(*asked), scenes, counts, thought)
+    return Puzzle(family, "<image>" * len(scenes) + question.format(*asked), scenes, counts, thought)
 
 
 @dataclass
