@@ -468,7 +468,7 @@ class Evaluation:
         if self.rank > 0:
             return None
         done = read_rows(path)
-        rows = [done[place] for place in sorted(order)]
+        rows = [done[place] for place in order]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return scores(name, rows)
 
@@ -604,7 +604,7 @@ def main():
         for name, parts in evaluation.parts.items():
             without_answer[name] = sum(list(data.unusable.values()).count("has no answer") for data in parts)
         written = {"protocol": protocol, "scores": results, "memory_retries": retries}
-        written["rows_without_answer"] = without_answer
+        written |= {"rows_without_answer": without_answer}
         write_text(evaluation.output / "results.json", json.dumps(written, indent=2) + "\n")
         titles = ", ".join(data.title for data in evaluation.data)
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"

@@ -277,6 +277,8 @@ def test_scores_of_hallusionbench_dynamath_and_mathverse():
     rows = [result_row([right], index=index) for index, right in ((0, True), (0, True), (1, True), (1, False))]
     got = scores("dynamath", rows)
     assert (got["average"], got["worst_case"]) == (0.75, 0.5)
+    rows = [result_row([True, True]), result_row([False], index=1, asked=False)]  # not asked: wrong in both samples
+    assert scores("dynamath", rows)["worst_case"] == 0.5
     rows = [result_row([right], {"version": version}) for right, version in ((True, "a"), (False, "a"), (True, "b"))]
     got = scores("mathverse", rows)
     assert (got["a"], got["b"]) == (0.5, 1.0)
@@ -419,6 +421,7 @@ def test_rows_with_unusual_line_ends_are_read_again(tmp_path, evaluate):
     score, file = evaluate("--data", path)["scores"]["own"], tmp_path / "out/own.jsonl"
     assert (score["rows"], score["not_asked"]) == (4, 0)
     whole = file.read_bytes()
+    assert [json.loads(line)["index"] for line in whole.decode().split("\n")[:-1]] == [0, 1, 2, 3]
     for end in (b"", b"\n", '\n{"problem": "é'.encode()[:-1]):  # killed while it wrote a row
         file.write_bytes(b"\n".join(whole.split(b"\n")[1:3]) + end)
         assert evaluate("--data", path, "--resume")["scores"]["own"] == score and file.read_bytes() == whole
