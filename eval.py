@@ -550,8 +550,9 @@ def scores(name, rows):
 def all_right(rows, key):
     """Share of groups whose rows are all right, in the mean over samples; a row whose group is None is in none."""
     groups = pd.Series([row["group"].get(key, row["index"]) for row in rows])  # a damaged row is a group of its own
-    correct = pd.DataFrame([row["correct"] for row in rows], dtype=float).ffill(axis=1)  # not asked: of all samples
-    return float(correct.groupby(groups, sort=False).min().mean(axis=None))
+    samples = max(len(row["correct"]) for row in rows)
+    correct = pd.DataFrame([row["correct"] if row["asked"] else [False] * samples for row in rows])
+    return float(correct.groupby(groups, sort=False).all().mean(axis=None))
 
 
 def compare(first, second):
