@@ -17,18 +17,20 @@ import itertools
 import json
 import math
 import re
+import statistics
 import sys
 import zlib
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from scipy.special import bdtr
+from scipy.stats import binomtest, bootstrap
 from tqdm.auto import tqdm
 
 from common import load_model, load_processor, rollout
@@ -46,10 +48,10 @@ from plumbing.arguments import (
     without_links,
 )
 from plumbing.checkpoints import locked, trained_with, write_text
-from plumbing.data import Data, Unusable, image_folders, listed, load_rows, plain_text, refuse_output_among, some_of
+from plumbing.data import Data, Unusable, listed, plain_text, refuse_output_among, some_of
 from plumbing.families import limit_pixels
 from plumbing.kernels import use_cores
-from plumbing.sharding import PATIENCE, on_main
+from plumbing.sharding import PATIENCE, from_main, on_main
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FROM_TRAINING = ("instruction", "max_response_tokens", "image_column", "problem_column", "answer_column")
@@ -82,7 +84,7 @@ class Args:
     seed: int = flag(0, "of sampled tokens and of the choice of --rows")
     output: str | None = flag(None, "folder of everything that is written (default: runs/eval/<model>)")
     resume: bool = flag(False, "go on with what a stopped evaluation wrote to --output")
-    compare: list[str] | None = flag(None, "two result folders: the difference of the second to the first, and stop")
+    compare: str | None = flag(None, "the difference of a second result folder to a first, and stop", nargs=2)
     reshard_while_sampling = False  # this and the next three: flags of training that the sampler and the data need
     cuda_graphs = torch.cuda.is_available()
     tokens_per_row = 16384
@@ -95,23 +97,26 @@ class Args:
         folder, base, _, _ = resolve_model(model_source(self))
         if trained:
             name = Path(folder).resolve().parent.name  # of the run
-        self.output = self.output or f"runs/eval/{name}"
         toys = {str(path / "model"): toy for toy, path in EMBEDDED.items()}  # adapters may be of a toy, too
         toy = trained["model"] if trained.get("model") in EMBEDDED else toys.get(str(base))
-        defaults = {"instruction": INSTRUCTION, "max_response_tokens": 64 if toy else 2048}
-        for name in FROM_TRAINING:
-            if getattr(self, name) is None:
-                setattr(self, name, trained.get(name, defaults.get(name)))
-        if self.benchmarks is None and self.data is None:
+        if self.benchmarks is None:
             source = trained.get("eval_data") or trained.get("data") or toy or "hiyouga/geometry3k"
-            self.benchmarks = {benchmark.id: name for name, benchmark in BENCHMARKS.items()}.get(source)
-        self.benchmarks = self.benchmarks or "own"
-        if self.max_prompt_tokens is None:
-            of_training = trained.get("max_prompt_tokens", 0) if self.benchmarks == "own" and not self.data else 0
-            self.max_prompt_tokens = max(8192, of_training)
-        if not toy and not trained:  # a checkpoint's processor has the limits of its training
-            self.min_pixels = self.min_pixels or 262_144
-            self.max_pixels = self.max_pixels or 1_000_000
+            names = {benchmark.id: name for name, benchmark in BENCHMARKS.items()}
+            self.benchmarks = "own" if self.data else names.get(source, "own")
+        of_training = trained.get("max_prompt_tokens", 0) if self.benchmarks == "own" and not self.data else 0
+        has_limits = toy or trained  # the processor of a checkpoint has those of its training
+        defaults = {
+            "output": f"runs/eval/{name}",
+            "instruction": INSTRUCTION,
+            "max_prompt_tokens": max(8192, of_training),
+            "max_response_tokens": 64 if toy else 2048,
+            "min_pixels": None if has_limits else 262_144,
+            "max_pixels": None if has_limits else 1_000_000,
+        }
+        defaults |= {name: trained[name] for name in FROM_TRAINING if name in trained}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         self.group_size = self.samples
         check_numbers(self)
         check_together(self)
@@ -119,8 +124,6 @@ class Args:
         for name in self.benchmarks.split(","):
             if name not in known:
                 raise UserError(f"--benchmarks {name} is not one of {', '.join(known)}; your own data needs --data.")
-        if self.data and "," in self.benchmarks:
-            raise UserError("--data is for one benchmark: name it alone with --benchmarks.")
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--samples {self.samples} at --temperature 0 are all the same: set --temperature 1.")
 
@@ -173,8 +176,7 @@ def letter_of(options, answer):
 
 
 def as_it_is(row):  # the toys, geometry3k, clevr_count_70k
-    answer = re.sub(r"</?answer>", "", plain_text(row["answer"], "answer")).strip()
-    return Question(row["problem"], listed(row["images"]), answer)
+    return Question(row["problem"], listed(row["images"]), row["answer"])
 
 
 def mathvista(row):
@@ -261,12 +263,10 @@ def mmk12(row):
     return Question(choose(row["question"], []), listed(row["image"]), row["answer"], "letters")
 
 
-@dataclass
-class Benchmark:
+class Benchmark(NamedTuple):
     id: str  # of the hub, with the config after a colon
     splits: tuple
-    read: callable
-    revision: str = "main"
+    read: callable  # row -> Question
 
 
 BENCHMARKS = {
@@ -291,21 +291,19 @@ BENCHMARKS = {
 class Questions(Data):
     """One split of a benchmark as prompts, by the code that builds the prompts of training."""
 
-    has_images = True
-
     def __init__(self, name, split, args, processor, model):
-        benchmark = BENCHMARKS[name]
-        source, self.option = args.data or benchmark.id, "--data" if args.data else "--benchmarks"
-        self.name, self.args, self.processor, self.model = source, args, processor, model
-        self.read, self.title = benchmark.read, f"{name} ({split})"
-        self.rows = load_rows(source, split, benchmark.revision, self.option)
-        self.folders = image_folders(source, split)
-        self.measure()
+        self.read = BENCHMARKS[name].read
+        super().__init__(args.data or BENCHMARKS[name].id, split, args, processor, model)
+        self.title = f"{name} ({split})"
+
+    def find_columns(self):
+        """Those that `read` knows."""
+        return {"image": self.rows.column_names}
 
     def question(self, index):
         """A row as the benchmark means it. Raises Unusable where it is not in its schema."""
         try:
-            question = self.read(self.rows[index])
+            question = self.read(*self.raw[index].to_pylist())
             return dataclasses.replace(question, answer=plain_text(question.answer, "answer"))
         except (LookupError, ValueError, SyntaxError, TypeError, AttributeError) as error:
             raise Unusable(f"is not in the schema of --benchmarks {self.args.benchmarks} ({error!r})") from None
@@ -336,10 +334,8 @@ def judge(check, response, question):
         return same_number(check, answer, question)
     if kind == "choice":
         texts = dict(zip(LETTERS, map(str, question.options)))
-        letter = chosen(check, answer, question.options, last)
-        return letter is not None and texts.get(letter, letter) == texts.get(
-            gold, gold
-        )  # two options may have one text
+        letter = chosen(check, answer, question.options, last)  # two options may have one text
+        return letter is not None and texts.get(letter, letter) == texts.get(gold, gold)
     said = set(re.findall(r"\b(?:yes|no)\b(?! idea)", answer.casefold()))
     if not said:
         return kind == "yes/no or unsure" and bool(re.search(UNSURE, answer.casefold()))
@@ -386,8 +382,6 @@ class Evaluation:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[PATIENCE])
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         refuse_output_among(args.output, args.data or args.trained.get("data"))
-        self.protocol = {}
-        on_main(self.refuse_others)  # before the model loads
         self.accelerator.print(use_cores(), file=sys.stderr)
         source = model_source(args)
         self.processor = load_processor(source, args.model_revision, args.min_pixels, args.max_pixels)
@@ -396,47 +390,41 @@ class Evaluation:
         self.model.to(self.accelerator.device).eval()
         self.check, self.retries = Checker(args.check_seconds), 0
         self.parts = {name: self.find_questions(name) for name in args.benchmarks.split(",")}
-        for data in itertools.chain(*self.parts.values()):
+        self.data = list(itertools.chain(*self.parts.values()))
+        for data in self.data:
             if data.dropped or data.unusable:
                 self.accelerator.print(data, file=sys.stderr)
         self.protocol = self.make_protocol()
         self.lock = on_main(self.open_output)
 
-    def open_output(self):
-        """Makes --output ready; returns a lock that keeps other evaluations out until this process ends."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        lock = locked(self.output)
-        self.refuse_others()
-        write_text(self.output / "protocol.json", json.dumps(self.protocol, indent=2) + "\n")
-        return lock
-
-    def refuse_others(self):
-        """Raises UserError where --output holds an evaluation, unless it is this one and --resume is given."""
-        path = self.output / "protocol.json"
-        if not path.exists():
-            return
-        if not self.args.resume:
-            raise UserError(f"{self.output} holds an evaluation: --resume goes on with it, --output starts another.")
-        found = json.loads(path.read_text())
-        if changed := [name for name in self.protocol if found.get(name) != self.protocol[name]]:
-            raise UserError(f"--resume: {self.output} was begun with another {', '.join(changed)}: give the same.")
-
     def make_protocol(self):
         """What two evaluations must share to be compared, and the model."""
         protocol = dataclasses.asdict(self.args)
-        for name in ("output", "resume", "compare", "rollout_prompts", "min_pixels", "max_pixels", "dtype"):
+        for name in ("output", "resume", "compare", "rollout_prompts"):
             del protocol[name]
-        protocol["revisions"] = {name: "none" if name == "own" else BENCHMARKS[name].revision for name in self.parts}
         if self.args.benchmarks == "own" and not self.args.data:
             protocol["data"] = {name: self.args.trained[name] for name in ("data", "eval_data", "seed")}
         protocol["min_pixels"], protocol["max_pixels"] = limit_pixels(self.model.config, self.processor)
         protocol["dtype"] = str(self.model.dtype).removeprefix("torch.")
-        checksum = 0
-        for weight in self.model.state_dict().values():
-            checksum = zlib.crc32(weight.flatten()[:1000].float().cpu().numpy().tobytes(), checksum)
-        protocol["weights_checksum"] = f"{checksum:08x}"
-        protocol["rows_checksums"] = [data.contents for data in itertools.chain(*self.parts.values())]
+        begins = torch.cat([weight.flatten()[:1000].float().cpu() for weight in self.model.state_dict().values()])
+        protocol["weights_checksum"] = f"{zlib.crc32(begins.numpy().tobytes()):08x}"
+        protocol["rows_checksums"] = [data.contents for data in self.data]
         return protocol
+
+    def open_output(self):
+        """Makes --output ready; returns a lock that keeps other evaluations out until this process ends.
+
+        Raises UserError where it holds an evaluation, unless it is this one and --resume is given.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        lock, path = locked(self.output), self.output / "protocol.json"
+        if path.exists() and not self.args.resume:
+            raise UserError(f"{self.output} holds an evaluation: --resume goes on with it, --output starts another.")
+        found = json.loads(path.read_text()) if path.exists() else self.protocol
+        if changed := [name for name in self.protocol if found.get(name) != self.protocol[name]]:
+            raise UserError(f"--resume: {self.output} was begun with another {', '.join(changed)}: give the same.")
+        write_text(path, json.dumps(self.protocol, indent=2) + "\n")
+        return lock
 
     def find_questions(self, name):
         """The splits of a benchmark; of `own`, the rows of --data, or those that training evaluated the model on."""
@@ -446,9 +434,7 @@ class Evaluation:
             return [Questions(name, split, args, *model) for split in splits]
         if args.data:
             return [Data(args.data, "test", args, *model)]
-        trained = SimpleNamespace(**args.trained)
-        for flag_name in FROM_TRAINING:
-            setattr(trained, flag_name, getattr(args, flag_name))
+        trained = SimpleNamespace(**args.trained | {flag: getattr(args, flag) for flag in FROM_TRAINING})
         data = Data(trained.data, trained.data_split, trained, *model)
         found = data.for_evaluation()
         held_out = found is not None and found.rows is data.rows
@@ -458,7 +444,60 @@ class Evaluation:
             raise UserError(f"{trained.data}, read from here, is not what {args.model} was trained on: give --data.")
         return [found]
 
-    def ask(self, prompts):
+    def run(self, name):
+        """Asks what has not been asked yet; returns the benchmark's scores on the main process, None on the others."""
+        args, parts, path = self.args, self.parts[name], self.output / f"{name}.jsonl"
+        order = []
+        for part, data in enumerate(parts):
+            rows = [i for i in range(len(data.rows)) if data.unusable.get(i) != "has no answer"]
+            if name == "own" and not args.data:  # training evaluates on the usable rows alone
+                rows = data.indices
+            order += [(part, index) for index in rows]
+        order = some_of(order, args.rows, args.seed)
+        done = read_rows(path) if self.rank == 0 else {}
+        left = from_main([place for place in order if place not in done])
+        size = max(1, args.rollout_prompts // args.samples) * self.world_size
+        with tqdm(total=len(left), desc=name, disable=self.rank > 0, unit="row") as bar:
+            for start in range(0, len(left), size):
+                batch = left[start : start + size]
+                rows = gather_object(self.ask(parts, batch[self.rank :: self.world_size]))
+                if self.rank == 0:
+                    with path.open("a") as file:  # each on a new line, also after half a line
+                        file.writelines("\n" + json.dumps(row, ensure_ascii=False) for row in rows)
+                bar.update(len(batch))
+        if self.rank > 0:
+            return None
+        done = read_rows(path)
+        rows = [done[place] for place in order]
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return scores(name, rows)
+
+    def ask(self, parts, batch):
+        """What is written of each (part, index) of a batch: the question, the responses and the verdicts."""
+        rows, limit = [], self.args.max_prompt_tokens
+        asked = [(part, index) for part, index in batch if parts[part].tokens.get(index, limit + 1) <= limit]
+        prompts = [dataclasses.replace(parts[part].prompt(index), prompt_id=part) for part, index in asked]
+        groups = dict(zip(asked, self.sample(prompts)))
+        for part, index in batch:
+            data, group = parts[part], groups.get((part, index))
+            row = {"part": part, "data": data.title, "index": index, "group": {}}
+            if index not in data.unusable:
+                question = data.question(index) if isinstance(data, Questions) else Question(*data.row(index))
+                row |= {name: getattr(question, name) for name in ("problem", "answer", "kind", "group")}
+            texts = group.texts if group else []
+            row |= {
+                "asked": group is not None,
+                "correct": [judge(self.check, text, question) for text in texts] or [False],
+                "parsed": [extract_answer(text) is not None for text in texts],
+                "truncated": group.truncated.tolist() if group else [],
+                "responses": texts,
+            }
+            if not group:
+                row["why"] = data.unusable.get(index, "is longer than --max_prompt_tokens")
+            rows.append(row)
+        return rows
+
+    def sample(self, prompts):
         """Groups of responses; a batch that runs out of memory is cut in two, and counted."""
         try:
             return rollout(self.model, self.processor.tokenizer, prompts, self.args, "evaluation")
@@ -468,76 +507,17 @@ class Evaluation:
         self.retries += 1
         torch.cuda.empty_cache()
         half = len(prompts) // 2
-        return self.ask(prompts[:half]) + self.ask(prompts[half:])
+        return self.sample(prompts[:half]) + self.sample(prompts[half:])
 
-    def run(self, name):
-        """Asks what has not been asked yet; returns the benchmark's scores on the main process, None on the others."""
-        args, parts = self.args, self.parts[name]
-        all_rows = args.data or name != "own"  # training evaluates on the usable rows alone
-        order = []
-        for part, data in enumerate(parts):
-            rows = [i for i in range(len(data.rows)) if data.unusable.get(i) != "has no answer"]
-            order += [(part, index) for index in (rows if all_rows else data.indices)]
-        order = some_of(order, args.rows, args.seed)
-        done = self.read_rows(name)
-        self.accelerator.wait_for_everyone()  # everybody has read before anybody writes
-        left = [place for place in order if place not in done][self.rank :: self.world_size]
-        size = max(1, args.rollout_prompts // args.samples)
-        limit = args.max_prompt_tokens
-        with (
-            open(self.output / f"{name}.{self.rank}.part", "a") as file,
-            tqdm(total=len(left), desc=name, disable=self.rank > 0, unit="row") as bar,
-        ):
-            file.write("\n" * (file.tell() > 0))  # after what may be half a line
-            for start in range(0, len(left), size):
-                batch = left[start : start + size]
-                asked = [(part, index) for part, index in batch if parts[part].tokens.get(index, limit + 1) <= limit]
-                prompts = [dataclasses.replace(parts[part].prompt(index), prompt_id=part) for part, index in asked]
-                groups = dict(zip(asked, self.ask(prompts)))
-                for part, index in batch:
-                    source = {"part": part, "data": parts[part].title, "index": index}
-                    row = source | self.row(parts[part], index, groups.get((part, index)))
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                bar.update(len(batch))
-        self.accelerator.wait_for_everyone()
-        return on_main(lambda: scores(name, self.collect(name, order)))
 
-    def row(self, data, index, group):
-        """What is written of a row; `group` is None where it could not be asked."""
-        not_asked = {"asked": False, "correct": [False], "parsed": [], "truncated": [], "responses": [], "group": {}}
-        if index in data.unusable:
-            return not_asked | {"why": data.unusable[index]}
-        question = data.question(index) if isinstance(data, Questions) else Question(*data.row(index))
-        row = {"problem": question.problem, "answer": question.answer, "kind": question.kind, "group": question.group}
-        if group is None:
-            return not_asked | row | {"why": "is longer than --max_prompt_tokens"}
-        return row | {
-            "asked": True,
-            "correct": [judge(self.check, text, question) for text in group.texts],
-            "parsed": [extract_answer(text) is not None for text in group.texts],
-            "truncated": group.truncated.tolist(),
-            "responses": group.texts,
-        }
-
-    def read_rows(self, name):
-        """{(part, index): row} of what any process of this evaluation, or of the one it resumes, has written so far."""
-        rows = {}
-        for path in [*self.output.glob(f"{name}.*.part"), *self.output.glob(f"{name}.jsonl")]:
-            for line in path.read_text(errors="replace").split("\n"):  # texts may contain other line ends
-                with contextlib.suppress(ValueError):  # the last line of a process that was killed
-                    row = json.loads(line)
-                    rows[row["part"], row["index"]] = row
-        return rows
-
-    def collect(self, name, order):
-        """Writes all rows of a benchmark to one file, in place of one for each process, and returns them."""
-        rows = self.read_rows(name)
-        rows = [rows[place] for place in sorted(order)]
-        write_text(self.output / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        for path in self.output.glob(f"{name}.*.part"):
-            path.unlink()
-        return rows
+def read_rows(path):
+    """{(part, index): row} of a benchmark's file; {} where there is none. Half a line, of a killed process, is none."""
+    rows = {}
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:  # texts have other line ends
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows[row["part"], row["index"]] = row
+    return rows
 
 
 # Scores
@@ -545,49 +525,42 @@ class Evaluation:
 
 def scores(name, rows):
     """Accuracy, its standard error over rows, shares of unparsed and truncated responses, and a benchmark's own."""
-    means = [sum(row["correct"]) / len(row["correct"]) for row in rows]
-    accuracy = sum(means) / len(means)
-    variance = sum((mean - accuracy) ** 2 for mean in means) / max(len(means) - 1, 1)
-    responses = max(sum(len(row["parsed"]) for row in rows), 1)
+    means = [statistics.fmean(row["correct"]) for row in rows]
+    parsed, truncated = (list(itertools.chain(*(row[key] for row in rows))) for key in ("parsed", "truncated"))
     result = {
         "rows": len(rows),
-        "accuracy": accuracy,
-        "stderr": math.sqrt(variance / len(means)),
-        "unparsed": sum(not parsed for row in rows for parsed in row["parsed"]) / responses,
-        "truncated": sum(sum(row["truncated"]) for row in rows) / responses,
+        "accuracy": statistics.fmean(means),
+        "stderr": statistics.stdev(means) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0,
+        "unparsed": parsed.count(False) / max(len(parsed), 1),
+        "truncated": truncated.count(True) / max(len(truncated), 1),
         "not_asked": sum(not row["asked"] for row in rows),
     }
     if any(len(row["correct"]) > 1 for row in rows):
         result["pass"] = sum(any(row["correct"]) for row in rows) / len(rows)
     if name == "hallusionbench":
-        result |= {"aAcc": accuracy, "fAcc": all_right(rows, "figure"), "qAcc": all_right(rows, "question")}
+        result |= {"aAcc": result["accuracy"], "fAcc": all_right(rows, "figure"), "qAcc": all_right(rows, "question")}
     if name == "mathverse":
-        for version in sorted({row["group"]["version"] for row in rows if row["group"]}):
-            own = [mean for row, mean in zip(rows, means) if row["group"].get("version") == version]
-            result[version] = sum(own) / len(own)
+        versions = pd.Series([row["group"].get("version") for row in rows])
+        result |= pd.Series(means).groupby(versions).mean().to_dict()
     if name == "dynamath":
-        result |= {"average": accuracy, "worst_case": all_right(rows, "seed")}
+        result |= {"average": result["accuracy"], "worst_case": all_right(rows, "seed")}
     return result
 
 
 def all_right(rows, key):
-    """Share of groups whose rows are all right, in the mean over samples."""
-    groups = defaultdict(list)
-    for row in rows:
-        group = row["group"].get(key, row["index"])  # a row that could not be read is a group of its own
-        if group is not None:
-            groups[group].append(row["correct"])
+    """Share of groups whose rows are all right, in the mean over samples; a row whose group is None is in none."""
+    groups = pd.Series([row["group"].get(key, row["index"]) for row in rows])  # a damaged row is a group of its own
     samples = max(len(row["correct"]) for row in rows)
-    right = []
-    for group in groups.values():
-        of_samples = [all(correct[min(s, len(correct) - 1)] for correct in group) for s in range(samples)]
-        right.append(sum(of_samples) / samples)
-    return sum(right) / len(right)
+    correct = pd.DataFrame([row["correct"] if row["asked"] else [False] * samples for row in rows])
+    return float(correct.groupby(groups, sort=False).all().mean(axis=None))
 
 
-def compare(first, second, resamples=10_000):
-    """Lines that say how the second result folder differs from the first, on the same rows; raises UserError."""
-    folders = Path(first), Path(second)
+def compare(first, second):
+    """{benchmark: how the second result folder differs from the first, on the same rows}; raises UserError."""
+    folders, results = (Path(first), Path(second)), {}
+    for folder in folders:
+        if not (folder / "results.json").exists():
+            raise UserError(f"--compare: {folder} has no results.json: evaluate it first.")
     found = [json.loads((folder / "results.json").read_text()) for folder in folders]
     a, b = (result["protocol"] for result in found)
     changed = {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
@@ -595,67 +568,50 @@ def compare(first, second, resamples=10_000):
     changed -= {"model", "model_revision", "weights_checksum", "rows_checksums"}
     if changed:
         raise UserError(f"--compare: {first} and {second} differ in {', '.join(sorted(changed))}: evaluate them alike.")
-    lines = [f"{'benchmark':16s}{'rows':>6s}{'first':>9s}{'second':>9s}{'difference, 95 % interval':>32s}  sign test"]
     for name in found[0]["scores"]:
-        texts = [(folder / f"{name}.jsonl").read_text() for folder in folders]
-        rows = [[json.loads(line) for line in text.split("\n") if line] for text in texts]
-        others = len(rows[0]) != len(rows[1])
-        for row, other in zip(*rows):
-            known = {"part", "index", "problem", "answer"} & row.keys() & other.keys()  # a damaged row has no texts
-            others = others or any(row[key] != other[key] for key in known)
+        a, b = (read_rows(folder / f"{name}.jsonl") for folder in folders)
+        others = a.keys() != b.keys()
+        for place in a.keys() & b.keys():
+            known = {"problem", "answer"} & a[place].keys() & b[place].keys()  # a damaged row has no texts
+            others = others or any(a[place][key] != b[place][key] for key in known)
         if others:
             raise UserError(f"--compare: {first} and {second} hold other rows of {name}: evaluate them alike.")
-        one, two = (torch.tensor([sum(r["correct"]) / len(r["correct"]) for r in x], dtype=torch.float64) for x in rows)
-        difference = two - one
-        generator = torch.Generator().manual_seed(0)
-        picks = (torch.randint(len(one), (len(one),), generator=generator) for _ in range(resamples))
-        means = torch.stack([difference[pick].mean() for pick in picks])
-        low, high = means.quantile(torch.tensor([0.025, 0.975]).double())
-        better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-        p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))  # the sign test, two-sided and exact
-        interval = f"{difference.mean():+.1%} [{low:+.1%}, {high:+.1%}]"
-        lines.append(f"{name:16s}{len(one):6d}{one.mean():9.1%}{two.mean():9.1%}{interval:>32s}  p = {p:.3g}")
-    return lines
+        one, two = (np.array([np.mean(rows[place]["correct"]) for place in sorted(a)]) for rows in (a, b))
+        change = two - one
+        low, high = bootstrap((change,), np.mean, method="percentile", batch=100, rng=0).confidence_interval
+        better, worse = int((change > 0).sum()), int((change < 0).sum())
+        p = binomtest(better, better + worse).pvalue if better + worse else 1.0  # the sign test, two-sided and exact
+        results[name] = {"rows": len(a), "first": one.mean(), "second": two.mean(), "difference": change.mean()}
+        results[name] |= {"95 % from": low, "to": high, "sign test": f"p = {p:.3g}"}
+    return results
 
 
 def table(results):
-    lines = [f"{'benchmark':16s}{'accuracy':>18s}{'rows':>7s}{'unparsed':>10s}{'truncated':>11s}{'not asked':>11s}"]
-    for name, score in results.items():
-        accuracy = f"{score['accuracy']:.1%} ± {score['stderr']:.1%}"
-        shares = f"{score['unparsed']:10.1%}{score['truncated']:11.1%}{score['not_asked']:11d}"
-        more = "".join(f"  {key} {value:.1%}" for key, value in list(score.items())[6:])
-        lines.append(f"{name:16s}{accuracy:>18s}{score['rows']:7d}{shares}{more}")
-    return "\n".join(lines)
+    """Lines of {benchmark: {what: number}}, fractions in percent."""
+    return pd.DataFrame.from_dict(results, orient="index").to_string(float_format="{:.1%}".format, na_rep="")
 
 
 def main():
     args = parse_args(Args)
     if args.compare:
-        if len(args.compare) != 2:
-            raise UserError(f"--compare takes two result folders, not {len(args.compare)}.")
-        for folder in args.compare:
-            if not (Path(folder) / "results.json").exists():
-                raise UserError(f"--compare: {folder} has no results.json: evaluate it first.")
-        first, second = args.compare
-        print("\n".join(compare(first, second)))
+        print(table(compare(*args.compare)))
         return
     evaluation = Evaluation(args)
     results = {name: evaluation.run(name) for name in evaluation.parts}
     evaluation.check.close()
     retries = sum(gather_object([evaluation.retries]))
     if evaluation.rank == 0:
-        protocol = evaluation.protocol
-        titles = [data.title for data in itertools.chain(*evaluation.parts.values())]
-        without_answer = {}
+        protocol, without_answer = evaluation.protocol, {}
         for name, parts in evaluation.parts.items():
             without_answer[name] = sum(list(data.unusable.values()).count("has no answer") for data in parts)
         written = {"protocol": protocol, "scores": results, "memory_retries": retries}
-        written["rows_without_answer"] = without_answer
+        written |= {"rows_without_answer": without_answer}
         write_text(evaluation.output / "results.json", json.dumps(written, indent=2) + "\n")
+        titles = ", ".join(data.title for data in evaluation.data)
         decoding = "greedy" if args.temperature == 0 else f"mean of {args.samples} at temperature {args.temperature}"
         pixels = f"images of {protocol['min_pixels']:,} to {protocol['max_pixels']:,} pixels"
         print(table(results))
-        print(f"{args.model} on {', '.join(titles)}: {decoding}, {args.max_response_tokens} tokens, {pixels}")
+        print(f"{args.model} on {titles}: {decoding}, {args.max_response_tokens} tokens, {pixels}")
         print(f"asked: <question> {args.instruction}\n{evaluation.output}/results.json, and every response next to it")
     evaluation.accelerator.end_training()
 

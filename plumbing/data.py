@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import glob
 import io
+import itertools
 import os
 import random
 import re
@@ -15,7 +16,6 @@ import zlib
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -37,6 +37,8 @@ def local_splits(name):
 
     A file is one split, train; so are files of a folder whose names do not tell. Hidden files are no data.
     """
+    if name in EMBEDDED:
+        return {split: [EMBEDDED[name] / f"{split}.parquet"] for split in ("train", "test")}
     path, splits = Path(name), defaultdict(list)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in KINDS)
     for file in files:
@@ -44,30 +46,11 @@ def local_splits(name):
         if not hidden(inside):
             words = re.split(r"[\W\d_]+", str(inside).lower())
             splits[next((SPLITS[word] for word in words if word in SPLITS), "train")].append(file)
-    return dict(splits)
+    return splits
 
 
-def local_files(name, split, option="--data"):
-    """The files of a local file or folder: of its only split, or of `split`; [] where there are none.
-
-    Raises UserError, which names the flag `option`, for a split that is not there.
-    """
-    if name in EMBEDDED:
-        return [EMBEDDED[name] / f"{split}.parquet"]
-    splits, wanted = local_splits(name), SPLITS.get(split, split)
-    if len(splits) > 1 and wanted not in splits:
-        raise UserError(
-            f"{option} {name} has no split {split}; it has {', '.join(splits)}: name one with --data_split or "
-            f"--eval_split of training, or give the file itself."
-        )
-    return splits.get(wanted) or next(iter(splits.values()), [])
-
-
-def image_folders(name, split):
-    """Where relative paths of images begin: the files' folder, if they share one, and then the given one."""
-    folders = {file.parent for file in local_files(name, split)}
-    given = Path(name) if Path(name).is_dir() else Path(name).parent
-    return [*folders, given] if len(folders) == 1 else [given]
+def hidden(path):
+    return any(part.startswith(".") for part in path.parts)
 
 
 def refuse_output_among(output, *names):
@@ -79,42 +62,39 @@ def refuse_output_among(output, *names):
                 raise UserError(f"--output {output} lies in {name}, all of which is data: name another one.")
 
 
-def hidden(path):
-    return any(part.startswith(".") for part in path.parts)
+def local_files(name, split):
+    """The files of a local file or folder: of its only split, or of `split`; [] where there are none.
 
-
-def version(files):
-    """Eight digits that change when one of the files is written again, even with its old time.
-
-    They name the folder of the cache: by itself `datasets` goes by path and time alone, and would return old rows.
+    Raises UserError for a split that is not there, and for files of other kinds.
     """
-    facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in (file.stat() for file in files)]
-    return f"{zlib.crc32(repr(facts).encode()):08x}"
-
-
-def load_rows(name, split, revision="main", option="--data"):
-    """Rows of a hub data set (`id` or `id:config`), or of a local file or folder: its only split, or `split`.
-
-    Raises UserError, which names the flag `option`.
-    """
-    files = local_files(name, split, option)
+    splits, wanted = local_splits(name), SPLITS.get(split, split)
+    if len(splits) > 1 and wanted not in splits:
+        raise UserError(
+            f"data {name} has no split {split}; it has {', '.join(splits)}: name one with --data_split or --eval_split "
+            f"of training, or give the file itself."
+        )
+    files = splits[wanted] if wanted in splits else list(itertools.chain(*splits.values()))
     kinds = {KINDS.get(file.suffix) for file in files}
     if Path(name).exists() and (len(kinds) != 1 or None in kinds):
-        raise UserError(f"{option} {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
-    for file in files if kinds == {"json"} else ():
-        with file.open("rb") as opened:
-            begin = opened.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        if begin not in (b"{", b"["):  # pyarrow crashes on a file that holds null
-            raise UserError(f"{option} {file} must hold rows: one object a line, or a list of objects.")
+        raise UserError(f"data {name} must be a parquet, json or jsonl file, or a folder of files of one kind.")
+    return files
+
+
+def load_rows(name, split, revision="main"):
+    """Rows of a hub data set (`id` or `id:config`), or of a local file or folder: its only split, or `split`."""
+    files = local_files(name, split)
     try:
-        if files:
-            datasets.disable_progress_bars()  # of every converted file; downloads show theirs
-            paths = [glob.escape(str(file)) for file in files]  # names, not patterns
-            return datasets.load_dataset(kinds.pop(), name=version(files), data_files=paths, split="train")
-        identifier, _, config = name.partition(":")
-        return datasets.load_dataset(identifier, config or None, split=split, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(cannot_open(option, name, error.__cause__ or error)) from None
+        if not files:
+            identifier, _, config = name.partition(":")
+            return datasets.load_dataset(identifier, config or None, split=split, revision=revision)
+        datasets.disable_progress_bars()  # of every converted file; downloads show theirs
+        # the cache gets a name from sizes and times: by itself `datasets` goes by one time, and would return old rows
+        facts = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(Path.stat, files)]
+        cache = f"{zlib.crc32(repr(facts).encode()):08x}"
+        paths = [glob.escape(str(file)) for file in files]  # names, not patterns
+        return datasets.load_dataset(KINDS[files[0].suffix], name=cache, data_files=paths, split="train")
+    except Exception as error:  # the libraries raise many types, for an empty file StopIteration
+        raise UserError(cannot_open("data", name, error.__cause__ or error)) from None
 
 
 class Unusable(Exception):
@@ -131,19 +111,17 @@ def listed(images):
 def open_image(source, folders):
     """An RGB image, decoded completely and turned as its EXIF data says. Raises Unusable.
 
-    `source`: an image, the bytes of a file, a path relative to the first of the `folders` that has it, or a dict of
-    bytes and path, as the datasets library has them.
+    `source`: the bytes of a file, a path relative to the first of the `folders` that has it, or a dict of both, as the
+    datasets library has them.
     """
     try:
         if isinstance(source, dict):
-            source = source.get("path") if source.get("bytes") is None else source["bytes"]
-        if isinstance(source, bytes):
-            source = Image.open(io.BytesIO(source))
+            source = source["path"] if source.get("bytes") is None else source["bytes"]
         if isinstance(source, str):
             paths = [folder / source for folder in folders]
-            source = Image.open(next((path for path in paths if path.exists()), paths[0]))
-        ImageOps.exif_transpose(source, in_place=True)
-        return to_rgb(source)
+            source = next((path for path in paths if path.exists()), paths[0])
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's errors of damaged files are of many types
         raise Unusable(f"has an image that cannot be read ({str(error)[:120]})") from None
 
@@ -162,8 +140,8 @@ def to_rgb(image):
             white = 1
         if not (low >= 0 and high <= white):
             raise ValueError(f"values from {low:g} to {high:g}: save it with 8 bits")
-        return image.convert("F").point(lambda value: value * (255 / white) + 0.5).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("F").point(lambda value: value * (255 / white) + 0.5).convert("L")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -229,66 +207,63 @@ class Data:
     of those that are, `unusable` {row: why}.
     """
 
-    def __init__(self, name, split, args, processor, model, option="--data"):
-        self.name, self.args, self.processor, self.model, self.option = name, args, processor, model, option
-        self.title = f"{Path(name).name} ({split})" if name in EMBEDDED or not Path(name).is_file() else Path(name).name
-        self.rows = load_rows(name, split, args.data_revision if name == args.data else "main", option)
-        self.folders = image_folders(name, split)
-        self.columns = {}
-        for what, usual in COLUMNS.items():
-            wanted = getattr(args, f"{what}_column")
-            found = [column for column in ([wanted] if wanted else usual) if column in self.rows.column_names]
-            if not found and (what != "image" or wanted):
-                raise UserError(
-                    f"{option} {name} has no {what} column ({wanted or ' or '.join(usual)}); it has "
-                    f"{', '.join(self.rows.column_names)}: name the right one with --{what}_column."
-                )
-            self.columns[what] = found if what == "image" else found[0]  # merged data sets have images in both
+    def __init__(self, name, split, args, processor, model):
+        self.name, self.args, self.processor, self.model, path = name, args, processor, model, Path(name)
+        self.title = path.name if path.is_file() and name not in EMBEDDED else f"{path.name} ({split})"
+        self.rows = load_rows(name, split, args.data_revision if name == args.data else "main")
+        self.raw = self.rows.with_format("arrow")  # an image keeps its bytes, and is opened by `row`
+        # where paths of images begin: in the files' folder, if they share one, and then in the given one
+        folders = {file.parent for file in local_files(name, split)}
+        self.folders = [*(folders if len(folders) == 1 else []), path if path.is_dir() else path.parent]
+        self.columns = self.find_columns()
+        added = processor.tokenizer.added_tokens_decoder.values()
+        self.control_tokens = {str(token) for token in added if token.special}
+        self.control_tokens |= {processor.image_token, processor.video_token}
         self.measure()
 
-    @property
-    def has_images(self):
-        return bool(self.columns["image"])
-
-    @cached_property
-    def control_tokens(self):
-        added = self.processor.tokenizer.added_tokens_decoder.values()
-        special = {str(token) for token in added if token.special}
-        return special | {self.processor.image_token, self.processor.video_token}
+    def find_columns(self):
+        """{"problem": column, "answer": column, "image": columns}: merged data sets have two of images."""
+        columns, there = {}, self.rows.column_names
+        for what, usual in COLUMNS.items():
+            wanted = getattr(self.args, f"{what}_column")
+            found = [column for column in ([wanted] if wanted else usual) if column in there]
+            if not found and (what != "image" or wanted):
+                raise UserError(
+                    f"data {self.name} has no {what} column ({wanted or ' or '.join(usual)}); it has "
+                    f"{', '.join(there)}: name the right one with --{what}_column."
+                )
+            columns[what] = found if what == "image" else found[0]
+        return columns
 
     def measure(self):
         """Reads every row. Up to 1 % may be unusable, and are left out. Prompts that are too long are dropped."""
-        for column, feature in self.rows.features.items():  # keeps the bytes, an image is opened by `row`
-            as_list = hasattr(feature, "feature")
-            kind = type(feature.feature if as_list else feature)
-            if kind in (datasets.Image, datasets.Video):
-                raw = kind(decode=False)
-                self.rows = self.rows.cast_column(column, datasets.List(raw) if as_list else raw)
+
+        def look(index):
+            problem, images, answer = self.row(index)
+            return problem, [(image.height, image.width) for image in images], answer
+
         rows, self.tokens, self.unusable, self.checksum = len(self.rows), {}, {}, 0
         pool, silent = ThreadPoolExecutor(), os.environ.get("RANK", "0") != "0"
-        looked = [pool.submit(self.look, i) for i in range(rows)]
+        looked = [pool.submit(look, i) for i in range(rows)]
         try:
             for i, row in enumerate(tqdm(looked, self.name, leave=False, delay=2, unit="row", disable=silent)):
                 try:
                     problem, sizes, answer = row.result()
-                    self.tokens[i] = self.prompt_tokens(problem, sizes)
+                    text = prompt_text(self.processor, problem, self.args.instruction)
+                    images = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+                    self.tokens[i] = len(self.processor.tokenizer(text).input_ids) - len(sizes) + sum(images)
                     self.checksum = zlib.crc32(f"{i} {problem} {answer}".encode(errors="replace"), self.checksum)
                 except (Unusable, ValueError) as error:  # ValueError: no UTF-8, or an image too wide
                     self.unusable[i] = str(error)
         finally:
             pool.shutdown(cancel_futures=True)
         if len(self.unusable) > 0.01 * rows:
-            raise UserError(
-                f"{self.option} {self.name}: {self.describe_unusable('cannot be used')}: fix or remove them."
-            )
+            raise UserError(f"data {self.name}: {self.left_out()}: fix or remove them.")
         limit = self.args.max_prompt_tokens
         self.indices = [i for i, length in self.tokens.items() if length <= limit]
         self.dropped = len(self.tokens) - len(self.indices)
         if not self.indices:
-            raise UserError(
-                f"{self.option} {self.name} has no row left to use ({self.dropped} were longer than "
-                f"--max_prompt_tokens {limit})."
-            )
+            raise UserError(f"data {self.name} has no row of at most --max_prompt_tokens {limit}, of {self.dropped}.")
         decoder, longest = self.model.config.text_config, self.longest_tokens + self.args.max_response_tokens
         limit = decoder.max_position_embeddings
         if decoder.rope_parameters.get("rope_type") == "dynamic" and longest > limit:  # rotary frequencies would change
@@ -297,22 +272,17 @@ class Data:
                 f"lower --max_prompt_tokens or --max_response_tokens."
             )
 
-    def look(self, index):
-        """(problem, (height, width) of each image, answer). Raises Unusable."""
-        problem, images, answer = self.row(index)
-        return problem, [(image.height, image.width) for image in images], answer
-
-    def describe_unusable(self, verb):
+    def left_out(self):
         """How many rows cannot be used, and the first three by number with the reason."""
-        reasons = [f"row {index} {why}" for index, why in self.unusable.items()]
-        more = "; ..." if len(reasons) > 3 else ""
-        return f"{len(reasons)} of {len(self.rows)} rows {verb} ({'; '.join(reasons[:3])}{more})"
+        reasons = [f"row {index} {why}" for index, why in self.unusable.items()][:3]
+        more = "; ..." if len(self.unusable) > 3 else ""
+        return f"{len(self.unusable)} of {len(self.rows)} rows left out ({'; '.join(reasons)}{more})"
 
     def __str__(self):
         text = f"{self.title}: {len(self)} prompts, {self.dropped} dropped as too long"
-        if not self.has_images:
+        if not self.columns["image"]:
             text += ", no column of images"
-        return f"{text}; {self.describe_unusable('left out')}" if self.unusable else text
+        return f"{text}; {self.left_out()}" if self.unusable else text
 
     @property
     def contents(self):
@@ -337,11 +307,8 @@ class Data:
         None where a local file has fewer than 10 rows.
         """
         args, name = self.args, self.args.eval_data or self.name
-        several = len(local_splits(name)) > 1  # of a single split all rows are for training, whatever its name
-        if args.eval_data or name in EMBEDDED or not Path(name).exists() or several:
-            split = "test" if name in EMBEDDED else args.eval_split
-            option = "--eval_data" if args.eval_data else "--data"
-            return Data(name, split, args, self.processor, self.model, option)
+        if args.eval_data or len(local_splits(name)) != 1:  # of a single split all rows are for training
+            return Data(name, args.eval_split, args, self.processor, self.model)
         if len(self) < 10:
             return None
         held = copy.copy(self)
@@ -352,10 +319,9 @@ class Data:
 
     def fields(self, index):
         """(problem, images, answer) as a row has them. Raises Unusable."""
-        row = self.rows[index]
-        filled = [images for column in self.columns["image"] if (images := listed(row[column]))]
+        (row,), feature = self.raw[index].to_pylist(), self.rows.features[self.columns["answer"]]
         problem, answer = row[self.columns["problem"]], row[self.columns["answer"]]
-        feature = self.rows.features[self.columns["answer"]]
+        filled = [images for column in self.columns["image"] if (images := listed(row[column]))]
         if isinstance(feature, datasets.ClassLabel) and isinstance(answer, int):
             answer = feature.int2str(answer) if answer >= 0 else None
         if isinstance(answer, float) and feature.dtype in ("float16", "float32"):
@@ -372,18 +338,11 @@ class Data:
             if token in problem:
                 raise Unusable(f"has {token} in its question, which is a control token of the model")
         marked = problem.count("<image>")
-        if marked and not self.has_images:
-            raise Unusable("says <image>, and no column is called images or image: set --image_column")
         if marked not in (0, len(images)):
-            raise Unusable(f"says <image> {marked} times and has {len(images)} images")
+            hint = "" if self.columns["image"] else ": no column is called images or image, set --image_column"
+            raise Unusable(f"says <image> {marked} times and has {len(images)} images{hint}")
         opened = [open_image(image, self.folders) for image in images]
         return problem if marked else "<image>" * len(opened) + problem, opened, answer
-
-    def prompt_tokens(self, problem, sizes):
-        """Length of a prompt, from its text and the (height, width) of its images."""
-        tokens = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
-        ids = self.processor.tokenizer(prompt_text(self.processor, problem, self.args.instruction)).input_ids
-        return len(ids) - len(sizes) + sum(tokens)
 
     def prompt(self, index):
         problem, images, answer = self.row(index)

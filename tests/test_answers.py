@@ -18,44 +18,7 @@ def checker():
     checker.close()
 
 
-PAIRS = [  # more than in answers.tsv: answer, gold, whether it is right
-    (r"\text{(A)}", "A", True),
-    ("A. 30", "A", True),
-    ("B.", "B", True),
-    ("AC", "A, C", True),
-    ("A and C", "A, C", True),
-    ("30°", "30", True),
-    ("30 degrees", "30", True),
-    (r"12 \mathrm{cm}^2", "12", True),
-    ("x=5", "5", True),
-    ("x = 5", "5", True),
-    ("3/2", "1.5", True),
-    (r"\frac{3}{2}", "1.5", True),
-    (r"\dfrac{3}{2}", "3/2", True),
-    (r"\sqrt{12}", r"2 \sqrt { 3 }", True),
-    (r"50\%", "50", True),
-    ("$7$", "7", True),
-    ("-3", "-3", True),
-    (r"\text{yes}", "yes", True),
-    (r"6 \sqrt { 2 }", r"6\sqrt{2}", True),
-    (r"\pi", r"\pi", True),
-    ("10", r"so the answer is \boxed{10}", True),
-    ("red", "Red", True),
-    ("0.333", r"\frac{1}{3}", False),
-    ("3.46", r"2\sqrt{3}", False),
-    ("A, B", "A", False),
-    ("A. 30", "B", False),
-    ("31", "30", False),
-    ("-3", "3", False),
-    ("None", "", False),
-    ("apple", "A", False),
-]
 TABLE = Path(__file__).with_name("answers.tsv").read_text(encoding="utf-8").split("\n")[1:-1]
-
-
-@pytest.mark.parametrize("answer, gold, right", PAIRS)
-def test_pair(checker, answer, gold, right):
-    assert checker(f"<think>so</think> \\boxed{{{answer}}}", gold) == right
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[f"row{number}" for number in range(2, len(TABLE) + 2)])
@@ -91,7 +54,7 @@ def test_name_value_and_unit():
     assert parts("x = 1 or x = 2") == ("x", "1, 2", "") and parts("p=7,q=2,r=5") == ("p,q,r", "(7, 2, 5)", "")
 
 
-def test_extraction():
+def test_extraction(checker):
     assert extract_answer(r"\boxed{1} then \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     assert extract_answer(r"\boxed{\text{a {nested} one}}") == r"\text{a {nested} one}"
     assert extract_answer(r"<answer>1</answer> <answer> 2 </answer>") == "2"
@@ -103,12 +66,7 @@ def test_extraction():
     assert extract_answer("<answer>1 <answer>2</answer>") == "2"
     for nothing in ("", "5", r"\boxed{}", r"\boxed{ }", r"\boxed{5", "<answer></answer>", "None"):
         assert extract_answer(nothing) is None
-
-
-def test_an_empty_or_missing_box_is_wrong(checker):
-    for response in ("5", r"\boxed{}", r"\boxed{5", "None"):
-        for gold in ("5", "None", "", "0"):
-            assert not checker(response, gold)
+        assert not any(checker(nothing, gold) for gold in ("5", "None", "", "0"))
 
 
 @pytest.fixture(scope="module")

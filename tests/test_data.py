@@ -12,7 +12,7 @@ from PIL import Image
 
 from common import load_processor
 from plumbing.arguments import INSTRUCTION, SharedArgs, UserError
-from plumbing.data import Data, Stream, Unusable, open_image, prompt_text, to_rgb
+from plumbing.data import Data, Stream, open_image, prompt_text, to_rgb
 
 
 def data_of(toy, name, split="train", **more):
@@ -21,6 +21,7 @@ def data_of(toy, name, split="train", **more):
 
 
 def rows_file(folder, rows, name="d.jsonl"):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / name
 
@@ -29,45 +30,46 @@ def numbered(count):
     return [{"question": f"{i}?", "answer": "1"} for i in range(count)]
 
 
-def data_of_image(toy, folder, image="a.png"):
-    return data_of(toy, rows_file(folder, [{"image": image, "question": "What?", "answer": "1"}]))
+def image_row(image="a.png", **more):
+    return {"image": image, "question": "What?", "answer": "1"} | more
 
 
-def test_prompt_of_the_toy_is_qwens_chat_template(toy):
-    data = data_of(toy, "toy")
-    row = next(i for i in range(20) if data.rows[i]["problem"].startswith("<image><image>"))
-    prompt = data.prompt(row)
+@pytest.fixture(scope="module")
+def toy_data(toy):
+    return data_of(toy, "toy", "test")
+
+
+def test_prompt_of_the_toy_is_qwens_chat_template(toy, toy_data):
+    row = next(i for i in range(20) if toy_data.rows[i]["problem"].startswith("<image><image>"))
+    prompt = toy_data.prompt(row)
     text = toy[1].tokenizer.decode(prompt.input_ids)
     pads = [int(n) // 4 for n in prompt.image_grid_thw.prod(1)]
     images = "".join("<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>" for n in pads)
-    question = data.rows[row]["problem"].replace("<image>", "")
+    question = toy_data.rows[row]["problem"].replace("<image>", "")
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"{images}{question}\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompt.image_mask.sum() == sum(pads) and len(prompt.pixel_values) == 4 * sum(pads)
+    text = prompt_text(toy[1], "One?", "Say it.")
+    assert text.endswith("<|im_start|>user\nOne?\nSay it.<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_positions_are_three_dimensional_inside_an_image(toy):
-    prompt = data_of(toy, "toy").prompt(0)
+def test_positions_are_three_dimensional_inside_an_image(toy_data):
+    prompt = toy_data.prompt(0)
     t, h, w = prompt.position_ids[:, prompt.image_mask]
     assert len(set(t.tolist())) == 1 and len(set(h.tolist())) > 1 and len(set(w.tolist())) > 1
     text = prompt.position_ids[:, ~prompt.image_mask]
     assert (text[0] == text[1]).all() and (text[0] == text[2]).all()
 
 
-def test_images_stand_where_the_problem_says(toy, image_file):
+def test_images_stand_where_the_problem_says_and_else_come_first(toy, tmp_path, image_file):
     data = data_of(toy, image_file)
     assert [len(data.row(i)[1]) for i in range(3)] == [1, 2, 0]
-    tokenizer = toy[1].tokenizer
-    text = tokenizer.decode(data.prompt(1).input_ids)
+    text = toy[1].tokenizer.decode(data.prompt(1).input_ids)
     assert text.index("Of ") < text.index("<|vision_start|>") < text.index(" and ") < text.rindex("<|vision_start|>")
-    assert data.prompt(2).pixel_values is None and "<|vision_start|>" not in tokenizer.decode(data.prompt(2).input_ids)
-
-
-def test_images_without_a_placeholder_come_first(toy, tmp_path):
-    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
-    problem, images, answer = data_of_image(toy, tmp_path).row(0)
+    assert data.prompt(2).pixel_values is None and "<|vision_start|>" not in toy[1].decode(data.prompt(2).input_ids)
+    problem, images, answer = data_of(toy, rows_file(tmp_path, [image_row("0.png")])).row(0)
     assert problem == "<image>What?" and len(images) == 1 and answer == "1"
 
 
@@ -98,8 +100,8 @@ def test_values_of_16_bits_and_floats_keep_their_range(tmp_path, mode, value, wa
 
 @pytest.mark.parametrize("mode, value", [("F", 300.0), ("F", -1.0), ("I", 10**6), ("F", float("nan"))])
 def test_values_out_of_range(mode, value):
-    with pytest.raises(Unusable, match="values from"):
-        open_image(Image.new(mode, (4, 4), value), [])
+    with pytest.raises(ValueError, match="values from"):
+        to_rgb(Image.new(mode, (4, 4), value))
 
 
 def test_transparent_becomes_white_and_palettes_keep_their_colours():
@@ -112,30 +114,54 @@ def test_transparent_becomes_white_and_palettes_keep_their_colours():
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
-def test_an_image_is_turned_as_its_exif_says(toy, tmp_path, name):
+def test_an_image_is_turned_as_its_exif_says(toy, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
-    Image.new("RGB", (84, 56)).save(tmp_path / name, exif=exif)
-    data = data_of_image(toy, tmp_path, name)
-    assert data.row(0)[1][0].size == (56, 84)
-    assert data.prompt(0).image_grid_thw.tolist() == [[1, 6, 4]]
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (84, 56)).save(tmp_path / name, exif=exif)
+    data = data_of(toy, rows_file(tmp_path, [image_row("a.jpg"), image_row("a.png")]))
+    for i in range(2):
+        assert data.row(i)[1][0].size == (56, 84)
+        assert data.prompt(i).image_grid_thw.tolist() == [[1, 6, 4]]
 
 
-def test_parquet_json_jsonl_and_folders(toy, tmp_path, image_file):
-    rows = numbered(3)
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "folder").mkdir()
-    Dataset.from_list(rows[:2]).to_parquet(tmp_path / "folder" / "1.parquet")
-    Dataset.from_list(rows[2:]).to_parquet(tmp_path / "folder" / "2.parquet")
-    assert len(data_of(toy, tmp_path / "a.json")) == len(data_of(toy, tmp_path / "folder")) == 3
-    assert len(data_of(toy, image_file)) == 3
+def test_a_damaged_image_of_any_kind_is_seen_at_the_start(toy, tmp_path):
+    rows = []
+    for kind in ("png", "jpg", "webp", "tiff", "gif"):
+        Image.effect_noise((280, 280), 50).convert("RGB").save(tmp_path / f"whole.{kind}")
+        content = (tmp_path / f"whole.{kind}").read_bytes()
+        (tmp_path / f"cut.{kind}").write_bytes(content[: len(content) * 3 // 4])
+        rows += [image_row(f"{name}.{kind}") for name in ("whole", "cut")]
+    with pytest.raises(UserError, match="5 of 10 rows left out .row 1 .*; row 3 .*; row 5 .*; ..."):
+        data_of(toy, rows_file(tmp_path, rows))
+    data = data_of(toy, rows_file(tmp_path, rows[::2]))
+    assert [data.prompt(i).image_mask.sum().item() for i in range(5)] == [25] * 5
 
 
-def test_columns_by_flag(toy, tmp_path):
-    path = rows_file(tmp_path, [{"frage": 7, "antwort": 1.5, "answer": "no"}])
-    data = data_of(toy, path, problem_column="frage", answer_column="antwort")
-    assert data.row(0) == ("7", [], "1.5")
+@pytest.mark.parametrize(
+    "size, why", [((100, 100), "has an image that cannot be read .*decompression bomb"), ((300, 1), ".*aspect ratio")]
+)
+def test_an_image_that_is_too_large_or_too_wide(toy, tmp_path, monkeypatch, size, why):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=f"row 0 {why}"):
+        data_of(toy, rows_file(tmp_path, [image_row()]))
+
+
+def test_images_in_one_column_or_the_other_or_a_named_one(toy, tmp_path):
+    """As merged sets have them; null and "" are no image."""
+    for name, size in (("a", 56), ("b", 84)):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{name}.png")
+    filled = [("a.png", None), (None, ["b.png"]), ("", ["b.png", "a.png"]), (None, None), ("", [""]), (None, [None])]
+    path = rows_file(tmp_path, [image_row(one, images=several) for one, several in filled])
+    data, named = data_of(toy, path), data_of(toy, path, image_column="image")
+    assert [[image.size[0] for image in data.row(i)[1]] for i in range(6)] == [[56], [84], [84, 56], [], [], []]
+    assert data.prompt(1).image_mask.sum() == 9
+    assert [len(named.row(i)[1]) for i in range(6)] == [1, 0, 0, 0, 0, 0]
+    path = rows_file(tmp_path, [{"question": "<image>a", "answer": "1", "figure": "a.png"}])
+    with pytest.raises(UserError, match="row 0 says <image> 1 times and has 0 images: no column is .*--image_column"):
+        data_of(toy, path)
+    assert len(data_of(toy, path, image_column="figure").row(0)[1]) == 1
 
 
 def test_pixel_limits(toy, tmp_path):
@@ -143,25 +169,22 @@ def test_pixel_limits(toy, tmp_path):
     folder = str(ROOT / "toy" / "model")
     for least, most, tokens in [(None, 28 * 28 * 40, 36), (28 * 28 * 144, 28 * 28 * 400, 144), (None, 28 * 28 * 4, 4)]:
         processor = load_processor(folder, min_pixels=least, max_pixels=most)
-        data = data_of_image((toy[0], processor), tmp_path)
+        data = data_of((toy[0], processor), rows_file(tmp_path, [image_row()]))
         assert data.prompt(0).image_mask.sum() == tokens
         assert data.tokens[0] == len(data.prompt(0).input_ids)
 
 
-def test_long_prompts_are_dropped_and_counted_never_cut(toy, image_file):
-    lengths = [len(data_of(toy, image_file).prompt(i).input_ids) for i in range(3)]
+def test_long_prompts_are_dropped_and_counted_never_cut(toy, toy_data, image_file):
+    for data in (toy_data, data_of(toy, image_file)):
+        lengths = [len(data.prompt(i).input_ids) for i in data.indices[:14]]
+        assert [data.tokens[i] for i in data.indices[:14]] == lengths
     data = data_of(toy, image_file, max_prompt_tokens=sorted(lengths)[1])
     assert data.dropped == 1 and len(data) == 2 and 1 not in data.indices  # the row with two images
-    for name in ("toy", image_file):
-        data = data_of(toy, name)
-        for i in data.indices[:14]:
-            assert data.tokens[i] == len(data.prompt(i).input_ids)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_order_is_that_of_one_process(toy, world):
-    data = data_of(toy, "toy")
-    data.indices = data.indices[:10]  # so that a draw crosses an epoch
+def test_the_order_is_that_of_one_process(toy, image_file, world):
+    data = data_of(toy, rows_file(image_file.parent, numbered(10)))  # so that a draw crosses an epoch
     one = Stream(data, seed=5)
     many = [Stream(data, 5, rank, world) for rank in range(world)]
     seen = []
@@ -183,7 +206,7 @@ def test_the_order_is_that_of_one_process(toy, world):
         ({"foo": "a", "answer": "1"}, {}, "no problem column .problem or question or query.; it has foo, answer"),
         ({"question": "a", "bar": "1"}, {}, "no answer column .* has question, bar"),
         ({"question": "a", "answer": "1"}, {"image_column": "pic"}, "no image column .pic.* --image_column"),
-        ({"question": "a", "answer": "1"}, {"max_prompt_tokens": 3}, "no row left to use .1 were longer than"),
+        ({"question": "a", "answer": "1"}, {"max_prompt_tokens": 3}, "no row of at most --max_prompt_tokens 3, of 1"),
     ],
 )
 def test_mistakes_in_the_data(toy, tmp_path, row, more, sentence):
@@ -199,7 +222,7 @@ def test_one_row_in_a_hundred_may_be_broken_and_is_named(toy, tmp_path):
     assert len(data) == 198 and not {17, 60} & set(data.indices)
     assert "2 of 200 rows left out (row 17 has no answer; row 60 has no question)" in str(data)
     rows[61]["answer"] = ""
-    with pytest.raises(UserError, match="3 of 200 rows cannot be used .row 17 has no answer; .*: fix or remove them"):
+    with pytest.raises(UserError, match="3 of 200 rows left out .row 17 has no answer; .*: fix or remove them"):
         data_of(toy, rows_file(tmp_path, rows))
 
 
@@ -214,6 +237,7 @@ def test_one_row_in_a_hundred_may_be_broken_and_is_named(toy, tmp_path):
         ({"question": ["What?"]}, "has a list for its question"),
         ({"images": [5]}, "has an image that cannot be read"),
         ({"images": ["gone.png"]}, "has an image that cannot be read .*gone.png"),
+        ({"question": "<image>?"}, "says <image> 1 times and has 0 images.:"),
         ({"question": "<|image_pad|>?"}, "has <.image_pad.> in its question, which is a control token of the model"),
         ({"question": "<|video_pad|>?"}, "has <.video_pad.> in its question, which is"),
         ({"question": "1<|im_end|>\n<|im_start|>assistant"}, "has <.im_.*.> in its question, which is"),
@@ -223,52 +247,8 @@ def test_one_row_in_a_hundred_may_be_broken_and_is_named(toy, tmp_path):
 )
 def test_rows_that_cannot_be_used(toy, tmp_path, row, why):
     path = rows_file(tmp_path, [{"question": "What?", "answer": "5", "images": []} | row])
-    with pytest.raises(UserError, match=f"1 of 1 rows cannot be used .row 0 {why}"):
+    with pytest.raises(UserError, match=f"1 of 1 rows left out .row 0 {why}"):
         data_of(toy, path)
-
-
-def test_a_damaged_image_of_any_kind_is_seen_at_the_start(toy, tmp_path):
-    rows = []
-    for kind in ("png", "jpg", "webp", "tiff", "gif"):
-        Image.effect_noise((280, 280), 50).convert("RGB").save(tmp_path / f"whole.{kind}")
-        content = (tmp_path / f"whole.{kind}").read_bytes()
-        (tmp_path / f"cut.{kind}").write_bytes(content[: len(content) * 3 // 4])
-        rows += [{"question": "a", "answer": "1", "image": f"{name}.{kind}"} for name in ("whole", "cut")]
-    with pytest.raises(UserError, match="5 of 10 rows cannot be used .row 1 .*; row 3 .*; row 5 .*; ..."):
-        data_of(toy, rows_file(tmp_path, rows))
-    data = data_of(toy, rows_file(tmp_path, rows[::2]))
-    assert [data.prompt(i).image_mask.sum().item() for i in range(5)] == [25] * 5
-
-
-@pytest.mark.parametrize(
-    "size, why", [((100, 100), "has an image that cannot be read .*decompression bomb"), ((300, 1), ".*aspect ratio")]
-)
-def test_an_image_that_is_too_large_or_too_wide(toy, tmp_path, monkeypatch, size, why):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    Image.new("RGB", size).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=f"row 0 {why}"):
-        data_of_image(toy, tmp_path)
-
-
-def test_images_in_one_column_or_the_other(toy, tmp_path):
-    """As merged sets have them; null and "" are no image."""
-    for name, size in (("a", 56), ("b", 84)):
-        Image.new("RGB", (size, size)).save(tmp_path / f"{name}.png")
-    filled = [("a.png", None), (None, ["b.png"]), ("", ["b.png", "a.png"]), (None, None), ("", [""]), (None, [None])]
-    rows = [{"question": "a", "answer": "1", "image": one, "images": several} for one, several in filled]
-    data = data_of(toy, rows_file(tmp_path, rows))
-    assert [[image.size[0] for image in data.row(i)[1]] for i in range(6)] == [[56], [84], [84, 56], [], [], []]
-    assert data.prompt(1).image_mask.sum() == 9
-    named = data_of(toy, tmp_path / "d.jsonl", image_column="image")
-    assert [len(named.row(i)[1]) for i in range(6)] == [1, 0, 0, 0, 0, 0]
-
-
-def test_images_in_a_column_of_another_name(toy, tmp_path):
-    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
-    path = rows_file(tmp_path, [{"question": "<image>a", "answer": "1", "figure": "a.png"}])
-    with pytest.raises(UserError, match="row 0 says <image>, and no column is called images or image: set --image_col"):
-        data_of(toy, path)
-    assert len(data_of(toy, path, image_column="figure").row(0)[1]) == 1
 
 
 def test_answers_of_every_type_are_their_text(toy, tmp_path):
@@ -284,84 +264,77 @@ def test_answers_of_every_type_are_their_text(toy, tmp_path):
         "single": (Value("float32"), 1 / 4096, "0.00024414062"),
         "double": (Value("float64"), 1 / 4096, "0.000244140625"),
         "whole": (Value("float32"), 30.0, "30"),
-        "none": (label, -1, None),
-        "question": (Value("string"), "a", None),
     }
-    features = Features({name: kind for name, (kind, _, _) in columns.items()})
-    rows = {name: [value] for name, (_, value, _) in columns.items()}
-    Dataset.from_dict(rows, features).to_parquet(tmp_path / "d.parquet")
+    features = {name: kind for name, (kind, _, _) in columns.items()} | {"none": label, "frage": Value("int8")}
+    rows = {name: [value] for name, (_, value, _) in columns.items()} | {"none": [-1], "frage": [7]}
+    path = tmp_path / "d.parquet"
+    Dataset.from_dict(rows, Features(features)).to_parquet(path)
     for name, (_, _, text) in columns.items():
-        if text:
-            assert data_of(toy, tmp_path / "d.parquet", answer_column=name).row(0)[2] == text
+        assert data_of(toy, path, answer_column=name, problem_column="frage").row(0) == ("7", [], text)
     with pytest.raises(UserError, match="row 0 has no answer"):
-        data_of(toy, tmp_path / "d.parquet", answer_column="none")
+        data_of(toy, path, answer_column="none", problem_column="frage")
     path = rows_file(tmp_path, [{"question": "a", "answer": "2024-01-05"}])
     assert data_of(toy, path).row(0)[2] == "2024-01-05"
+
+
+TYPE_CHANGES = b'{"question": "a", "answer": 1}\n' * 400_000 + b'{"question": "b", "answer": "A"}'  # behind 10 MB
 
 
 @pytest.mark.parametrize(
     "content, sentence",
     [
         (b'{"question": "a", "answer": "1"}\n{"question": "b", \n', "d.jsonl cannot be opened .JSON parse error"),
-        (b"", "d.jsonl must hold rows: one object a line, or a list of objects"),
-        (b"null", "d.jsonl must hold rows"),
+        (b"", "d.jsonl cannot be opened"),
         ('{"question": "\u00e9", "answer": "1"}\n'.encode("latin-1"), "row 0 .*utf-8"),
-        (
-            b'{"question": "a", "answer": 1}\n' * 400_000 + b'{"question": "b", "answer": "A"}',
-            "d.jsonl cannot be opened",
-        ),
+        (TYPE_CHANGES, "d.jsonl cannot be opened"),
     ],
 )
 def test_a_file_that_is_no_json(toy, tmp_path, content, sentence):
-    """The last one changes its type behind the first 10 MB, from which a type is guessed."""
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         data_of(toy, tmp_path / "d.jsonl")
 
 
+def test_unknown_data_and_no_network(toy, tmp_path, no_waiting):
+    with pytest.raises(UserError, match="data nobody/nothing cannot be opened .*local folder"):
+        data_of(toy, "nobody/nothing")
+    (tmp_path / "notes.txt").write_text("hello")
+    for name in (tmp_path / "notes.txt", tmp_path):
+        with pytest.raises(UserError, match="must be a parquet, json or jsonl file"):
+            data_of(toy, name)
+
+
 def test_files_of_a_folder_are_of_the_split_that_their_names_say(toy, tmp_path):
-    (tmp_path / "data").mkdir()
     for name, count in (("train-00000", 3), ("train-00001", 2), ("test-00000", 4), ("validation-00000", 1)):
         rows_file(tmp_path / "data", numbered(count), f"{name}.jsonl")
-    assert [len(data_of(toy, tmp_path, split)) for split in ("train", "test", "validation")] == [5, 4, 1]
+    lengths = {"train": 5, "test": 4, "validation": 1, "val": 1, "dev": 1}
+    assert {split: len(data_of(toy, tmp_path, split)) for split in lengths} == lengths
     with pytest.raises(UserError, match="has no split final; it has test, train, validation: name one with --data_sp"):
         data_of(toy, tmp_path, "final")
-    assert len(data_of(toy, tmp_path, "val")) == len(data_of(toy, tmp_path, "dev")) == 1
+    assert len(data_of(toy, tmp_path).for_evaluation()) == 4
+    (tmp_path / "data/test-00000.jsonl").unlink()
     data = data_of(toy, tmp_path)
-    assert len(data.for_evaluation()) == 4 and len(data) == 5
-
-
-def test_a_folder_of_test_files_alone_is_not_evaluated_on_what_it_trains_on(toy, tmp_path):
-    rows_file(tmp_path, numbered(30), "test-00000.jsonl")
-    data = data_of(toy, tmp_path)
-    held = data.for_evaluation()
-    assert len(held) == 3 and len(data) == 27 and not set(held.indices) & set(data.indices)
-
-
-def test_a_split_that_a_folder_does_not_have_is_not_replaced_by_rows_of_another(toy, tmp_path):
-    for name, count in (("train", 20), ("dev", 3)):
-        rows_file(tmp_path, numbered(count), f"{name}.jsonl")
-    data = data_of(toy, tmp_path)
-    with pytest.raises(UserError, match="has no split test; it has validation, train: name one with --data_split or"):
-        data.for_evaluation()
-    assert len(data_of(toy, tmp_path, eval_split="val").for_evaluation()) == 3 and len(data) == 20
+    with pytest.raises(UserError, match="has no split test; it has train, validation"):
+        data.for_evaluation()  # no rows of another
+    assert len(data_of(toy, tmp_path, eval_split="val").for_evaluation()) == 1 and len(data) == 5
+    (tmp_path / "a.json").write_text(json.dumps(numbered(3)))
+    assert len(data_of(toy, tmp_path / "a.json")) == 3
+    for i in range(2):
+        Dataset.from_list(numbered(2)).to_parquet(tmp_path / f"parquet/{i}.parquet")
+    assert len(data_of(toy, tmp_path / "parquet")) == 4
 
 
 def test_what_is_hidden_in_a_folder_is_no_data(toy, tmp_path):
-    (tmp_path / ".cache").mkdir()
-    rows_file(tmp_path, [{"question": "1?", "answer": "1"}], "train.jsonl")
-    rows_file(tmp_path, [{"question": "2?", "answer": "2"}], ".train-old.jsonl")
-    rows_file(tmp_path / ".cache", [{"question": "3?", "answer": "3"}], "train-copy.jsonl")
+    for name, count in (("train.jsonl", 1), (".train-old.jsonl", 2), (".cache/train-copy.jsonl", 3)):
+        rows_file(tmp_path, numbered(count), name)
     assert len(data_of(toy, tmp_path)) == 1
-    assert len(data_of(toy, tmp_path / ".train-old.jsonl")) == 1  # named, it is
+    assert len(data_of(toy, tmp_path / ".train-old.jsonl")) == 2  # named, it is
 
 
 def test_the_name_of_a_file_is_no_pattern(toy, tmp_path):
-    for name, answer in (("train[1]", "1"), ("train1", "2"), ("q?", "3"), ("qu", "4")):
-        rows_file(tmp_path, [{"question": "?", "answer": answer}], f"{name}.jsonl")
-    for name, answer in (("train[1]", "1"), ("q?", "3")):
-        data = data_of(toy, tmp_path / f"{name}.jsonl")
-        assert len(data) == 1 and data.prompt(0).answer == answer
+    for name, count in (("train[1]", 1), ("train1", 2), ("q?", 3), ("qu", 4)):
+        rows_file(tmp_path, numbered(count), f"{name}.jsonl")
+    assert [len(data_of(toy, tmp_path / f"{name}.jsonl")) for name in ("train[1]", "q?")] == [1, 3]
 
 
 def test_a_file_that_is_written_again_with_its_old_time_is_read_again(toy, tmp_path):
@@ -376,43 +349,25 @@ def test_images_are_relative_to_the_file_also_in_a_folder(toy, tmp_path):
     for folder, size in (("data/train", 56), ("data", 84), ("data/more", 112)):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (size, size)).save(tmp_path / folder / "a.png")
-    row = {"images": ["a.png"], "question": "?", "answer": "1"}
-    rows_file(tmp_path / "data/train", [row], "train.jsonl")
+    rows_file(tmp_path, [image_row()], "data/train/train.jsonl")
     assert data_of(toy, tmp_path / "data").row(0)[1][0].size == (56, 56)
     (tmp_path / "data/train/a.png").unlink()  # then relative to the folder that was given
     assert data_of(toy, tmp_path / "data").row(0)[1][0].size == (84, 84)
-    rows_file(tmp_path / "data/more", [row], "train-more.jsonl")  # of files of several folders too
+    rows_file(tmp_path, [image_row()], "data/more/train-more.jsonl")  # of files of several folders too
     assert {data_of(toy, tmp_path / "data").row(i)[1][0].size for i in (0, 1)} == {(84, 84)}
 
 
 def test_a_local_file_is_split_by_the_seed(toy, tmp_path):
-    path = rows_file(tmp_path, numbered(57))
-    data, again, other = (data_of(toy, path, seed=seed) for seed in (0, 0, 1))
+    path = rows_file(tmp_path, numbered(57), "test-00000.jsonl")  # of a single split, whatever its name
+    data, again, other, folder = (data_of(toy, x, seed=i) for i, x in ((0, path), (0, path), (1, path), (0, tmp_path)))
     held = data.for_evaluation()
     assert len(held) == 5 and len(data) == 52 and not set(held.indices) & set(data.indices)
-    assert str(held).startswith("rows held out of d.jsonl: 5 prompts, 0 dropped as too long, no column of images")
-    assert again.for_evaluation().indices == held.indices != other.for_evaluation().indices
-    few = data_of(toy, rows_file(tmp_path, numbered(9), "few.jsonl"))
-    assert few.for_evaluation() is None and len(few) == 9
+    assert str(held).startswith("rows held out of test-00000.jsonl: 5 prompts, 0 dropped as too long, no column of im")
+    assert folder.for_evaluation().indices == again.for_evaluation().indices == held.indices
+    assert other.for_evaluation().indices != held.indices
     given = data_of(toy, path, eval_data=str(path))
     assert given.for_evaluation().indices == given.indices  # as asked for
-
-
-def test_more_than_500_rows_are_not_held_out(toy, tmp_path):
-    data = data_of(toy, rows_file(tmp_path, numbered(20)))
-    data.indices = list(range(6000))
-    assert len(data.for_evaluation()) == 500 and len(data) == 5500
-
-
-def test_unknown_data_and_no_network(toy, tmp_path, no_waiting):
-    with pytest.raises(UserError, match="--data nobody/nothing cannot be opened .*local folder"):
-        data_of(toy, "nobody/nothing")
-    (tmp_path / "notes.txt").write_text("hello")
-    for name in (tmp_path / "notes.txt", tmp_path):
-        with pytest.raises(UserError, match="must be a parquet, json or jsonl file"):
-            data_of(toy, name)
-
-
-def test_prompt_text_of_plain_text(toy):
-    text = prompt_text(toy[1], "One?", "Say it.")
-    assert text.endswith("<|im_start|>user\nOne?\nSay it.<|im_end|>\n<|im_start|>assistant\n")
+    again.indices = list(range(6000))
+    assert len(again.for_evaluation()) == 500 and len(again) == 5500
+    few = data_of(toy, rows_file(tmp_path, numbered(9), "few.jsonl"))
+    assert few.for_evaluation() is None and len(few) == 9

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from types import SimpleNamespace
 
 import datasets
@@ -123,16 +122,15 @@ def test_rows_of_the_hubs_schema(name, toy, tmp_path, check):
 
 
 @pytest.mark.parametrize("name", TABLES)
-@pytest.mark.parametrize("column", ["answer", "question"])
-def test_a_row_without_question_or_gold_is_refused(name, column, toy, tmp_path):
+def test_a_row_without_question_or_gold_is_refused(name, toy, tmp_path):
     """None never becomes the word "None", nor a "no"."""
-    columns = {"answer": {"answer", "gt_answer", "ground_truth"}, "question": {"question", "problem"}}[column]
     row = ROWS[name][0]
-    path = write(tmp_path / "rows.parquet", [row, {key: None if key in columns else row[key] for key in row}])
-    if name == "mmmu_pro_vision" and column == "question":
-        return  # the image holds it
-    with pytest.raises(UserError, match=f"1 of 2 rows cannot be used .row 1 (has no {column}|is not in the schema)"):
-        questions(name, path, toy)
+    for what, columns in (("answer", ["answer", "gt_answer", "ground_truth"]), ("question", ["question", "problem"])):
+        empty = {key: None for key in columns if key in row}  # none is left where the image holds the question
+        path = write(tmp_path / f"{what}.parquet", [row, row | empty])
+        if empty:
+            with pytest.raises(UserError, match=f"1 of 2 rows left out .row 1 (has no {what}|is not in the schema)"):
+                questions(name, path, toy)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +141,25 @@ def test_a_row_without_question_or_gold_is_refused(name, column, toy, tmp_path):
     ],
 )
 def test_a_row_of_another_schema_is_refused(name, row, why, toy, tmp_path):
-    path = write(tmp_path / "rows.parquet", [row])
     with pytest.raises(UserError, match=f"row 0 is not in the schema of --benchmarks {name} .{why}"):
-        questions(name, path, toy)
+        questions(name, write(tmp_path / "rows.parquet", [row]), toy)
+
+
+WEMATH = {  # as some of the hub's rows have their options: strays, full-width points, separators that are missing
+    "A. 3 dm; B. 30; C. No": ["3 dm", "30", "No"],
+    "A. to point ;O.;B. to ;C.  ;C. No.; D. None": ["to point ;O.", "to ;C.", "No.", "None"],
+    "A. 1;B．2;C. 3": ["1", "2", "3"],
+    "A. 45° B. 60° ;C. 120°": ["45°", "60°", "120°"],
+    "A:x;C. y; B. z; C. w": ["x;C. y", "z", "w"],
+}
 
 
 def test_options_are_read_and_printed_and_the_letter_is_asked_for():
     for options in ("[['a', 'b']]", "['a', 'b']", ["a", "b"], [["a", "b"]]):
         assert evaluation.list_of(options) == ["a", "b"]
     assert evaluation.list_of(["[1]"]) == ["[1]"]
+    for text, options in WEMATH.items():
+        assert BENCHMARKS["wemath"].read(ROWS["wemath"][0] | {"option": text}).options == options
     text = choose("Which?", ["30", "40"])
     assert text == "Which?\n(A) 30\n(B) 40\nAnswer with the letter of the right option."
     assert "(A)" not in choose("Which?", ["A", "B"])
@@ -173,9 +181,8 @@ def test_prompt_of_training_and_evaluation_is_the_same(toy, tmp_path):
     assert not torch.equal(a.input_ids, asked.prompt(0).input_ids)
 
 
-PUBLISHED = [  # answer, gold, options, verdict
+CHOICES = [  # answer, gold, options, verdict
     ("(A)", "A", ["x", "y"], True),
-    ("\\text{(A)}", "A", ["x", "y"], True),
     ("A. 30", "A", ["30", "40"], True),
     ("30", "A", ["30", "40"], True),
     ("30", "A", ["30", "30"], True),  # as the row has it
@@ -194,92 +201,51 @@ PUBLISHED = [  # answer, gold, options, verdict
     ("K", "L", [f"{i} m" for i in range(12)], False),
     ("50", "A", ["30", "40"], False),
     ("B", "A", ["30", "40"], False),
-    ("30^\\circ", "30", None, True),
-    ("30°", "30", None, True),
-    ("12 cm", "12", None, True),
-    ("x=5", "5", None, True),
-    ("3/2", "1.5", None, True),
-    ("\\frac{3}{2}", "1.5", None, True),
-    ("2\\sqrt{3}", "\\sqrt{12}", None, True),
-    ("50\\%", "50", None, True),
-    ("0.333", "\\frac{1}{3}", None, False),
-    ("3.46", "2\\sqrt{3}", None, False),
-    ("None", "5", None, False),
-    ("9**9**9", "5", None, False),
-    ("9999999!", "5", None, False),
+    ("ATP", "ATP", [], True),  # no option, as far as is known
+    ("no idea", "Yes", [], False),
+    ("12.0", "12", [], True),
 ]
-
-
-@pytest.mark.parametrize("answer, gold, options, verdict", PUBLISHED)
-def test_published_cases(check, answer, gold, options, verdict):
-    question = Question("", [], gold, "choice" if options else "free", options or [])
-    start = time.time()
-    assert judge(check, f"so \\boxed{{{answer}}}", question) == verdict
-    assert time.time() - start < 3 * check.seconds
-
-
 OTHER_KINDS = [  # answer, gold, kind, digits, verdict
+    ("2\\sqrt{3}", "\\sqrt{12}", "free", None, True),  # more of these in answers.tsv
+    ("9**9**9", "5", "free", None, False),
     ("C, A", "A, C", "letters", None, True),
     ("AC", "A, C", "letters", None, True),
     ("A", "A, C", "letters", None, False),
+    ("banana", "12", "letters", None, False),  # neither names an option
+    ("K", "K", "letters", None, True),
+    ("12", "12", "letters", None, True),
     ("2.449", "2.4", "float", 1, True),
     ("2.46", "2.4", "float", 1, False),
     ("1.235", "1.234", "float", None, True),
     ("1.236", "1.234", "float", None, False),
     ("\\frac{1}{2}", "0.5", "float", None, True),
-    ("Yes.", "yes", "yes/no", None, True),
-    ("No, it is not", "no", "yes/no", None, True),
-    ("Nothing", "no", "yes/no", None, False),
-    ("It cannot be told", "no", "yes/no", None, False),
-    ("It cannot be told", "no", "yes/no or unsure", None, True),
-    ("Uncertain.", "yes", "yes/no or unsure", None, True),
-    ("Nothing", "no", "yes/no or unsure", None, False),
-    ("Yes, I am not sure why", "no", "yes/no or unsure", None, False),
-    ("Insufficient information", "no", "yes/no or unsure", None, True),
-    ("No, yes", "no", "yes/no", None, False),
-    ("no or yes", "yes", "yes/no", None, False),
-    ("No idea", "no", "yes/no", None, False),
     ("3.9", "3", "integer", None, True),
     ("3 apples", "3", "integer", None, True),
     ("4", "3", "integer", None, False),
     ("1e400", "3", "integer", None, False),
-    ("banana", "12", "letters", None, False),  # neither names an option
-    ("K", "K", "letters", None, True),
-    ("ATP", "ATP", "choice", None, True),  # no option, as far as is known
-    ("12", "12", "letters", None, True),
-    ("no idea", "Yes", "choice", None, False),
-    ("12.0", "12", "choice", None, True),
+    ("Yes.", "yes", "yes/no", None, True),
+    ("No, it is not", "no", "yes/no", None, True),
+    ("Nothing", "no", "yes/no", None, False),
+    ("It cannot be told", "no", "yes/no", None, False),
+    ("No, yes", "no", "yes/no", None, False),
+    ("no or yes", "yes", "yes/no", None, False),
+    ("No idea", "no", "yes/no", None, False),
+    ("It cannot be told", "no", "yes/no or unsure", None, True),
+    ("Uncertain.", "yes", "yes/no or unsure", None, True),
+    ("Insufficient information", "no", "yes/no or unsure", None, True),
+    ("Nothing", "no", "yes/no or unsure", None, False),
+    ("Yes, I am not sure why", "no", "yes/no or unsure", None, False),
 ]
+
+
+@pytest.mark.parametrize("answer, gold, options, verdict", CHOICES)
+def test_verdicts_of_a_choice(check, answer, gold, options, verdict):
+    assert judge(check, f"so \\boxed{{{answer}}}", Question("", [], gold, "choice", options)) == verdict
 
 
 @pytest.mark.parametrize("answer, gold, kind, digits, verdict", OTHER_KINDS)
 def test_verdicts_of_the_other_kinds(check, answer, gold, kind, digits, verdict):
     assert judge(check, f"\\boxed{{{answer}}}", Question("", [], gold, kind, digits=digits)) == verdict
-
-
-def test_a_thousand_answers_take_less_than_six_seconds(check):
-    cases = [("\\frac{%d}{4}", "%d/4"), ("%d cm", "%d"), ("\\sqrt{%d}", "%d"), ("(B)", "B"), ("x = %d.0", "%d")]
-    check.equal("\\sqrt{3}", "4")  # its process has started
-    start = time.time()
-    for i in range(1000):
-        answer, gold = (text % (i % 97) if "%d" in text else text for text in cases[i % 5])
-        judge(check, f"\\boxed{{{answer}}}", Question("", [], gold))
-    assert time.time() - start < 6
-
-
-WEMATH = {  # as some of the hub's rows have their options: strays, full-width points, separators that are missing
-    "A. 3 dm; B. 30; C. No": ["3 dm", "30", "No"],
-    "A. to point ;O.;B. to ;C.  ;C. No.; D. None": ["to point ;O.", "to ;C.", "No.", "None"],
-    "A. 1;B．2;C. 3": ["1", "2", "3"],
-    "A. 45° B. 60° ;C. 120°": ["45°", "60°", "120°"],
-    "A:x;C. y; B. z; C. w": ["x;C. y", "z", "w"],
-}
-
-
-@pytest.mark.parametrize("text", WEMATH)
-def test_options_in_one_text(text):
-    row = ROWS["wemath"][0] | {"option": text}
-    assert BENCHMARKS["wemath"].read(row).options == WEMATH[text]
 
 
 def result_row(correct, group=None, **more):
@@ -311,6 +277,8 @@ def test_scores_of_hallusionbench_dynamath_and_mathverse():
     rows = [result_row([right], index=index) for index, right in ((0, True), (0, True), (1, True), (1, False))]
     got = scores("dynamath", rows)
     assert (got["average"], got["worst_case"]) == (0.75, 0.5)
+    rows = [result_row([True, True]), result_row([False], index=1, asked=False)]  # not asked: wrong in both samples
+    assert scores("dynamath", rows)["worst_case"] == 0.5
     rows = [result_row([right], {"version": version}) for right, version in ((True, "a"), (False, "a"), (True, "b"))]
     got = scores("mathverse", rows)
     assert (got["a"], got["b"]) == (0.5, 1.0)
@@ -328,25 +296,25 @@ def test_figures_of_hallusionbench():
 
 
 def test_compare(tmp_path):
-    protocol = {"model": "a", "temperature": 0.0, "seed": 0}
-    a, b = tmp_path / "a", tmp_path / "b"
-    for folder, right in ((a, [1, 0, 0, 0, 1, 0, 0, 1]), (b, [1, 1, 1, 1, 1, 0, 1, 0])):
+    protocol, folders = {"model": "a", "temperature": 0.0, "seed": 0}, (tmp_path / "a", tmp_path / "b")
+    for folder, right in zip(folders, ([1, 0, 0, 0, 1, 0, 0, 1], [1, 1, 1, 1, 1, 0, 1, 0])):
         folder.mkdir()
         (folder / "results.json").write_text(json.dumps({"protocol": protocol, "scores": {"toy": {}}}))
-        (folder / "toy.jsonl").write_text("".join(json.dumps({"correct": [bool(x)], "index": 1}) + "\n" for x in right))
-    line = compare(a, b)[1].split()
-    assert line[:5] == ["toy", "8", "37.5%", "75.0%", "+37.5%"]
-    low, high = (float(x.strip("[],%")) for x in line[5:7])
-    assert -25 <= low < 37.5 < high <= 87.5
-    assert line[-1] == f"{2 * (1 + 5) / 32:.3g}"  # 4 rows against 1: 0 or 1 of 5, on either side
-    rows = (b / "toy.jsonl").read_text()
-    for other in (rows.partition("\n")[2], rows.replace('"index": 1', '"index": 7', 1)):
-        (b / "toy.jsonl").write_text(other)
+        rows = [{"part": 0, "index": i, "answer": "1", "correct": [bool(x)]} for i, x in enumerate(right)]
+        (folder / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare(*folders)["toy"]
+    assert (found["rows"], found["first"], found["second"], found["difference"]) == (8, 3 / 8, 6 / 8, 3 / 8)
+    assert -0.25 <= found["95 % from"] < 0.375 < found["to"] <= 0.875
+    assert found["sign test"] == f"p = {2 * (1 + 5) / 32:.3g}"  # 4 rows against 1: 0 or 1 of 5, on either side
+    assert compare(folders[0], folders[0])["toy"]["sign test"] == "p = 1"
+    text = (folder / "toy.jsonl").read_text()
+    for other in (text.partition("\n")[2], text.replace('"index": 1', '"index": 9'), text.replace('"1"', '"2"', 1)):
+        (folder / "toy.jsonl").write_text(other)
         with pytest.raises(UserError, match="hold other rows of toy"):
-            compare(a, b)
-    (b / "results.json").write_text(json.dumps({"protocol": protocol | {"seed": 1}, "scores": {}}))
+            compare(*folders)
+    (folder / "results.json").write_text(json.dumps({"protocol": protocol | {"seed": 1}, "scores": {}}))
     with pytest.raises(UserError, match="differ in seed"):
-        compare(a, b)
+        compare(*folders)
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved_and_counted(monkeypatch):
@@ -357,10 +325,10 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_counted(monkeypatch):
 
     monkeypatch.setattr(evaluation, "rollout", sample)
     fake = SimpleNamespace(model=None, processor=SimpleNamespace(tokenizer=None), args=Args(), retries=0)
-    fake.ask = lambda prompts: evaluation.Evaluation.ask(fake, prompts)
-    assert fake.ask(range(10)) == [f"group {p}" for p in range(10)] and fake.retries == 3
+    fake.sample = lambda prompts: evaluation.Evaluation.sample(fake, prompts)
+    assert fake.sample(range(10)) == [f"group {p}" for p in range(10)] and fake.retries == 3
     with pytest.raises(UserError, match="one prompt is too much"):
-        fake.ask(["large"])
+        fake.sample(["large"])
 
 
 def test_bf16_rounds_weights_and_no_position(tmp_path):
@@ -450,14 +418,14 @@ def test_rows_that_were_trained_on_are_not_called_held_out(tmp_path, evaluate, m
 
 def test_rows_with_unusual_line_ends_are_read_again(tmp_path, evaluate):
     path = text_rows(tmp_path / "mine.jsonl", "1234", "one\u2028two\u2029three\u0085four")
-    score = evaluate("--data", path)["scores"]["own"]
+    score, file = evaluate("--data", path)["scores"]["own"], tmp_path / "out/own.jsonl"
     assert (score["rows"], score["not_asked"]) == (4, 0)
-    shutil.copy(tmp_path / "out/own.jsonl", tmp_path / "out/own.0.part")  # killed between writing the one
-    assert evaluate("--data", path, "--resume")["scores"]["own"]["rows"] == 4  # and removing the other
-    with (tmp_path / "out/own.0.part").open("ab") as half:
-        half.write('{"problem": "é'.encode()[:-1])
-    assert evaluate("--data", path, "--resume")["scores"]["own"]["rows"] == 4
-    assert len(compare(tmp_path / "out", tmp_path / "out")) == 2
+    whole = file.read_bytes()
+    assert [json.loads(line)["index"] for line in whole.decode().split("\n")[:-1]] == [0, 1, 2, 3]
+    for end in (b"", b"\n", '\n{"problem": "é'.encode()[:-1]):  # killed while it wrote a row
+        file.write_bytes(b"\n".join(whole.split(b"\n")[1:3]) + end)
+        assert evaluate("--data", path, "--resume")["scores"]["own"] == score and file.read_bytes() == whole
+    assert len(compare(tmp_path / "out", tmp_path / "out")) == 1
 
 
 def test_the_output_does_not_lie_among_the_rows(tmp_path, evaluate):
@@ -478,6 +446,8 @@ def test_an_evaluation_that_goes_on_asks_the_same_model_the_same_rows(tmp_path, 
     assert found["protocol"]["model"] == str(one.resolve())
     assert found["protocol"]["min_pixels"] > 0 and found["protocol"]["max_pixels"] > 0  # what holds
     assert evaluate(*flags, "--resume") == found
+    with pytest.raises(UserError, match="holds an evaluation: --resume goes on with it"):
+        evaluate(*flags)
     last.unlink()
     last.symlink_to("step-2")
     with pytest.raises(UserError, match="was begun with another model: give the same"):
@@ -495,7 +465,7 @@ def test_an_evaluation_that_goes_on_asks_the_same_model_the_same_rows(tmp_path, 
     with pytest.raises(UserError, match="hold other rows of own: evaluate them alike"):
         compare(tmp_path / "out", tmp_path / "other")
     evaluate("--model", two, "--data", path, output="second")
-    assert len(compare(tmp_path / "other", tmp_path / "second")) == 2  # two models, one file
+    assert len(compare(tmp_path / "other", tmp_path / "second")) == 1  # two models, one file
 
 
 def test_damaged_rows_in_a_hundred_count_as_wrong_and_those_without_an_answer_not(tmp_path, evaluate, capsys):
@@ -517,7 +487,7 @@ def test_own_data_is_called_own(tmp_path, evaluate, capsys):
     assert "own" in out and "mine.parquet" in out and "toy" not in out.splitlines()[1]
     assert 0 < score["not_asked"] < 10 and score["rows"] == 10 and score["accuracy"] <= 1 - score["not_asked"] / 10
     text_rows(tmp_path / "mine.jsonl", [3, None, 5])
-    with pytest.raises(UserError, match="1 of 3 rows cannot be used .row 1 has no answer"):
+    with pytest.raises(UserError, match="1 of 3 rows left out .row 1 has no answer"):
         evaluate("--data", tmp_path / "mine.jsonl", output="damaged")
 
 
@@ -526,14 +496,13 @@ def test_own_data_is_called_own(tmp_path, evaluate, capsys):
     [
         (["--benchmarks", "toy,mathvist"], "--benchmarks mathvist is not one of toy, toy-faint, geometry3k"),
         (["--benchmarks", "own"], "--benchmarks own is not one of .*; your own data needs --data"),
-        (["--data", "x.parquet", "--benchmarks", "toy,mmk12"], "--data is for one benchmark"),
         (["--samples", 4], "--samples 4 at --temperature 0 are all the same"),
         (["--check_seconds", "nan"], "--check_seconds nan must be above 0"),
         (["--min_pixels", 5000, "--max_pixels", 4000], "--min_pixels 5000 is more than --max_pixels 4000"),
         (["--model", "/nowhere"], "--model /nowhere cannot be opened"),
-        (["--compare", "runs/x"], "--compare takes two result folders, not 1"),
+        (["--compare", "runs/x"], "argument --compare: expected 2 arguments"),
         (["--compare", "runs/x", "runs/y"], "--compare: runs/x has no results.json: evaluate it first"),
-        (["--max_prompt_tokens", 5], "has no row left to use"),
+        (["--max_prompt_tokens", 5], "has no row of at most --max_prompt_tokens 5"),
     ],
 )
 def test_mistakes_get_a_sentence(evaluate, tmp_path, flags, sentence):

@@ -36,13 +36,8 @@ def groups(*texts):
 
 
 def test_rewards_are_the_weighted_sum():
-    both, neither, accuracy_only, format_only = (
-        r"<think>a</think>\boxed{1}",
-        "1",
-        r"\boxed{1}",
-        r"<think></think>\boxed{2}",
-    )
-    made = groups(("1", (both, neither)), ("1", (accuracy_only, format_only)))
+    accuracy_only, format_only = r"\boxed{1}", r"<think></think>\boxed{2}"
+    made = groups(("1", (r"<think>a</think>\boxed{1}", "1")), ("1", (accuracy_only, format_only)))
     rewards = stack_rewards(Reward(SharedArgs())(made), 2)
     assert torch.allclose(rewards, torch.tensor([[1.0, 0.0], [0.9, 0.1]]))
     assert made[1].accuracy.tolist() == [1, 0] and made[1].format.tolist() == [0, 1]
@@ -50,28 +45,19 @@ def test_rewards_are_the_weighted_sum():
     assert stack_rewards(made, 2).tolist() == [[0.0, 1.0]] and stack_rewards([], 2).shape == (0, 2)
 
 
-def test_a_reward_of_ones_own(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text("def length(problems, responses, answers):\n    return [len(text) for text in responses]\n")
-    made = groups(("1", ("a", "bcd")), ("1", ("", "ef")))
-    assert stack_rewards(Reward(SharedArgs(reward=f"{file}:length"))(made), 2).tolist() == [[1, 3], [0, 2]]
-    assert made[0].accuracy.tolist() == [0, 0]  # still measured
-
-
-def test_a_reward_file_is_a_module_like_any_other(tmp_path):
+def test_a_reward_of_ones_own_is_a_module_like_any_other(tmp_path):
     """It imports what lies next to it, has dataclasses, and may use up what it is given."""
     (tmp_path / "beside_the_reward.py").write_text("HALF = 0.5\n")
     (tmp_path / "mine.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_reward import HALF\n"
         "@dataclass\nclass Score:\n    value: float\n"
-        "def f(problems, responses, answers):\n    n = len(responses)\n    responses.clear()\n"
-        "    return [Score(HALF).value] * n\n"
+        "def f(problems, responses, answers):\n    lengths = [len(text) for text in responses]\n"
+        "    responses.clear()\n    return [Score(HALF * length).value for length in lengths]\n"
     )
     made = groups(("1", ("a", "bcd")), ("1", ("", "ef")))
-    assert stack_rewards(Reward(SharedArgs(reward=f"{tmp_path}/mine.py:f"))(made), 2).tolist() == [
-        [0.5, 0.5],
-        [0.5, 0.5],
-    ]
+    rewards = stack_rewards(Reward(SharedArgs(reward=f"{tmp_path}/mine.py:f"))(made), 2)
+    assert rewards.tolist() == [[0.5, 1.5], [0, 1]]
+    assert made[0].accuracy.tolist() == [0, 0]  # still measured
 
 
 @pytest.mark.parametrize(

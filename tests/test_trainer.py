@@ -337,7 +337,7 @@ def test_seed_decides_everything(tmp_path):
         ({"resume": True}, "there is no checkpoint"),
         ({"reward": "nowhere.py:f"}, "there is no file nowhere.py"),
         ({"report_to": "wandb"}, "--report_to wandb is none of those that are installed: .*all"),
-        ({"eval_data": "/nowhere.parquet", "eval_rows": 5}, "--eval_data /nowhere.parquet cannot be opened"),
+        ({"eval_data": "/nowhere.parquet", "eval_rows": 5}, "data /nowhere.parquet cannot be opened"),
     ],
 )
 def test_mistakes_in_what_a_run_needs(args, no_waiting, more, sentence):
