@@ -39,7 +39,6 @@ from plumbing.arguments import (
     INSTRUCTION,
     UserError,
     check_numbers,
-    check_together,
     flag,
     model_source,
     parse_args,
@@ -114,7 +113,6 @@ class Args:
             self.max_pixels = self.max_pixels or 1_000_000
         self.group_size = self.samples
         check_numbers(self)
-        check_together(self)
         known = [*BENCHMARKS, "own"] if self.data or trained else [*BENCHMARKS]
         for name in self.benchmarks.split(","):
             if name not in known:

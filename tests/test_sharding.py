@@ -87,8 +87,6 @@ def assert_equal(one, two):
 
 EVERYTHING = ["--updates_per_step", 2, "--kl_coef", 0.05, "--entropy_coef", 0.01, "--gradient_checkpointing"]
 EVERYTHING += ["--tokens_per_row", 130, "--temperature", 1.3, "--aggregation", "sequence", "--max_grad_norm", 0.1]
-
-
 LORA = ["--lora_rank", 4, "--learning_rate", 1e-3]
 
 
@@ -135,7 +133,8 @@ def compiled(function, device, trace=kernels.compiled):
     return trace(function, device)
 patch(kernels, "compiled", compiled)
 """
-    compare("--eval_rows", 0, "--gradient_checkpointing", "--steps", 1, patch=traced)
+    flags = ["--eval_rows", 0, "--gradient_checkpointing", "--steps", 1, "--prompts_per_step", 2, "--group_size", 2]
+    compare(*flags, "--max_response_tokens", 12, patch=traced)
 
 
 SAEI = ["--n1", 2, "--n2", 2, "--step", 0.2, "--measure_every", 2]
@@ -339,12 +338,14 @@ patch(trainer.Trainer, "steps", again)
 """
 
 
-@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
-def test_adapters_of_another_number_of_processes_are_bit_identical(tmp_path, first, then, finished):
+def test_adapters_of_another_number_of_processes_are_bit_identical(tmp_path, finished):
+    """Two processes write them, one reads and writes them, and two again."""
     flags, output = [*LORA, "--eval_rows", 0, "--steps", 1], tmp_path / "run"
-    before, _ = finished(first, output, *flags)
-    after, _ = finished(then, output, *flags, "--resume", patch=SAVES_AT_ONCE)
-    assert same(before, after) and len(list(output.glob("step-1*"))) == 2  # it was written again
+    before, _ = finished(2, output, *flags)
+    for processes in (1, 2):
+        after, _ = finished(processes, output, *flags, "--resume", patch=SAVES_AT_ONCE)
+        assert same(before, after)
+    assert len(list(output.glob("step-1*"))) == 3  # it was written again
 
 
 FULL_ON_THE_MAIN = """
@@ -388,7 +389,7 @@ def test_each_process_writes_its_own_part_of_the_optimiser(tmp_path, finished, s
     assert codes == [2, 2] and "optimizer are not all of this checkpoint: point" in console
     other.unlink()
     codes, console = start(2, output, "--eval_rows", 0, "--steps", 2, "--resume")
-    assert codes == [2, 2] and "its optimizer/ holds 1 files of 2" in console
+    assert codes == [2, 2] and "optimizer are not all of this checkpoint: point" in console
 
 
 def written(folder):
