@@ -372,7 +372,7 @@ class Batch:
             self.active, self.real, self.after = (x[still_active] for x in (self.active, self.real, self.after))
             self.cache.select(still_active)
             self.step = None
-        return on_any_process(len(still_active), self.sharded, ended.device)
+        return on_any_process(len(still_active), self.sharded)
 
 
 @torch.no_grad()

@@ -41,7 +41,6 @@ from plumbing.arguments import (
     INSTRUCTION,
     UserError,
     check_numbers,
-    check_together,
     flag,
     model_source,
     parse_args,
@@ -119,7 +118,6 @@ class Args:
                 setattr(self, name, default)
         self.group_size = self.samples
         check_numbers(self)
-        check_together(self)
         known = [*BENCHMARKS, "own"] if self.data or trained else [*BENCHMARKS]
         for name in self.benchmarks.split(","):
             if name not in known:

@@ -30,7 +30,7 @@ from plumbing.families import processor_files
 from plumbing.kernels import bf16_products, use_cores
 from plumbing.memory import choose_checkpointing, dry_run, errors_of_a_gpu, trial_update
 from plumbing.metrics import Metrics, draw_curves, evaluation_metrics, means, read_runs, shown
-from plumbing.sharding import all_reduce, clip_gradients, local, on_main, start_processes, unsharded
+from plumbing.sharding import clip_gradients, local, on_main, start_processes, unsharded
 
 LOGGED = ["reward", "accuracy", "format", "response_tokens", "truncated", "zero_advantage_groups"]
 LOGGED += ["loss", "entropy", "clip_fraction", "approx_kl"]  # in every line of metrics.jsonl, null if not measured
@@ -52,7 +52,7 @@ class Trainer:
         self.metrics = Metrics(self.accelerator, self.output / "metrics.jsonl")
         self.seconds = {}  # of each phase of a step
         folder, state = checkpoints.find_checkpoint(args)
-        args.gradient_checkpointing, why = choose_checkpointing(args, self.world_size)
+        why = choose_checkpointing(args, self.world_size)
         self.print_main(f"{why}; {use_cores()}")
         self.processor, self.model, self.reference = load_models(args, self.accelerator, folder)
         self.tokenizer, source = self.processor.tokenizer, (model_source(args), args.model_revision)
@@ -63,8 +63,8 @@ class Trainer:
         self.restore(folder, state)
         self.on_signals(self.stop)
         self.lock = on_main(lambda: checkpoints.open_output(args, folder, state))
-        if state and (changed := checkpoints.changes(args, state, self.data.contents)):
-            self.metrics.write({"step": self.step, "changed": changed})
+        if self.changed:
+            self.metrics.write({"step": self.step, "changed": self.changed})
         if args.report_to:
             self.accelerator.init_trackers(self.output.name, config=dataclasses.asdict(args))
 
@@ -121,11 +121,11 @@ class Trainer:
 
     def restore(self, folder, state):
         """Counters, history, optimizer and the position in the data: of a new run, or those of a checkpoint."""
-        self.step, self.saved, self.stopping, self.skipped_in_a_row = 0, None, False, 0
+        self.step, self.saved, self.changed, self.stopping, self.skipped_in_a_row = 0, None, {}, False, 0
         self.history, position = {"first_eval": None, "last_eval": None, "seconds": 0.0}, 0
         if state:
-            checkpoints.refuse_changes(checkpoints.changes(self.args, state, self.data.contents), self.args)
-            checkpoints.restore_optimizer(folder, self.optimizer, self.parameters, state.updates)
+            self.changed = checkpoints.changes(self.args, state, self.data.contents)
+            checkpoints.restore_optimizer(folder, self.optimizer, self.parameters, state)
             for _ in range(state.updates):
                 self.scheduler.step()
             self.step, self.saved, self.history, position = state.step, state.step, state.history, state.position
@@ -164,7 +164,7 @@ class Trainer:
         """Times a phase of the step, and computes in bf16 if the run does; in "rollout" the weights are unsharded."""
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(errors_of_a_gpu(name, self.args))
+            stack.enter_context(errors_of_a_gpu(name))
             stack.enter_context(self.accelerator.autocast())
             if name == "rollout" and not self.args.reshard_while_sampling:
                 stack.enter_context(unsharded(self.model))
@@ -240,7 +240,7 @@ class Trainer:
 
     def all_reduce(self, value):
         """The sum of a number over all processes."""
-        return all_reduce(float(value), self.accelerator)
+        return sum(gather_object([float(value)]))
 
     def record(self, loss, info, mask):
         """For the log: the loss, and `info`, means of a row, weighted by its number of tokens in `mask`."""
@@ -349,7 +349,7 @@ class Trainer:
         )
         trained, folder = (self.model, self.processor_files, self.optimizer, self.parameters), f"step-{self.step}"
         ending = self.stopping or self.step == self.args.steps
-        checkpoints.save_checkpoint(self.output / folder, *trained, state, self.is_main, self.args.keep, ending)
+        checkpoints.save_checkpoint(self.output / folder, *trained, state, self.args.keep, ending)
 
     def close(self):
         """The last lines on the console: what was gained, and where the files are."""

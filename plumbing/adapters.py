@@ -11,7 +11,7 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 
@@ -31,11 +31,8 @@ class Adapted(Linear):
 
 
 def add_adapters(model, args, checkpoint=None):
-    """The model itself, with adapters in every linear layer of the language model; all else is frozen.
-
-    The adapters are those of a checkpoint, or new: A drawn by --seed, the same on every process, and B = 0, which
-    changes nothing.
-    """
+    """The model itself, frozen, with adapters in every linear layer of the language model: those of a checkpoint, or
+    new ones, A drawn by --seed, the same on every process, and B = 0, which changes nothing."""
     linear = [name for name, m in model.model.language_model.named_modules() if isinstance(m, torch.nn.Linear)]
     kinds = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
     local = args.model not in EMBEDDED and Path(args.model).exists()
@@ -50,14 +47,14 @@ def add_adapters(model, args, checkpoint=None):
     return load_adapters(model, checkpoint / "adapter") if checkpoint else model
 
 
-def inject(model, config, seed=0, dtype=torch.float32):
-    """The model itself, frozen by PEFT, with adapters of a type in the layers that the configuration names."""
+def inject(model, config, seed=0):
+    """The model itself, frozen by PEFT, with fp32 adapters in the layers that the configuration names."""
     config._register_custom_module({torch.nn.Linear: Adapted})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
     for p in adapters_of(model).values():
-        p.data = p.data.to(dtype)
+        p.data = p.data.float()
     return model
 
 
@@ -69,55 +66,44 @@ def adapters_of(model):
 
 def load_adapters(model, folder, dtype=torch.float32):
     """The model with the adapters of PEFT's folder. Raises UserError where its tensors are not exactly these."""
-    own = adapters_of(model) or adapters_of(inject(model, read_config(folder), dtype=dtype))
+    own = adapters_of(model) or adapters_of(inject(model, read_config(folder)))
     found = load_file(folder / WEIGHTS)
-    if any("lm_head" in name for name in own):  # its product is computed without PEFT's layer
-        raise UserError(f"the adapters in {folder} are in the head too, which is used without them here.")
-    if {name: value.shape for name, value in found.items()} != {name: p.shape for name, p in own.items()}:
-        raise UserError(f"the adapters in {folder} are not those of its {CONFIG} or of this run: take others.")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(found[name])
+    whole = {name: value.shape for name, value in found.items()} == {name: p.shape for name, p in own.items()}
+    if not whole or any("lm_head" in name for name in own):  # whose product is computed without PEFT's layer
+        raise UserError(f"the adapters in {folder} are in the head too, or not those of its {CONFIG} or of this run.")
+    for name, p in own.items():
+        p.data = found[name].to(dtype)
     return model
 
 
-# The fields in which a configuration may differ from PEFT's default. The others change the formula above.
+# The fields in which a configuration may differ from LoraConfig's default. The others change the formula above, or W.
 PLAIN = "r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern layers_to_transform "
-PLAIN += "layers_pattern fan_in_fan_out task_type auto_mapping peft_version inference_mode base_model_name_or_path "
-PLAIN += "revision init_lora_weights"
+PLAIN += "layers_pattern fan_in_fan_out"
 
 
 def read_config(folder):
     """The LoraConfig in a folder. Raises UserError where `Adapted` would leave a part of it out."""
     config, default = LoraConfig.from_pretrained(folder), vars(LoraConfig())
-    more = [name for name, value in vars(config).items() if name not in PLAIN.split() and value != default.get(name)]
-    if config.init_lora_weights not in (True, False, "gaussian"):  # the others change W too
-        more.append("init_lora_weights")
+    more = default.keys() - vars(PeftConfig()).keys() - {*PLAIN.split()}
+    more = sorted(name for name in more if getattr(config, name) != default[name])
     if more:
         raise UserError(f"{folder} holds adapters that are more than plain LoRA ({', '.join(more)}): take others.")
     return config
 
 
 def refuse_adapters(args):
-    """Raises UserError for adapters as --model, and for --lora_rank with what is for sharded weights."""
+    """Raises UserError for adapters as --model."""
     if resolve_model(args.model)[3]:
-        raise UserError(
-            f"--model {args.model} holds adapters, and a new run needs a whole model, such as the merged one in last/ "
-            f"of a run that has ended. --resume continues a run with its own adapters."
-        )
-    if args.lora_rank and args.reshard_while_sampling:
-        raise UserError("--reshard_while_sampling is for sharded weights; with --lora_rank none are: leave it out.")
+        raise UserError(f"--model {args.model} holds adapters: take a whole model, as in last/ of a run that ended.")
 
 
 def save_adapters(model, folder, merge):
     """PEFT's files in folder/adapter; next to it config.json, or with `merge` the merged model, in fp32."""
-    (folder / "adapter").mkdir(parents=True)
+    model.peft_config["default"].save_pretrained(folder / "adapter")
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapters_of(model).items()}
     save_file(tensors, folder / "adapter" / WEIGHTS, metadata={"format": "pt"})
-    model.peft_config["default"].save_pretrained(folder / "adapter")
     if merge:
-        names_only = without_adapters(model).to("meta", torch.float32)
-        names_only.save_pretrained(folder, state_dict=merged(model))
+        without_adapters(model).to("meta", torch.float32).save_pretrained(folder, state_dict=merged(model))
     else:
         model.config.save_pretrained(folder)
 

@@ -30,11 +30,8 @@ class UserError(SystemExit):
 
 def cannot_open(option, name, error):
     """The sentence for a model or data that is not there, from the first line of the library's error."""
-    first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-    return (
-        f"{option} {name} cannot be opened ({first}): give a hub id that exists and can be reached from here, "
-        f"or the path of a local folder."
-    )
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return f"{option} {name} cannot be opened ({first}): give a hub id that is reachable from here, or a local folder."
 
 
 def cannot_write(path, error):
@@ -49,16 +46,13 @@ def flag(default, help, gt=None, min=None, max=None, lt=None, **options):
 
     A number must be greater than `gt` or at least `min`, less than `lt` or at most `max`. options: argparse's.
     """
-    limits = {name: limit for name, limit in {"gt": gt, "min": min, "max": max, "lt": lt}.items() if limit is not None}
-    return field(default=default, metadata={"help": help, "limits": limits, "options": options})
+    limits = {"above": gt, "at least": min, "at most": max, "below": lt}
+    limits = {words: limit for words, limit in limits.items() if limit is not None}
+    return field(default=default, metadata={"limits": limits, "argparse": {"help": help, **options}})
 
 
-LIMITS = {  # name: (in words, whether a value is within it)
-    "gt": ("above", operator.gt),
-    "min": ("at least", operator.ge),
-    "max": ("at most", operator.le),
-    "lt": ("below", operator.lt),
-}
+SWITCH = {"nargs": "?", "const": True}  # a flag that may be true, false, or not given
+WITHIN = {"above": operator.gt, "at least": operator.ge, "at most": operator.le, "below": operator.lt}
 
 
 def check_numbers(args):
@@ -66,9 +60,9 @@ def check_numbers(args):
     for f in dataclasses.fields(args):
         value, limits = getattr(args, f.name), f.metadata.get("limits", {})
         if isinstance(value, int | float):
-            within = all(LIMITS[name][1](value, limit) for name, limit in limits.items())
-            if not (-math.inf < value < math.inf and within):
-                said = " and ".join(f"{LIMITS[name][0]} {limit:,}" for name, limit in limits.items())
+            within = [WITHIN[words](value, limit) for words, limit in limits.items()]
+            if not (math.isfinite(value) and all(within)):
+                said = " and ".join(f"{words} {limit:,}" for words, limit in limits.items())
                 raise UserError(f"--{f.name} {value} must be {said or 'a finite number'}.")
 
 
@@ -90,35 +84,19 @@ class Parser(HfArgumentParser):
 
 def parse_args(cls, argv=None):
     """`cls` filled from the command line; `--help` shows one group for each dataclass that `cls` inherits from."""
-    groups, seen = [], set()
+    groups, left = [], {f.name: f for f in dataclasses.fields(cls)}
     for base in cls.__mro__[:-1]:  # a method may give a shared flag another default: its own class comes first
-        own = [f for f in dataclasses.fields(cls) if f.name in base.__dict__.get("__annotations__", {})]
-        own = [f for f in own if not (f.name in seen or seen.add(f.name))]
-        title = Path(sys.argv[0]).stem if base is cls else base.__doc__
-        told = [{"help": f.metadata["help"], **f.metadata["options"]} for f in own]  # what argparse knows of
-        spec = [(f.name, f.type, field(default=f.default, metadata=metadata)) for f, metadata in zip(own, told)]
+        own = [left.pop(name) for name in base.__dict__.get("__annotations__", {}) if name in left]
+        spec = [(f.name, f.type, field(default=f.default, metadata=f.metadata["argparse"])) for f in own]
         if spec:
+            title = Path(sys.argv[0]).stem if base is cls else base.__doc__
             groups.append(dataclasses.make_dataclass(base.__name__, spec, namespace={"_argument_group_name": title}))
-    usage = "%(prog)s [flags]"
-    parser = Parser(groups, allow_abbrev=False, formatter_class=Help, usage=usage)
+    parser = Parser(groups, allow_abbrev=False, formatter_class=Help, usage="%(prog)s [flags]")
     return cls(**vars(parser.parse_args(argv)))
 
 
 TOY = Path(__file__).resolve().parent.parent / "toy"
 EMBEDDED = {"toy": TOY, "toy-faint": TOY / "faint"}  # the embedded models and their data
-# may differ when a run is resumed: they change no result, or are meant to be changed
-MAY_CHANGE = [
-    "steps",
-    "output",
-    "resume",
-    "allow_changed",
-    "dry_run",
-    "gpu_memory",
-    "compile",
-    "gradient_checkpointing",
-]
-MAY_CHANGE += ["tokens_per_row", "rollout_prompts", "reshard_while_sampling", "cuda_graphs", "eval_data", "eval_split"]
-MAY_CHANGE += ["eval_every", "eval_rows", "eval_temperature", "save_every", "keep", "show_every", "report_to"]
 INSTRUCTION = "Think step by step inside <think> </think>, then give the final answer inside \\boxed{}."
 
 
@@ -134,15 +112,6 @@ def without_links(model):
     return real if linked else model
 
 
-def check_together(args):
-    """Raises UserError for an empty range of pixels, by flags or defaults, and a temperature that no logits survive."""
-    if args.min_pixels and args.max_pixels and args.min_pixels > args.max_pixels:
-        raise UserError(f"--min_pixels {args.min_pixels} is more than --max_pixels {args.max_pixels}: set both.")
-    for name in ("temperature", "eval_temperature"):
-        if 0 < (value := getattr(args, name, 0)) < 1e-6:
-            raise UserError(f"--{name} {value} is too small to divide by: raise it.")
-
-
 @dataclass
 class ModelArgs:
     """model"""
@@ -152,13 +121,9 @@ class ModelArgs:
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "compute type; auto: bfloat16 on a GPU, else float32")
     freeze_vision: bool = flag(False, "do not train the vision tower and what joins it to the decoder")
     lora_rank: int = flag(0, "LoRA adapters of this rank in the language model; 0: all weights", min=0, max=1024)
-    lora_alpha: int | None = flag(
-        None, "adapters are scaled by lora_alpha / lora_rank (default: --lora_rank)", gt=0, max=10**6
-    )
+    lora_alpha: int | None = flag(None, "adapters' factor times --lora_rank (default: --lora_rank)", gt=0, max=10**6)
     compile: bool = flag(True, "on a GPU: compile layers and head, once in a run's first minutes")
-    gradient_checkpointing: bool | None = flag(
-        None, "recompute activations (default: if a GPU has too little memory to keep them)", nargs="?", const=True
-    )
+    gradient_checkpointing: bool | None = flag(None, "recompute activations (default: if memory is short)", **SWITCH)
 
 
 @dataclass
@@ -184,16 +149,14 @@ class RolloutArgs:
     """rollout"""
 
     prompts_per_step: int | None = flag(None, "prompts in a step, over all processes (toy: 16, else: 512)", gt=0)
-    group_size: int = flag(8, "responses sampled for each prompt")
+    group_size: int = flag(8, "responses sampled for each prompt", min=2)
     max_response_tokens: int | None = flag(None, "longer responses are cut (toy: 64, else: 2048)", gt=0)
     temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss", gt=0, max=100)
     top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", gt=0, max=1)
     top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", min=0)
     rollout_prompts: int = flag(32, "prompts that are sampled together, on each process", gt=0)
     reshard_while_sampling: bool = flag(False, "gather weights layer by layer for every token: slow, needs less memory")
-    cuda_graphs: bool | None = flag(
-        None, "replay the kernels of a sampled token as one launch (default: on one GPU)", nargs="?", const=True
-    )
+    cuda_graphs: bool | None = flag(None, "replay a sampled token's kernels as one (default: on one GPU)", **SWITCH)
 
 
 @dataclass
@@ -254,6 +217,12 @@ class RunArgs:
     report_to: str | None = flag(None, "accelerate's trackers in addition to metrics.jsonl, e.g. tensorboard,wandb")
 
 
+# may differ when a run is resumed: they change no result, or are meant to be changed
+MAY_CHANGE = {f.name for f in dataclasses.fields(RunArgs)} - {"seed"}
+MAY_CHANGE |= {"steps", "compile", "gradient_checkpointing", "tokens_per_row", "rollout_prompts"}
+MAY_CHANGE |= {"reshard_while_sampling", "cuda_graphs", "eval_data", "eval_split"}
+
+
 @dataclass
 class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateArgs, RunArgs):
     """What every training script takes. A method's `Args` inherits these and adds its own."""
@@ -280,13 +249,6 @@ class SharedArgs(ModelArgs, DataArgs, RolloutArgs, RewardArgs, LossArgs, UpdateA
             if getattr(self, name) is None:
                 setattr(self, name, for_toy if toy else for_others)
         check_numbers(self)
-        check_together(self)
-        if self.group_size < 2:
-            raise UserError(
-                f"--group_size {self.group_size} leaves no group to compare a response with: set it to 2 or more."
-            )
-        if self.prompts_per_step % self.updates_per_step:
-            raise UserError(
-                f"--prompts_per_step {self.prompts_per_step} cannot be split into --updates_per_step "
-                f"{self.updates_per_step} equal parts: make it a multiple."
-            )
+        prompts, parts = self.prompts_per_step, self.updates_per_step
+        if prompts % parts:
+            raise UserError(f"--prompts_per_step {prompts} cannot be split into --updates_per_step {parts} parts.")

@@ -163,27 +163,20 @@ def two_devices(monkeypatch):
 def test_what_fails_on_a_gpu_fails_here(two_devices):
     with Devices():
         here, gone = torch.ones(3), torch.ones(3).to(GPU)
-        assert here.device == CPU and gone.device == GPU and (gone * 2)[1:].device == GPU and gone.cpu().device == CPU
-        assert (
-            torch.zeros(2, device=GPU).device == torch.zeros_like(gone).device == gone.to(torch.float64).device == GPU
-        )
+        assert here.device == here.to(CPU).device == gone.cpu().device == gone.to(here).device == CPU
+        for there in (gone, (gone * 2)[1:], torch.zeros(2, device=GPU), torch.zeros_like(gone), here.to(gone)):
+            assert there.device == GPU
         assert (gone * here.sum() + gone[torch.tensor([0, 1, 1])]).device == GPU  # a scalar, indices
-        for mixed in (
-            lambda: here + gone,
-            lambda: torch.cat([here, gone]),
-            lambda: here[gone > 0],
-            lambda: gone.numpy(),
-        ):
+        for mixed in (lambda: here + gone, lambda: torch.cat([here, gone]), lambda: here[gone > 0], gone.numpy):
             with pytest.raises(AssertionError):
                 mixed()
-        assert here.to(gone).device == GPU and gone.to(here).device == CPU
         for waiting in (
-            lambda: gone.sum().item(),
+            gone.sum().item,
+            gone.tolist,
+            (gone > 0).nonzero,
             lambda: gone[gone > 0],
-            lambda: gone.tolist(),
             lambda: here.to(GPU),
             lambda: gone.equal(gone),
-            lambda: (gone > 0).nonzero(),
             lambda: float(gone[0]),
             lambda: gone.copy_(here),
         ):
@@ -195,18 +188,24 @@ def test_what_fails_on_a_gpu_fails_here(two_devices):
         assert not WAITS
 
 
+def flags_of(module, internvl, folder):
+    """Flags of a short run; `internvl`: of a random one, with data of its own."""
+    flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --kl_coef 0.01 "
+    flags += "--n1 2 --n2 2 --measure_every 1" if module is saei else "--group_size 4"
+    if internvl:
+        (folder / "model").mkdir()
+        model = save_internvl(folder / "model")
+        flags += f" --model {model} --data {model / 'rows.jsonl'} --min_pixels 784 --max_pixels 4704"
+        flags += " --gradient_checkpointing False"  # which sees that this GPU is none
+    return flags.split()
+
+
 @pytest.mark.parametrize("module", [grpo, vepo, vgpo, prpo, pepo, saei])
 @pytest.mark.parametrize("updates, lora, internvl", [(1, 0, False), (2, 0, False), (2, 4, False), (1, 0, True)])
 def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates, lora, internvl):
-    flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --eval_rows 2 --show_every 1 --kl_coef 0.01"
-    size = "--n1 2 --n2 2 --save_images 4 --measure_every 1" if module is saei else "--group_size 4"
-    parts = f"--updates_per_step {updates} --tokens_per_row {260 // updates**2}"  # some images share a batch, or none
-    parts += f" --lora_rank {lora}"
-    if internvl:
-        (tmp_path / "model").mkdir()
-        folder = save_internvl(tmp_path / "model")
-        parts += f" --model {folder} --data {folder / 'rows.jsonl'} --min_pixels 784 --max_pixels 4704"
-        parts += " --gradient_checkpointing False"  # which sees that this GPU is none
+    more = f"--updates_per_step {updates} --lora_rank {lora} --eval_rows 2 --show_every 1 "
+    more += f"--tokens_per_row {260 // updates**2}"  # some images share a batch, or none
+    more += " --save_images 4" if module is saei else ""
     runs = []
 
     def failing_once(group, *rest, gradient=saei.entropy_gradient):  # one prompt keeps its clean image
@@ -218,7 +217,7 @@ def test_a_run_on_a_gpu(two_devices, monkeypatch, tmp_path, module, updates, lor
         trainer.Trainer, "check_memory", lambda r, do=trainer.Trainer.check_memory: (runs.append(r), do(r))
     )
     with Devices():
-        main_of(module.__name__, tmp_path / "run", f"{flags} {size} {parts}".split())
+        main_of(module.__name__, tmp_path / "run", flags_of(module, internvl, tmp_path) + more.split())
     assert all(there(p) for p in runs[0].model.parameters()) and not there(runs[0].sampled[0].rewards)
     assert there(runs[0].sampled[0].responses)
 
@@ -231,13 +230,7 @@ SCORES = {grpo: 0, vepo: 1, vgpo: 0, prpo: 2, pepo: 0, saei: 0}  # passes of a r
 def test_the_host_waits_for_no_value_of_a_row(two_devices, monkeypatch, tmp_path, module, internvl):
     """But in transformers' check of an image's placeholders, two a pass. And for two or three numbers an update: the
     denominators of the loss, and the norm of the gradient."""
-    flags = "--steps 1 --prompts_per_step 4 --max_response_tokens 8 --eval_rows 0 --kl_coef 0.01 --entropy_coef 0.01"
-    flags += f" --updates_per_step 1 {'--n1 2 --n2 2 --measure_every 1' if module is saei else '--group_size 4'}"
-    if internvl:
-        (tmp_path / "model").mkdir()
-        folder = save_internvl(tmp_path / "model")
-        flags += f" --model {folder} --data {folder / 'rows.jsonl'} --min_pixels 784 --max_pixels 4704"
-        flags += " --gradient_checkpointing False"
+    more = ["--eval_rows", 0, "--entropy_coef", 0.01, "--updates_per_step", 1]
     rows, attacks, found = [], [], []
 
     def attacking(*inputs, attack=saei.attack):
@@ -253,7 +246,7 @@ def test_the_host_waits_for_no_value_of_a_row(two_devices, monkeypatch, tmp_path
     monkeypatch.setattr(trainer.Trainer, "with_gradient", lambda *x: rows.append(with_gradient(*x)) or rows[-1])
     monkeypatch.setattr(trainer.Trainer, "log", lambda r: (found.extend(WAITS), log(r)))
     with Devices():
-        main_of(module.__name__, tmp_path / "run", flags.split())
+        main_of(module.__name__, tmp_path / "run", flags_of(module, internvl, tmp_path) + more)
     of_transformers = {"get_placeholder_mask", "torch_compilable_check"}
     ours = [place for place in found + attacks if place.split(".")[1] not in of_transformers]
     assert ours == ["trainer.all_reduce"] * (2 if module is vepo else 1) + ["sharding.clip_gradients"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import transformers
 from gpu import config_of
 from helpers import ROOT, save_internvl
@@ -21,20 +20,26 @@ from trainer import Trainer
 
 def write_config(size, folder):
     config_of(size.lower()).save_pretrained(folder / size)
-    return folder / size / "config.json"
+    return str(folder / size / "config.json")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The path of a model's configuration, by its size."""
+    folder = tmp_path_factory.mktemp("configs")
+    return {size: write_config(size, folder) for size in ("3B", "7B", "32B")}
 
 
 @pytest.mark.parametrize("size, billions", [("3B", 3.75), ("7B", 8.29), ("32B", 33.45)])
-def test_parameters_of_the_known_models(tmp_path, size, billions):
-    args = SharedArgs(model=str(write_config(size, tmp_path)))
-    peaks = plan(args, 1)
+def test_parameters_of_the_known_models(config, size, billions):
+    peaks = plan(SharedArgs(model=config[size]), 1)
     assert peaks["kept"]["weights"] == pytest.approx(4e9 * billions, rel=0.003)
     assert peaks["update"]["gradients"] == peaks["kept"]["weights"] == peaks["kept"]["optimiser"] / 2
 
 
-def test_the_parts_of_a_plan_by_hand(tmp_path):
+def test_the_parts_of_a_plan_by_hand(config):
     """7B: 28 layers of D 3,584, MLP 18,944, 4 of 28 heads of 128 with keys; 32 vision blocks of D 1,280, MLP 3,420."""
-    path = str(write_config("7B", tmp_path))
+    path = config["7B"]
     peaks = plan(SharedArgs(model=path), 8)
     token = 2 * 4 * 128 * 2  # bytes of keys and values in a layer
     assert peaks["sampling"] == {
@@ -50,14 +55,12 @@ def test_the_parts_of_a_plan_by_hand(tmp_path):
     text = 16_384 * 2 * (28 * D + 6 * D + 5 * D + 4 * mlp)
     vision = patches * 2 * (32 * 1280 + 6 * 1280 + 5 * 1280 + 4 * 3420)
     head = 512 * 152_064 * 16 + 152_064 * D * 4
-    gathered = 2 * (root + 2 * layer) + 6 * layer
-    want = {
-        "computing copy": gathered,
+    assert peaks["update"] == {
+        "computing copy": 2 * (root + 2 * layer) + 6 * layer,
         "gradients": 4 * 8_292_166_656 / 8,
         "activations": text + vision,
         "head": head,
     }
-    assert peaks["update"] == want
     alone = plan(SharedArgs(model=path, kl_coef=0.1, max_response_tokens=200), 1)  # fp32 between layers, under autocast
     text = (2048 + 8 * 200) * (4 * (28 * D + 6 * D) + 2 * (5 * D + 4 * mlp))
     vision = patches * (4 * (32 * 1280 + 6 * 1280) + 2 * (5 * 1280 + 4 * 3420))
@@ -66,10 +69,9 @@ def test_the_parts_of_a_plan_by_hand(tmp_path):
     assert alone["sampling"]["key-value cache"] == 32 * 2048 * 28 * token + 32 * 8 * 256 * 29 * token  # room for 256
 
 
-def test_the_parts_of_a_plan_with_adapters_by_hand(tmp_path):
+def test_the_parts_of_a_plan_with_adapters_by_hand(config):
     """The whole model on each of any number of GPUs, rank times both sides of each linear layer in fp32."""
-    path = str(write_config("7B", tmp_path))
-    one, eight = (plan(SharedArgs(model=path, lora_rank=32, kl_coef=0.1), gpus) for gpus in (1, 8))
+    one, eight = (plan(SharedArgs(model=config["7B"], lora_rank=32, kl_coef=0.1), gpus) for gpus in (1, 8))
     adapters = 32 * 28 * (2 * 2 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18_944))
     assert one["kept"] == {"weights": 2 * 8_292_166_656 + 4 * adapters, "optimiser": 8 * adapters, "reference": 0}
     assert eight["kept"] == one["kept"] and eight["update"] == one["update"]
@@ -77,11 +79,9 @@ def test_the_parts_of_a_plan_with_adapters_by_hand(tmp_path):
     assert one["update"]["head"] == 512 * 152_064 * 16
 
 
-def test_what_each_flag_changes(tmp_path):
-    path = str(write_config("3B", tmp_path))
-
+def test_what_each_flag_changes(config):
     def total(gpus=8, **more):
-        peaks = plan(SharedArgs(model=path, **more), gpus)
+        peaks = plan(SharedArgs(model=config["3B"], **more), gpus)
         return {peak: sum(peaks["kept"].values()) + sum(peaks[peak].values()) for peak in ("sampling", "update")}
 
     base = total()
@@ -93,8 +93,8 @@ def test_what_each_flag_changes(tmp_path):
 
 
 @pytest.mark.parametrize("memory, chosen", [(80, True), (141, True), (170, False)])
-def test_checkpointing_where_a_card_has_too_little_memory(tmp_path, memory, chosen):
-    args = SharedArgs(model=str(write_config("7B", tmp_path)), dry_run=8, gpu_memory=memory)
+def test_checkpointing_where_a_card_has_too_little_memory(config, memory, chosen):
+    args = SharedArgs(model=config["7B"], dry_run=8, gpu_memory=memory)
     text = dry_run(args)
     assert args.gradient_checkpointing is chosen
     need = float(re.search(r"without it an update takes up to ([\d.]+) GB of ", text)[1])
@@ -103,50 +103,43 @@ def test_checkpointing_where_a_card_has_too_little_memory(tmp_path, memory, chos
     assert need == pytest.approx(sum(sum(peaks[part].values()) for part in ("kept", "update")) / 1e9, abs=0.1)
 
 
-def test_checkpointing_as_it_is_set_and_without_a_card(tmp_path):
-    path = str(write_config("3B", tmp_path))
-    assert choose_checkpointing(SharedArgs(model=path), 1)[0] is True
-    assert choose_checkpointing(SharedArgs(model=path, gradient_checkpointing=False), 1)[0] is False
-    assert choose_checkpointing(SharedArgs(), 1) == (False, "gradient checkpointing: off, as set, or for the toy")
+def test_checkpointing_as_it_is_set_and_without_a_card(config):
+    for model, given, on, why in (
+        (config["3B"], None, True, "on, there is no GPU"),
+        (config["3B"], False, False, "off, as set"),
+        ("toy", None, False, "off, as set, or for the toy"),
+    ):
+        args = SharedArgs(model=model, gradient_checkpointing=given)
+        assert why in choose_checkpointing(args, 1) and args.gradient_checkpointing is on
 
 
-def test_the_text_and_the_first_flag_to_change(tmp_path, capsys):
-    path = str(write_config("7B", tmp_path))
+def test_the_text_and_the_first_flag_to_change(config, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        Trainer(SharedArgs(model=path, dry_run=8, output=str(tmp_path / "run")))
+        Trainer(SharedArgs(model=config["7B"], dry_run=8, output=str(tmp_path / "run")))
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "8 GPUs of 80 GB" in text and "DOES NOT FIT" not in text
-    assert "at most 8,388,608 tokens sampled, 2 forward and 1 backward pass over 9,437,184 tokens" in text
     assert not (tmp_path / "run").exists()
-    small = dry_run(SharedArgs(model=path, dry_run=8, gpu_memory=48))
+
+    def said(size, gpus, **flags):
+        return dry_run(SharedArgs(model=config[size], dry_run=gpus, **flags))
+
+    small = said("7B", 8, gpu_memory=48)
     assert "DOES NOT FIT" in small and "first flag to change: --rollout_prompts" in small
-    assert "alone are too much; take more GPUs" in dry_run(SharedArgs(model=path, dry_run=1))
-    big = str(write_config("32B", tmp_path))
-    text = dry_run(SharedArgs(model=big, dry_run=16))
+    assert "none helps: weights, gradients and optimizer alone are too much; take more GPUs" in said("7B", 1)
+    assert "first flag to change: --gradient_checkpointing" in said("7B", 8, gradient_checkpointing=False)
+    assert "first flag to change: --tokens_per_row" in said("7B", 8, gpu_memory=30)
+    text = said("32B", 16)
     assert "first flag to change: --reshard_while_sampling" in text and "\n  0 of 32 prompts fit together" in text
-    sharded = SharedArgs(model=big, dry_run=16, reshard_while_sampling=True, rollout_prompts=7)
-    text = dry_run(sharded)
-    assert "DOES NOT FIT" not in text and "\n  10 of 32 prompts fit together" in text
-    for prompts, fits in ((10, True), (11, False)):  # that is what the sentence says
-        sharded.rollout_prompts = prompts
-        assert ("DOES NOT FIT" not in dry_run(sharded)) == fits
-    open_up = dry_run(SharedArgs(model=path, dry_run=8, gradient_checkpointing=False))
-    assert "first flag to change: --gradient_checkpointing" in open_up
+    for prompts, fits in ((7, True), (10, True), (11, False)):  # that is what the sentence says
+        text = said("32B", 16, reshard_while_sampling=True, rollout_prompts=prompts)
+        assert ("DOES NOT FIT" not in text) == fits and "\n  10 of 32 prompts fit together" in text
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        ({"gpu_memory": 80}, "needs 132.7 GB on each of 1 GPUs that have 80.0 GB: weights, .* take more GPUs"),
-        (
-            {"gpu_memory": 16, "lora_rank": 32, "dtype": "bfloat16"},
-            "needs 17.9 GB on each of 1 GPUs that have 16.0 GB: model and adapters .* leave --lora_rank out",
-        ),
-    ],
-)
-def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(tmp_path, flags, sentence):
+@pytest.mark.parametrize("flags, need", [({"gpu_memory": 80}, 132.7), ({"gpu_memory": 16, "lora_rank": 32}, 17.9)])
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(config, tmp_path, flags, need):
+    sentence = f"needs {need} GB on each of 1 GPUs of {flags['gpu_memory']} GB: weights, .* alone are too much"
     with pytest.raises(UserError, match=sentence):
-        Trainer(SharedArgs(model=str(write_config("7B", tmp_path)), output=str(tmp_path / "run"), **flags))
+        Trainer(SharedArgs(model=config["7B"], output=str(tmp_path / "run"), **flags))
 
 
 def test_a_model_that_is_not_there():
@@ -192,30 +185,31 @@ for name, (peak, flags) in CASES.items():
 """
 
 
-def write_model(folder):
-    """The folder of a random model of 79M parameters, with heads of 64, half as many of them with keys."""
-    config = transformers.Qwen2_5_VLConfig.from_pretrained(ROOT / "toy" / "model")
+def widened(config):
+    """The configuration with a decoder of 79M parameters, and heads of 64, half as many of them with keys."""
     text, vision = config.text_config, config.vision_config
     text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32_000, 640, 1728, 8
     text.num_attention_heads, text.num_key_value_heads, text.layer_types = 10, 5, ["full_attention"] * 8
-    text.rope_parameters = {**text.rope_parameters, "mrope_section": [8, 12, 12]}
-    vision.hidden_size, vision.intermediate_size, vision.out_hidden_size, vision.depth = 512, 1024, 640, 6
-    torch.manual_seed(0)
+    vision.hidden_size, vision.intermediate_size = 512, 1024
+    return config
+
+
+def write_model(folder):
+    """The folder of a random Qwen2.5-VL."""
+    config = widened(transformers.Qwen2_5_VLConfig.from_pretrained(ROOT / "toy" / "model"))
+    config.text_config.rope_parameters |= {"mrope_section": [8, 12, 12]}
+    config.vision_config.out_hidden_size, config.vision_config.depth = 640, 6
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     load_processor(ROOT / "toy" / "model").save_pretrained(folder)
     return str(folder)
 
 
 def write_internvl(folder):
-    """The folder of a random InternVL of 92M parameters, with tiles of 112 x 112 pixels, 16 tokens each."""
+    """The folder of a random InternVL, with tiles of 112 x 112 pixels, 16 tokens each."""
     folder.mkdir()
-    config = transformers.AutoConfig.from_pretrained(save_internvl(folder))
-    text, vision = config.text_config, config.vision_config
-    text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers = 32_000, 640, 1728, 8
-    text.num_attention_heads, text.num_key_value_heads, text.layer_types = 10, 5, ["full_attention"] * 8
-    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers = 512, 1024, 6
-    vision.num_attention_heads, vision.image_size, config.image_seq_length = 8, (112, 112), 16
-    config.tie_word_embeddings = False
+    config = widened(transformers.AutoConfig.from_pretrained(save_internvl(folder)))
+    vision, config.image_seq_length, config.tie_word_embeddings = config.vision_config, 16, False
+    vision.num_attention_heads, vision.image_size, vision.num_hidden_layers = 8, (112, 112), 6
     transformers.InternVLForConditionalGeneration(config).save_pretrained(folder)
     for name, change in (("", {"image_seq_length": 16}), ("pre", {"size": {"height": 112, "width": 112}})):
         path = folder / f"{name}processor_config.json"
@@ -225,17 +219,9 @@ def write_internvl(folder):
 
 CASES = {  # name: (model, peak, prompts, tokens, more flags)
     "update": ("qwen", "update", 1, 64, {"gradient_checkpointing": False}),
-    "checkpointing": ("qwen", "update", 1, 64, {"gradient_checkpointing": True}),
     "sampling": ("qwen", "sampling", 20, 512, {}),
-    "internvl": (
-        "internvl",
-        "update",
-        1,
-        64,
-        {"gradient_checkpointing": True, "min_pixels": 112**2},
-    ),  # of several tiles
-    "lora update": ("qwen", "update", 1, 200, {"gradient_checkpointing": False, "lora_rank": 32}),
-    "lora sampling": ("qwen", "sampling", 8, 512, {"lora_rank": 32}),
+    "several tiles": ("internvl", "update", 1, 64, {"gradient_checkpointing": True, "min_pixels": 112**2}),
+    "lora": ("qwen", "update", 1, 200, {"gradient_checkpointing": False, "lora_rank": 32}),
 }
 
 
@@ -256,12 +242,8 @@ def measured(tmp_path_factory):
             flags |= {"min_pixels": 4 * 28**2, "tokens_per_row": 600, "gradient_checkpointing": True}
         cases[name] = peak, flags | more
     code = f"ROOT, CASES = {str(ROOT)!r}, {cases!r}\n{MEASURE}"
-    one_thread = {
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "JE_ARROW_MALLOC_CONF": "background_thread:false",
-    }
-    environment = os.environ | one_thread | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    environment = os.environ | alone | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout.count("\n") == len(cases), done.stdout + done.stderr[-2000:]
     return dict(map(json.loads, done.stdout.splitlines()))
@@ -283,5 +265,5 @@ if __name__ == "__main__":
         tables += [("3B", lora | {"gpu_memory": 24, "rollout_prompts": 16}), ("3B", lora | {"gpu_memory": 48})]
         tables += [("7B", lora | {"gpu_memory": 24} | small), ("7B", lora | {"gpu_memory": 48, "rollout_prompts": 16})]
         for size, flags in [*tables, ("7B", lora)]:
-            args = SharedArgs(model=str(write_config(size, Path(folder))), **flags)
+            args = SharedArgs(model=write_config(size, Path(folder)), **flags)
             print(flags, dry_run(args).replace(args.model, f"Qwen2.5-VL-{size}"), end="\n\n")

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,6 +247,14 @@ def test_compile_false_compiles_nothing(args, monkeypatch, compiled):
     finally:
         torch.compiler.set_stance("default")
         torch._dynamo.reset()
+
+
+def test_minibatches_are_shares_of_the_steps_prompts():
+    """Each prompt is in one of them, with all of its rows."""
+    run = SimpleNamespace(args=SimpleNamespace(updates_per_step=2), bf16_weights=lambda **_: contextlib.nullcontext())
+    rows = [SimpleNamespace(prompt=SimpleNamespace(prompt_id=i)) for i in (4, 7, 5, 4, 9)]
+    shares = [[row.prompt.prompt_id for row in share] for share in Trainer.minibatches(run, rows)]
+    assert shares == [[4, 5, 4], [7, 9]]
 
 
 def test_evaluation_takes_the_memory_of_sampling_and_fails_like_it(args, monkeypatch):
