@@ -22,9 +22,10 @@ from common import Group, checkpoint_layers, forward, generate, make_sampler, po
 from plumbing.arguments import TOY  # noqa: E402
 from plumbing.families import compile_layers, patch_attention  # noqa: E402
 
-SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and two small ones:
+SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and smaller ones:
     # hidden, mlp, layers, heads, kv heads, vocabulary, tied; vision: hidden, mlp, depth, heads
     "tiny": (64, 128, 2, 2, 1, 512, True, 32, 64, 2, 2),
+    "28m": (512, 1536, 6, 8, 4, 8192, True, 256, 512, 4, 4),
     "1b": (1536, 6144, 16, 12, 2, 151_936, True, 1280, 3420, 12, 16),
     "3b": (2048, 11008, 36, 16, 2, 151_936, True, 1280, 3420, 32, 16),
     "7b": (3584, 18944, 28, 28, 4, 152_064, False, 1280, 3420, 32, 16),
@@ -56,7 +57,7 @@ def random_model(size, device):
     with torch.device(device):
         model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config_of(size), **options)
     model.generation_config.eos_token_id = []  # no response ends before it must
-    return patch_attention(model).train()
+    return model.train()
 
 
 def wait():
@@ -141,7 +142,7 @@ def line(what, taken, more=""):
 def report(model, size, prompt, args, repeats, groups=64, cards=8):
     """Prints what a step of `groups` prompts on each of `cards` cards takes, phase by phase."""
     device, G, T = model.device.type, args.group_size, args.max_response_tokens
-    compile_layers(model)
+    compile_layers(patch_attention(model))
     autocast = torch.autocast(device, torch.bfloat16, enabled=bool(args.lora_rank))
     name, bandwidth, product, said = card(device, repeats)
     prompts = [dataclasses.replace(prompt, prompt_id=i) for i in range(args.rollout_prompts)]

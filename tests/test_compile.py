@@ -133,7 +133,7 @@ def test_the_attack_computes_no_gradient_of_a_weight(traced):
 
     def attacked():
         with profile(with_flops=True) as found:
-            _, (gradient,), _ = saei.entropy_gradient(group, images_of(group.prompt, run), run, saei.Args())
+            _, (gradient,), _ = saei.entropy_gradient(group, images_of(group.prompt, run.processor), run, saei.Args())
         return sum(event.flops for event in found.key_averages() if event.key in ("aten::mm", "aten::addmm")), gradient
 
     with tracing.nothing_compiled():

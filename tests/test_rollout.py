@@ -106,9 +106,7 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
 
 
 @pytest.mark.parametrize("between, questions", [(10, 6), (100, 0)])
-def test_the_host_waits_for_the_device_when_it_asks_whether_all_have_ended_and_never_else(
-    between, questions, monkeypatch
-):
+def test_the_host_waits_for_the_device_only_to_ask_whether_all_have_ended(between, questions, monkeypatch):
     monkeypatch.setattr(kernels, "tokens_between_checks", lambda device: between)
     model = tiny_model("qwen2_5_vl").eval()
     choose, prompts = chooser(model, 1.0, 0.9, 5), [tiny_prompt(model, [(4, 6)])] * 3
@@ -151,16 +149,10 @@ def test_prompts_are_computed_in_parts_and_only_their_last_place_has_logits(fit,
     prompts = [tiny_prompt(model, [(4, 6)] * images, seed=i) for i, images in enumerate((1, 0, 2, 1))]
     width = max(len(prompt.input_ids) for prompt in prompts)
     choose, uniforms = chooser(model), torch.rand(4 * G, 6, generator=seeded(3))
-    heads, reads = [], []
-    hooks = [
-        model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(tuple(args[0].shape[:2]))),
-        model.model.language_model.register_forward_pre_hook(
-            lambda _, args, kwargs: reads.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-        ),
-    ]
+    heads, reads, decoder = [], [], model.model.language_model
+    model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(args[0].shape[:2]))
+    decoder.register_forward_hook(lambda _, __, out: reads.append(out.last_hidden_state.shape[:2]))
     responses, mask = generate(model, prompts, G, choose, uniforms, END, 0, prefill_tokens=int(fit * width))
-    for hook in hooks:
-        hook.remove()
     assert reads[: len(sizes) + 1] == [(size, width) for size in sizes] + [(4, G)]
     assert heads[: len(sizes) + 1] == [(size, 1) for size in sizes] + [(4, G)]
     want, wanted = generate(model, prompts, G, choose, uniforms, END, 0, prefill_tokens=10**6)
@@ -202,14 +194,6 @@ def test_inverse_transform_draws_from_the_softmax():
     probs = logits.softmax(-1)[0]
     shares = torch.bincount(draws, minlength=96) / 200_000
     assert (shares - probs).abs().max() < 0.005 and shares[[11, 12]].sum() == 0
-
-
-def test_image_tokens_are_banned_even_when_they_are_the_likeliest():
-    logits, uniforms = torch.zeros(3, 96), torch.tensor([0.0, 0.9999999, 0.5])
-    logits[:, [11, 12]] = 50.0
-    for temperature in (0.0, 1.0):
-        chosen = chooser(tiny_model("qwen2_5_vl"), temperature)(logits, uniforms)
-        assert not torch.isin(chosen, torch.tensor([11, 12])).any()
 
 
 @pytest.mark.parametrize("vocabulary", [96, 128, 5000])

@@ -92,9 +92,9 @@ def random_images(model, grids):
     return tiny_group(prompt, [7, 1, 4, 12]), fake_run(model, processor)
 
 
-def images_of(prompt, run):
+def images_of(prompt, processor):
     parts = prompt.pixel_values.detach().split(prompt.image_grid_thw.prod(1).tolist())
-    return [unpatchify(x, grid, run.processor.image_processor) for x, grid in zip(parts, prompt.image_grid_thw)]
+    return [unpatchify(x, grid, processor.image_processor) for x, grid in zip(parts, prompt.image_grid_thw)]
 
 
 def H_of(group, pixel_values, kept, run):
@@ -108,7 +108,7 @@ def H_of(group, pixel_values, kept, run):
 def test_gradient_by_finite_differences(grids):
     model = tiny_model("qwen2_5_vl").double()
     group, run = random_images(model, grids)
-    images = [image.double() for image in images_of(group.prompt, run)]
+    images = [image.double() for image in images_of(group.prompt, run.processor)]
     H, gradients, kept = entropy_gradient(group, images, run, Args())
     assert kept.sum(1).tolist() == [2, 1, 1, 4]
 
@@ -128,7 +128,9 @@ def test_attack(family, grids):
     model = tiny_model(family)
     group, run = random_images(model, grids)
     clean = group.prompt.pixel_values.clone()
-    kept = middle_third(next(entropy_of(group, images_of(group.prompt, run), run, Args()))[0].detach(), group.mask)
+    kept = middle_third(
+        next(entropy_of(group, images_of(group.prompt, run.processor), run, Args()))[0].detach(), group.mask
+    )
     tiny = 0.02 / 255  # random weights of this size are far from linear over 2 / 255
     up, down = (attack(group, run, Args(step=step)).pixel_values for step in (tiny, -tiny))
     H = [H_of(group, pixels, kept, run) for pixels in (down, clean, up)]
@@ -139,7 +141,7 @@ def test_attack(family, grids):
     up = attack(group, run, Args())
     assert all(p.grad is None for p in model.parameters())
     assert times_agree(up.pixel_values)
-    for image, origin in zip(images_of(up, run), images_of(group.prompt, run)):
+    for image, origin in zip(images_of(up, run.processor), images_of(group.prompt, run.processor)):
         change = (image - origin).abs()
         assert image.min() >= 0 and image.max() <= 1 and change.max() <= 2 / 255 + 1e-6
         assert (change > 1.9 / 255).float().mean() > 0.9
@@ -151,7 +153,7 @@ def test_attack_does_not_depend_on_how_the_group_is_cut():
     group, run = random_images(model, [(4, 6)])
     budget = len(group.prompt.input_ids) + 8
     assert len(split_group(group, budget)) == 3
-    images = images_of(group.prompt, run)
+    images = images_of(group.prompt, run.processor)
     whole, cut = (entropy_gradient(group, images, run, Args(tokens_per_row=n)) for n in (10**6, budget))
     assert whole[0].item() == pytest.approx(cut[0].item(), abs=1e-6) and torch.equal(whole[2], cut[2])
     assert torch.allclose(whole[1][0], cut[1][0], atol=1e-6)
@@ -161,7 +163,7 @@ def test_attack_does_not_depend_on_how_the_group_is_cut():
 def test_several_steps_stay_in_the_ball(epsilon, largest):
     group, run = random_images(tiny_model("qwen2_5_vl"), [(4, 6)])
     after = attack(group, run, Args(iterations=3, epsilon=epsilon))
-    change = images_of(after, run)[0] - images_of(group.prompt, run)[0]
+    change = images_of(after, run.processor)[0] - images_of(group.prompt, run.processor)[0]
     assert change.abs().max().item() * 255 == pytest.approx(largest, abs=0.01)
 
 
