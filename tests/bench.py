@@ -11,6 +11,7 @@ On a card: python tests/bench.py --gpu 3b, or 7b, or with --lora_rank 32. Millis
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import json
@@ -23,13 +24,24 @@ import tempfile
 import time
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpu  # noqa: E402
 
-from common import Reward, forward, group_advantages, load_processor, policy_loss, rollout, stack_rewards  # noqa: E402
+from common import (  # noqa: E402
+    Reward,
+    checkpoint_layers,
+    forward,
+    group_advantages,
+    load_processor,
+    policy_loss,
+    rollout,
+    stack_rewards,
+)
 from plumbing.adapters import add_adapters  # noqa: E402
 from plumbing.arguments import INSTRUCTION, TOY, SharedArgs  # noqa: E402
 from plumbing.data import Data  # noqa: E402
@@ -41,38 +53,20 @@ METHODS = {"vepo": 1.5, "vgpo": 1.1, "prpo": 1.8, "pepo": 1.1, "saei": 2.0}  # w
 
 def make_model():
     """As transformers has it; what is ours is measured after `patch_attention`, as in training."""
-    torch.manual_seed(0)
-    config = transformers.Qwen2_5_VLConfig.from_pretrained(TOY / "model")
-    text, vision = config.text_config, config.vision_config
-    text.vocab_size, text.hidden_size, text.intermediate_size = 8192, 512, 1536
-    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 6, 8, 4
-    text.layer_types = ["full_attention"] * 6
-    text.rope_parameters = {**text.rope_parameters, "mrope_section": [8, 12, 12]}
-    text.initializer_range = 0.02
-    vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 256, 512, 512
-    vision.depth, vision.fullatt_block_indexes, vision.window_size = 4, [3], 112
-    kinds = {"text_config": "shared_prefix", "vision_config": "sdpa"}
-    model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=kinds)
-    return model.float().train()
+    model = gpu.random_model("28m", "cpu").float()
+    model.generation_config.eos_token_id = [8191]  # a random model hardly ever ends: equal lengths for all
+    return model
 
 
 def make_rows(count, image_tokens):
     """Square images of noise and a question each, in the schema of geometry3k."""
-    from PIL import Image
-
-    return [
-        {
-            "images": [Image.effect_noise((28 * math.isqrt(image_tokens),) * 2, 40 + i).convert("RGB")],
-            "problem": f"<image>How many things are there in picture {i}?",
-            "answer": "3",
-        }
-        for i in range(count)
-    ]
+    size = (28 * math.isqrt(image_tokens),) * 2
+    images = [Image.effect_noise(size, 40 + i).convert("RGB") for i in range(count)]
+    problem = "<image>How many things are there in picture {}?"
+    return [{"images": [x], "problem": problem.format(i), "answer": "3"} for i, x in enumerate(images)]
 
 
 def make_data(args, processor, model, image_tokens):
-    import datasets
-
     with tempfile.TemporaryDirectory() as folder:
         datasets.Dataset.from_list(make_rows(P, image_tokens)).to_parquet(f"{folder}/rows.parquet")
         data = Data(f"{folder}/rows.parquet", "train", args, processor, model)
@@ -99,20 +93,15 @@ def padded_update(model, groups):
     """The usual way: G copies of prompt and images in one padded batch, all logits of the responses in memory."""
     for group in groups:
         prompt, mask = group.prompt, group.mask
-        ids = torch.cat([prompt.input_ids.expand(G, -1), group.responses], 1)
-        attention = torch.cat([torch.ones(G, len(prompt.input_ids), dtype=torch.bool), mask], 1)
-        kinds = torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int()
         out = model(
-            input_ids=ids,
-            attention_mask=attention,
-            mm_token_type_ids=kinds,
-            pixel_values=prompt.pixel_values.repeat(G, 1),
-            image_grid_thw=prompt.image_grid_thw.repeat(G, 1),
+            input_ids=torch.cat([prompt.input_ids.expand(G, -1), group.responses], 1),
+            attention_mask=torch.cat([torch.ones(G, len(prompt.input_ids), dtype=torch.bool), mask], 1),
+            mm_token_type_ids=torch.cat([prompt.image_mask.expand(G, -1), torch.zeros_like(mask)], 1).int(),
+            **image_inputs(model, [prompt] * G),
             logits_to_keep=mask.shape[1] + 1,
         )
-        logps = out.logits[:, :-1].log_softmax(-1)
-        chosen = logps.gather(-1, group.responses[..., None])[..., 0]
-        loss, _ = policy_loss(chosen, chosen.detach(), torch.linspace(-1, 1, G), mask)
+        logps = out.logits[:, :-1].log_softmax(-1).gather(-1, group.responses[..., None])[..., 0]
+        loss, _ = policy_loss(logps, logps.detach(), torch.linspace(-1, 1, G), mask)
         loss.backward()
     model.zero_grad()
 
@@ -123,15 +112,6 @@ def packed_update(model, groups):
         loss, _ = policy_loss(logps, logps.detach(), torch.linspace(-1, 1, G), group.mask)
         loss.backward()
     model.zero_grad()
-
-
-def frozen_tower(model, asked):
-    """The model with adapters and checkpoints, `asked` for its inputs' gradients as transformers does, or not."""
-    adapted = add_adapters(copy.deepcopy(model), SharedArgs(lora_rank=32))
-    adapted.activation_checkpointing_enable({"use_reentrant": False})
-    if not asked:
-        adapted.disable_input_require_grads()
-    return adapted
 
 
 def plain_sampling(model, prompts, tokens):
@@ -165,8 +145,6 @@ def our_step(model, tokenizer, prompts, args, reward, optimizer, step):
 
 def method_steps(model, processor, image_tokens, tokens, repeats):
     """Prints the whole step of each method's own script against that of grpo.py: two counted steps in each run."""
-    import datasets
-
     times = {name: [] for name in ["grpo", *METHODS, "grpo with 12", "attack"]}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
@@ -197,13 +175,11 @@ def method_steps(model, processor, image_tokens, tokens, repeats):
 
 
 def trl_step_seconds(processor, image_tokens, tokens, steps):
-    """Seconds of each step of GRPOTrainer at the same settings."""
-    import datasets
-    from trl import GRPOConfig, GRPOTrainer
+    """Seconds of each step but the first of GRPOTrainer at the same settings."""
+    import trl  # takes long, and is not on every card's machine
 
     class Clock(transformers.TrainerCallback):
-        def __init__(self):
-            self.times = []
+        times = []
 
         def on_step_begin(self, *_, **__):
             self.begin = time.perf_counter()
@@ -212,43 +188,24 @@ def trl_step_seconds(processor, image_tokens, tokens, steps):
             self.times.append(time.perf_counter() - self.begin)
 
     rows = [
-        {
-            "prompt": [{"role": "user", "content": f"{row['problem'][7:]}\n{INSTRUCTION}"}],
-            "image": row["images"][0],
-            "answer": row["answer"],
-        }
+        {"prompt": [{"role": "user", "content": f"{row['problem'][7:]}\n{INSTRUCTION}"}], "image": row["images"][0]}
         for row in make_rows(P, image_tokens)
     ]
     model, clock = make_model(), Clock()
     model.set_attn_implementation("sdpa")
+    settings = {"max_completion_length": tokens, "max_steps": steps, "learning_rate": 1e-6, "loss_type": "dapo"}
+    settings |= {"per_device_train_batch_size": P * G, "num_generations": G, "beta": 0.0, "temperature": 1.0}
+    settings |= {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "disable_tqdm": True}
+    settings |= {"report_to": [], "save_strategy": "no", "logging_strategy": "no"}
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=P * G,
-            num_generations=G,
-            max_completion_length=tokens,
-            max_steps=steps,
-            learning_rate=1e-6,
-            beta=0.0,
-            loss_type="dapo",
-            temperature=1.0,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = GRPOTrainer(
+        trl.GRPOTrainer(
             model=model,
             processing_class=processor,
             reward_funcs=lambda completions, **_: [float(len(c[0]["content"]) % 7) for c in completions],
-            args=config,
+            args=trl.GRPOConfig(output_dir=folder, **settings),
             train_dataset=datasets.Dataset.from_list(rows),
             callbacks=[clock],
-        )
-        trainer.train()
+        ).train()
     return clock.times[1:]
 
 
@@ -279,94 +236,65 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
     parser.add_argument("--image_tokens", type=int, default=256, help="of the image of a prompt: a square number")
-    parser.add_argument("--response_tokens", type=int, help="tokens of every response (default: 64; on a card 512)")
     parser.add_argument(
         "--gpu", choices=["tiny", "1b", "3b", "7b"], nargs="?", const="3b", help="measure this shape on a card"
     )
     parser.add_argument("--lora_rank", type=int, default=0, help="with --gpu: of adapters on the frozen model")
     parser.add_argument("--methods", action="store_true", help="nothing but the methods' steps")
     parser.add_argument("--no_methods", action="store_true", help="leave the methods' steps out")
-    parser.add_argument("--no_trl", action="store_true", help="leave TRL's step out")
     options = parser.parse_args()
-    image_tokens = options.image_tokens
-    if image_tokens < 4 or math.isqrt(image_tokens) ** 2 != image_tokens:
-        parser.error(f"--image_tokens {image_tokens} is no square number of 4 or more: take 256 or 1024.")
-    if options.repeats < 1 or (options.response_tokens is not None and options.response_tokens < 2):
-        parser.error("--repeats must be 1 or more, and --response_tokens 2 or more.")
     if options.lora_rank and not options.gpu:
         parser.error("--lora_rank is for --gpu; the comparison on a CPU always measures rank 32.")
     transformers.utils.logging.set_verbosity_error()
-    tokens = options.response_tokens or (512 if options.gpu else 64)
+    tokens = {None: 64, "tiny": 5}.get(options.gpu, 512)  # of every response
     args = SharedArgs(group_size=G, max_response_tokens=tokens, max_prompt_tokens=10**4, lora_rank=options.lora_rank)
     processor = load_processor(TOY / "model", max_pixels=10**8)
     if options.gpu:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = gpu.random_model(options.gpu, device)
+        model = gpu.random_model(options.gpu, "cuda" if torch.cuda.is_available() else "cpu")
         if args.lora_rank:
             add_adapters(model, args)
-        args.rollout_prompts = P if options.gpu == "tiny" else 32
-        args.updates_per_step = 4
-        prompt = make_data(args, processor, model, image_tokens)[0]
+        args.rollout_prompts, args.updates_per_step = P if options.gpu == "tiny" else 32, 4
+        prompt = make_data(args, processor, model, options.image_tokens)[0]
         gpu.report(model, options.gpu, prompt, args, options.repeats)
         return
     model, plain = patch_attention(make_model()), make_model()
-    prompts = make_data(args, processor, model, image_tokens)
-    model.generation_config.eos_token_id = plain.generation_config.eos_token_id = [
-        8191
-    ]  # the random model hardly ever ends: equal lengths for all
+    prompts = make_data(args, processor, model, options.image_tokens)
     groups = rollout(model, processor.tokenizer, prompts, args, 0)
     Lp, Lr = len(prompts[0].input_ids), int(groups[0].mask[0].sum())
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    image = int(prompts[0].image_mask.sum())
+    millions, image = sum(p.numel() for p in model.parameters()) / 1e6, int(prompts[0].image_mask.sum())
     print(f"{millions:.0f}M parameters, {P} prompts x {G}, Lp = {Lp} of which {image} image tokens, Lr = {Lr}")
     print(f"{torch.get_num_threads()} threads of {os.cpu_count()}, torch {torch.__version__}")
-
     if not options.methods:
         bound = G * (Lp + Lr) / (Lp + G * Lr)
-        compare(
-            "update: padded batch / packed row",
-            lambda: padded_update(plain, groups),
-            lambda: packed_update(model, groups),
-            options.repeats,
-            f"token ratio {bound:.2f}, bar {0.8 * bound:.2f}",
-        )
-        compare(
-            "sampling: plain generate / prompt computed once",
-            lambda: plain_sampling(plain, prompts, tokens),
-            lambda: rollout(model, processor.tokenizer, prompts, args, 0),
-            options.repeats,
-        )
-        adapted = add_adapters(copy.deepcopy(model), SharedArgs(lora_rank=32))
-        compare(
-            "sampling: with adapters of rank 32 / without",
-            lambda: rollout(adapted, processor.tokenizer, prompts, args, 0),
-            lambda: rollout(model, processor.tokenizer, prompts, args, 0),
-            options.repeats,
-            "bar 1.15",
-        )
-        asked, ours = frozen_tower(model, True), frozen_tower(model, False)
-        compare(
-            "update with adapters: inputs' gradients / none",
-            lambda: packed_update(asked, groups),
-            lambda: packed_update(ours, groups),
-            options.repeats,
-        )
+
+        def sampling(of):
+            return lambda: rollout(of, processor.tokenizer, prompts, args, 0)
+
+        def update(of):
+            return lambda: packed_update(of, groups)
+
+        name, note = "update: padded batch / packed row", f"token ratio {bound:.2f}, bar {0.8 * bound:.2f}"
+        compare(name, lambda: padded_update(plain, groups), update(model), options.repeats, note)
+        name = "sampling: plain generate / prompt computed once"
+        compare(name, lambda: plain_sampling(plain, prompts, tokens), sampling(model), options.repeats)
+        asked, adapted = (add_adapters(copy.deepcopy(model), SharedArgs(lora_rank=32)) for _ in range(2))
+        name = "sampling: with adapters of rank 32 / without"
+        compare(name, sampling(adapted), sampling(model), options.repeats, "bar 1.15")
+        checkpoint_layers(adapted)
+        asked.activation_checkpointing_enable({"use_reentrant": False})  # as transformers does it
+        compare("update with adapters: inputs' gradients / none", update(asked), update(adapted), options.repeats)
     if not options.no_methods:
-        method_steps(model, processor, image_tokens, tokens, options.repeats)
+        method_steps(model, processor, options.image_tokens, tokens, options.repeats)
     if options.methods:
         return
     for length in (512, 1024, 2048):
-        chunks, plain = head_memory("chunks", length), head_memory("plain", length)
+        chunks, whole = head_memory("chunks", length), head_memory("plain", length)
         name = f"peak memory of the head, {length} tokens"
-        print(f"{name:46s} {plain / chunks:6.2f} x   ({plain:.1f} GB of plain logits against {chunks:.1f} GB)")
-    if options.no_trl:
-        return
+        print(f"{name:46s} {whole / chunks:6.2f} x   ({whole:.1f} GB of plain logits against {chunks:.1f} GB)")
     reward, optimizer = Reward(args), torch.optim.AdamW(model.parameters(), 1e-6)
-    ours = [
-        seconds(lambda step=step: our_step(model, processor.tokenizer, prompts, args, reward, optimizer, step))
-        for step in range(options.repeats + 1)
-    ][1:]
-    theirs = trl_step_seconds(processor, image_tokens, tokens, options.repeats + 1)
+    step = functools.partial(our_step, model, processor.tokenizer, prompts, args, reward, optimizer)
+    ours = [seconds(functools.partial(step, i)) for i in range(options.repeats + 1)][1:]
+    theirs = trl_step_seconds(processor, options.image_tokens, tokens, options.repeats + 1)
     a, b = statistics.median(theirs), statistics.median(ours)
     spread = f"{min(theirs) / max(ours):.2f} to {max(theirs) / min(ours):.2f}; {a:.2f} s against {b:.2f} s"
     print(f"{'whole step: TRL / ours':46s} {a / b:6.2f} x   ({spread}) bar 4")

@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     return shared
 
 
-LONGEST_FIRST = ["test_sharding", "test_methods", "test_checkpoints", "test_memory", "test_devices", "test_run"]
+LONGEST_FIRST = ["test_sharding", "test_methods", "test_compile", "test_checkpoints", "test_memory", "test_devices"]
 
 
 def pytest_collection_modifyitems(items):

@@ -18,17 +18,17 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Group, forward, generate, make_sampler, policy_loss, split_group  # noqa: E402
+from common import Group, checkpoint_layers, forward, generate, make_sampler, policy_loss, split_group  # noqa: E402
 from plumbing.arguments import TOY  # noqa: E402
 from plumbing.families import compile_layers, patch_attention  # noqa: E402
 
-SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and two small ones:
+SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and smaller ones:
     # hidden, mlp, layers, heads, kv heads, vocabulary, tied; vision: hidden, mlp, depth, heads
     "tiny": (64, 128, 2, 2, 1, 512, True, 32, 64, 2, 2),
+    "28m": (512, 1536, 6, 8, 4, 8192, True, 256, 512, 4, 4),
     "1b": (1536, 6144, 16, 12, 2, 151_936, True, 1280, 3420, 12, 16),
     "3b": (2048, 11008, 36, 16, 2, 151_936, True, 1280, 3420, 32, 16),
     "7b": (3584, 18944, 28, 28, 4, 152_064, False, 1280, 3420, 32, 16),
-    "32b": (5120, 27648, 64, 40, 8, 152_064, False, 1280, 3456, 32, 16),
 }
 TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # of dense bf16 products, by NVIDIA's data sheets
 
@@ -57,9 +57,12 @@ def random_model(size, device):
     with torch.device(device):
         model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config_of(size), **options)
     model.generation_config.eos_token_id = []  # no response ends before it must
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    model.disable_input_require_grads()
-    return patch_attention(model).train()
+    return model.train()
+
+
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def seconds(function, repeats):
@@ -72,11 +75,6 @@ def seconds(function, repeats):
         wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def wait():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def card(device, repeats):
@@ -110,20 +108,19 @@ def flops(model, row):
     return products + 12 * pairs * text.hidden_size * len(layers)
 
 
-def token_bytes(model, prompts, args):
-    """What is read at least for one more token of all responses, half of their length there: weights, and caches."""
-    text, layers = model.config.text_config, model.model.language_model.layers
-    cached = 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * len(layers)
-    tokens = sum(len(p.input_ids) + args.group_size * args.max_response_tokens / 2 for p in prompts)
-    return 2 * (size_of(layers) + text.vocab_size * text.hidden_size + cached * tokens)
+def token_cost(model, prompts, args):
+    """(bytes read, operations) at least for one more token of all responses, half of their length there.
 
-
-def token_flops(model, prompts, args):
-    """Of one more token of all responses, half of their length there: 2 a weight, and 4 D a token that it sees."""
+    Bytes of weights and caches; operations 2 a weight, and 4 D for each layer and each token that a response sees.
+    """
     text, layers = model.config.text_config, model.model.language_model.layers
     weights = size_of(layers) + text.vocab_size * text.hidden_size
-    seen = sum(len(p.input_ids) + args.max_response_tokens / 2 for p in prompts)
-    return args.group_size * (2 * weights * len(prompts) + 4 * text.hidden_size * len(layers) * seen)
+    cached = 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * len(layers)
+    G, half = args.group_size, args.max_response_tokens / 2
+    stored = sum(len(p.input_ids) + G * half for p in prompts)
+    seen = sum(G * (len(p.input_ids) + half) for p in prompts)
+    operations = 2 * weights * G * len(prompts) + 4 * text.hidden_size * len(layers) * seen
+    return 2 * (weights + cached * stored), operations
 
 
 KINDS = {"products": "gemm|cutlass|nvjet|cublas|xmma", "attention": "flash|fmha|attention"}  # the rest: elementwise
@@ -138,38 +135,43 @@ def by_kind(kernels, wall):
     return found | {"idle": max(0.0, wall - sum(found.values()))}
 
 
-def profiled(function):
-    """[(name, seconds)] of the kernels that a function runs on a GPU, once."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        wait()
-    return [(event.key, event.self_device_time_total / 1e6) for event in profile.key_averages()]
+def line(what, taken, more=""):
+    print(f"{what:46s}{1e3 * taken:9.1f} ms   {more}")
 
 
 def report(model, size, prompt, args, repeats, groups=64, cards=8):
     """Prints what a step of `groups` prompts on each of `cards` cards takes, phase by phase."""
     device, G, T = model.device.type, args.group_size, args.max_response_tokens
-    compile_layers(model)
+    compile_layers(patch_attention(model))
     autocast = torch.autocast(device, torch.bfloat16, enabled=bool(args.lora_rank))
     name, bandwidth, product, said = card(device, repeats)
     prompts = [dataclasses.replace(prompt, prompt_id=i) for i in range(args.rollout_prompts)]
+    trained, parts = sum(p.numel() for p in model.parameters() if p.requires_grad), 1 if args.lora_rank else cards
+    adapters = f", {trained / 1e6:.0f} million of adapters" if args.lora_rank else ""
+    Lp, image = len(prompt.input_ids), int(prompt.image_mask.sum())
+    print(
+        f"Qwen2.5-VL in the shape {size}: {size_of(model) / 1e9:.2f} billion random weights{adapters}, on one {name}\n"
+        f"{len(prompts)} prompts x {G}, Lp = {Lp} of which {image} image tokens, Lr = {T}; torch {torch.__version__}\n"
+        f"{bandwidth / 1e12:.2f} TB/s are copied, {product / 1e12:.0f} TFLOP/s reached in a large bf16 product\n"
+    )
 
-    banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool, device=model.device)
+    banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool, device=device)
     choose = make_sampler(banned, args.temperature, args.top_p, args.top_k)
 
     def sample(tokens, graphs):
         uniforms = torch.rand(len(prompts) * G, tokens)
         fixed = {"capacity": min(128, T), "prefill_tokens": args.tokens_per_row, "graphs": graphs}
-        model.eval()  # checkpointing, of training, would keep no cache
         with autocast:
-            taken = seconds(lambda: generate(model, prompts, G, choose, uniforms, [], 0, **fixed), repeats)
-        model.train()
-        return taken
+            return seconds(lambda: generate(model, prompts, G, choose, uniforms, [], 0, **fixed), repeats)
 
-    first, kinds = sample(1, False), [False, True] if device == "cuda" else [False]
-    sampling = {graphs: sample(T, graphs) for graphs in kinds}
-    token = {graphs: (whole - first) / max(T - 1, 1) for graphs, whole in sampling.items()}
-    least = max(token_bytes(model, prompts, args) / bandwidth, token_flops(model, prompts, args) / product)
+    first = sample(1, False)
+    bytes_read, operations = token_cost(model, prompts, args)
+    least = max(bytes_read / bandwidth, operations / product)
+    sampling = {graphs: sample(T, graphs) for graphs in ([False, True] if device == "cuda" else [False])}
+    for graphs, whole in sampling.items():
+        token, how = (whole - first) / (T - 1), ", as a CUDA graph" if graphs else ""
+        ratio = f"{token / least:.1f} x its bytes or FLOP, {1e3 * least:.1f} ms"
+        line(f"a token of {len(prompts) * G} responses{how}", token, ratio)
 
     tokens = torch.randint(100, 400, (G, T), device=device)
     group = Group(prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(G), [""] * G)
@@ -187,53 +189,39 @@ def report(model, size, prompt, args, repeats, groups=64, cards=8):
             loss, _ = policy_loss(logps, logps.detach(), torch.linspace(-1, 1, len(row.mask), device=device), row.mask)
             loss.backward()
 
-    scoring, updates = seconds(score, repeats), {}
+    scoring, updates = seconds(score, repeats), []
     for checkpointing in (True, False):  # the latter as a run does where memory allows
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        if not checkpointing:
+        if checkpointing:
+            checkpoint_layers(model)
+        else:
             model.activation_checkpointing_disable()
         with contextlib.suppress(torch.OutOfMemoryError):
-            updates[checkpointing] = seconds(update, repeats)
-    updating = min(updates.values())
-    kinds = by_kind(profiled(update), updating) if device == "cuda" else {}
-    model.zero_grad()
+            updates.append(seconds(update, repeats))
+            line(f"update of a group, {'with' if checkpointing else 'without'} checkpointing", updates[-1])
+    updating = min(updates)
     speed = sum(flops(model, row) for row in rows) / updating
-    trained, parts = sum(p.numel() for p in model.parameters() if p.requires_grad), 1 if args.lora_rank else cards
+    share = f", {speed / said:.0%} MFU by the data sheet" if said else ""
+    print(f"the faster of them: {speed / product:.0%} of the large product{share}")
+    if device == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            update()
+            wait()
+        found = [(event.key, event.self_device_time_total / 1e6) for event in profile.key_averages()]
+        for kind, taken in by_kind(found, updating).items():
+            line(f"  of the last, {kind}", taken)
+    model.zero_grad()
+    line("forward pass of a group", scoring)
     part = torch.zeros(trained // parts, device=device, requires_grad=True)  # fp32, what a card keeps of it
     part.grad = torch.zeros_like(part)
     stepping = seconds(torch.optim.AdamW([part], fused=True).step, repeats)
+    line("AdamW of the adapters" if args.lora_rank else f"AdamW of 1/{cards} of the weights", stepping)
+    if device == "cuda":
+        print(f"{'memory at its peak':46s}{torch.cuda.max_memory_allocated() / 1e9:9.1f} GB")
 
     batches = math.ceil(groups / len(prompts))
-    phases = {"sampling": batches * sampling[False], "scoring": groups * scoring, "update": groups * updating}
-    phases["update"] += args.updates_per_step * stepping
-    adapters = f", {trained / 1e6:.0f} million of adapters" if args.lora_rank else ""
-    Lp, image = len(prompt.input_ids), int(prompt.image_mask.sum())
-    print(
-        f"Qwen2.5-VL in the shape {size}: {size_of(model) / 1e9:.2f} billion random weights{adapters}, on one {name}\n"
-        f"{len(prompts)} prompts x {G}, Lp = {Lp} of which {image} image tokens, Lr = {T}; torch {torch.__version__}\n"
-        f"{bandwidth / 1e12:.2f} TB/s are copied, {product / 1e12:.0f} TFLOP/s reached in a large bf16 product\n"
-    )
-    for graphs, value in token.items():
-        what = f"a token of {len(prompts) * G} responses{', as a CUDA graph' if graphs else ''}"
-        print(f"{what:46s}{1e3 * value:7.1f} ms   {value / least:.1f} x its bytes or FLOP, {1e3 * least:.1f} ms")
-    share = f", {speed / said:.0%} MFU by the data sheet" if said else ""
-    for checkpointing, value in updates.items():
-        what = f"update of a group, {'with' if checkpointing else 'without'} checkpointing"
-        print(f"{what:46s}{1e3 * value:7.0f} ms")
-    print(f"{'the faster of them':46s}{'':7s}      {speed / product:.0%} of the large product{share}")
-    for kind, value in kinds.items():
-        print(f"{f'  of the last, {kind}':46s}{1e3 * value:7.0f} ms   {value / sum(kinds.values()):.0%}")
-    print(f"{'forward pass of a group':46s}{1e3 * scoring:7.0f} ms")
-    what = "AdamW of the adapters" if args.lora_rank else f"AdamW of 1/{cards} of the weights"
-    print(f"{what:46s}{1e3 * stepping:7.1f} ms")
-    if device == "cuda":
-        print(f"{'memory at its peak':46s}{torch.cuda.max_memory_allocated() / 1e9:7.1f} GB")
     print(f"\nseconds of a step of {groups * cards} prompts x {G} on {cards} such cards, without rewards,")
     print("gathering and summing, clipping, checkpoints and waiting:")
-    print(", ".join(f"{phase} {value:.1f}" for phase, value in phases.items()))
+    print(f"sampling {batches * sampling[False]:.1f}, scoring {groups * scoring:.1f}, ", end="")
+    print(f"update {groups * updating + args.updates_per_step * stepping:.1f}")
     if True in sampling:
         print(f"sampling with CUDA graphs, as on one card, {batches * sampling[True]:.1f}")
-    graphs = f"{1e3 * token[True]:.1f}" if True in token else "-"
-    mfu = f"{speed / said:.0%}" if said else "-"
-    seconds_of = " | ".join(f"{value:.0f}" for value in phases.values())
-    print(f"\n| {size} | {name} | {1e3 * token[False]:.1f} | {graphs} | {1e3 * least:.1f} | {mfu} | {seconds_of} |")

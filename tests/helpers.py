@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,8 @@ from plumbing.answers import Checker  # noqa: E402
 from plumbing.data import Data, Prompt  # noqa: E402
 from plumbing.families import patch_attention  # noqa: E402
 
-torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 transformers.utils.logging.disable_progress_bar()
 TOKENS = dict(image_token_id=11, video_token_id=12, vision_start_token_id=9, vision_end_token_id=10)
 END = [13, 0]  # token ids of the random models below
@@ -55,39 +55,47 @@ def text_config(**more):
     )
 
 
+QWEN = {  # configuration, and what its tower has of its own
+    "qwen2_vl": (transformers.Qwen2VLConfig, dict(embed_dim=16, hidden_size=32, mlp_ratio=2)),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, dict(window_size=56, fullatt_block_indexes=[1])),
+    "qwen3_vl": (transformers.Qwen3VLConfig, dict(deepstack_visual_indexes=[0, 1], num_position_embeddings=64)),
+}
+
+
 def tiny_model(family, seed=0):
     """A random model of the family's real classes, small enough for float64."""
     torch.manual_seed(seed)
-    vision = dict(depth=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, num_heads=2)
-    if family == "qwen2_vl":
-        vision |= dict(embed_dim=16, hidden_size=32, mlp_ratio=2)
-        config = transformers.Qwen2VLConfig(text_config=text_config(), vision_config=vision, **TOKENS)
-        cls = transformers.Qwen2VLForConditionalGeneration
-    elif family == "qwen2_5_vl":
-        vision |= dict(
-            hidden_size=16, intermediate_size=24, out_hidden_size=32, window_size=56, fullatt_block_indexes=[1]
-        )
-        config = transformers.Qwen2_5_VLConfig(text_config=text_config(), vision_config=vision, **TOKENS)
-        cls = transformers.Qwen2_5_VLForConditionalGeneration
-    elif family in ("internvl", "internvl3_5"):  # tiles of 4 x 4 patches, 4 tokens each
-        vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+    vision = dict(hidden_size=16, intermediate_size=24)
+    if family in QWEN:
+        vision |= dict(depth=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, num_heads=2)
+        cls, own = QWEN[family]
+        text = text_config()
+        if family == "qwen3_vl":
+            text = text_config(head_dim=8, rope={"mrope_interleaved": True})
+        config = cls(text_config=text, vision_config=vision | dict(out_hidden_size=32) | own, **TOKENS)
+    else:  # InternVL's tiles of 4 x 4 patches, 4 tokens each
+        vision |= dict(num_hidden_layers=2, num_attention_heads=2, image_size=56)
         vision |= dict(initializer_range=0.3, use_qk_norm=True, norm_type="rms_norm")
         text = text_config(max_position_embeddings=4096)
         text["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}  # as InternVL3's
-        decoder = transformers.Qwen2Config if family == "internvl" else transformers.Qwen3Config
-        text = decoder(**text, **{} if family == "internvl" else {"head_dim": 8})
+        if family == "internvl":
+            text = transformers.Qwen2Config(**text)
+        else:
+            text = transformers.Qwen3Config(**text, head_dim=8)
         more = {"vision_config": vision, "image_token_id": 11, "image_seq_length": 4}
         config = transformers.InternVLConfig(text_config=text, **more)
-        cls = transformers.InternVLForConditionalGeneration
-    else:
-        vision |= dict(hidden_size=16, intermediate_size=24, out_hidden_size=32, deepstack_visual_indexes=[0, 1])
-        vision |= dict(num_position_embeddings=64)
-        text = text_config(head_dim=8, rope={"mrope_interleaved": True})
-        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
-        cls = transformers.Qwen3VLForConditionalGeneration
-    model = patch_attention(cls._from_config(config, attn_implementation={"text_config": "shared_prefix"}))
+    kinds = {"text_config": "shared_prefix"}
+    model = patch_attention(transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=kinds))
     model.generation_config.eos_token_id = END
     return model.float().train()
+
+
+@contextlib.contextmanager
+def json_file(path):
+    """The dictionary in a json file, which gets the changes that are made to it."""
+    saved = json.loads(path.read_text())
+    yield saved
+    path.write_text(json.dumps(saved))
 
 
 TEMPLATE = (  # InternVL3's
@@ -127,16 +135,14 @@ def save_internvl(folder):
     torch.manual_seed(0)
     config.tie_word_embeddings = False
     transformers.InternVLForConditionalGeneration(config).save_pretrained(folder)
-    saved = json.loads((folder / "config.json").read_text())  # as the hub has it: silent about the head, and older
-    del saved["tie_word_embeddings"]
-    text = saved["text_config"]
-    text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
-    text["rope_scaling"] = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
-    (folder / "config.json").write_text(json.dumps(saved))
+    with json_file(folder / "config.json") as saved:  # as the hub has it: silent about the head, and older
+        del saved["tie_word_embeddings"]
+        text = saved["text_config"]
+        text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
+        text["rope_scaling"] = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
     (folder / "generation_config.json").unlink()
-    saved = json.loads((folder / "processor_config.json").read_text())
-    images = saved.pop("image_processor") | {"image_processor_type": "GotOcr2ImageProcessorFast"}
-    (folder / "processor_config.json").write_text(json.dumps(saved))
+    with json_file(folder / "processor_config.json") as saved:
+        images = saved.pop("image_processor") | {"image_processor_type": "GotOcr2ImageProcessorFast"}
     (folder / "preprocessor_config.json").write_text(json.dumps(images | {"crop_to_patches": False}))
     return folder
 
@@ -146,27 +152,22 @@ def tiny_prompt(model, grids, words=(20, 21, 22), index=0, seed=0):
 
     InternVL's images are whole tiles, and a thumbnail follows what is more than one.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids, kinds = list(words), [0] * len(words)
     internvl = model.config.model_type == "internvl"
     if internvl:
         canvases = [(-(-h // 4) * 4, -(-w // 4) * 4) for h, w in grids]
         grids = [grid for canvas in canvases for grid in (canvas, (4, 4))[: 1 + (canvas != (4, 4))]]
-    for h, w in grids:
-        n = h * w // 4
-        ids += [9, *[11] * n, 10, 30]
-        kinds += [0, *[1] * n, 0, 0]
-    ids, kinds = torch.tensor(ids), torch.tensor(kinds)
-    if not grids:
-        positions = torch.arange(len(ids)).expand(1 if internvl else 3, -1)
-        return Prompt(index, "", "", ids, positions, None, None, kinds == 1)
-    thw = torch.tensor([[1, h, w] for h, w in grids])
-    pixels = torch.randn(int(thw.prod(1).sum()), 1176, generator=generator)
-    if internvl:  # whose tower sees an image once
-        pixels = pixels.view(-1, 3, 2, 196)[:, :, :1].expand(-1, -1, 2, -1).flatten(1)
-        return Prompt(index, "", "", ids, torch.arange(len(ids))[None], pixels, thw, kinds == 1)
-    positions = model.model.get_rope_index(ids[None], kinds[None], image_grid_thw=thw)[0][:, 0]
-    return Prompt(index, "", "", ids, positions, pixels, thw, kinds == 1)
+    ids = torch.tensor([*words, *(token for h, w in grids for token in (9, *[11] * (h * w // 4), 10, 30))])
+    positions = torch.arange(len(ids)).expand(1 if internvl else 3, -1)
+    pixels = thw = None
+    if grids:
+        thw = torch.tensor([[1, h, w] for h, w in grids])
+        pixels = torch.randn(int(thw.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(seed))
+        if internvl:  # whose tower sees an image once
+            pixels = pixels.view(-1, 3, 2, 196)[:, :, :1].expand(-1, -1, 2, -1).flatten(1)
+        else:
+            kinds = (ids == 11).long()[None]
+            positions = model.model.get_rope_index(ids[None], kinds, image_grid_thw=thw)[0][:, 0]
+    return Prompt(index, "", "", ids, positions, pixels, thw, ids == 11)
 
 
 def tiny_group(prompt, lengths, seed=0):
@@ -200,6 +201,27 @@ def times_agree(values):
     return torch.equal(values[:, :, 0], values[:, :, 1])
 
 
+def lengths(*numbers, width=None):
+    """The mask (B, T) of responses of these lengths."""
+    return torch.arange(width or max(numbers)) < torch.tensor(numbers)[:, None]
+
+
+def random_signals(count, scale=1.0, seed=0):
+    """Random numbers (4, 9) in [0, scale), and the mask of responses of 9, 4, 1 and 0 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return *(torch.rand(4, 9, generator=generator) * scale for _ in range(count)), lengths(9, 4, 1, 0)
+
+
+def assert_row_wise(function, *values, mask):
+    """function(*values, mask), (B, T), is 0 on padding, whatever is there, and of no other row."""
+    want = function(*values, mask)
+    assert want.any() and not want[~mask].any()
+    for garbage in (torch.nan, torch.inf, -1e30):
+        assert torch.equal(function(*(x.masked_fill(~mask, garbage) for x in values), mask), want)
+    for rows in ([2, 0, 3, 1], [0], [1]):
+        torch.testing.assert_close(function(*(x[rows] for x in values), mask[rows]), want[rows])
+
+
 def padded_inputs(model, group):
     """A group the usual way: G copies of prompt and images, right-padded."""
     prompt, mask = group.prompt, group.mask
@@ -220,15 +242,14 @@ def plain_images(model, prompt, copies):
     if model.config.model_type != "internvl":
         repeated = prompt.pixel_values.repeat(copies, 1), prompt.image_grid_thw.repeat(copies, 1)
         return dict(zip(("pixel_values", "image_grid_thw"), repeated))
-    tiles, start = [], 0
+    tiles, start, side = [], 0, model.config.vision_config.image_size[0]
     for _, h, w in prompt.image_grid_thw.tolist():
         canvas = torch.empty(3, 14 * h, 14 * w).to(prompt.pixel_values)
         for i in range(h * w):
             row, column = 14 * (i // w), 14 * (i % w)
             canvas[:, row : row + 14, column : column + 14] = prompt.pixel_values[start + i].view(3, 2, 14, 14)[:, 0]
         start += h * w
-        corners = [(row, column) for row in range(0, 14 * h, 56) for column in range(0, 14 * w, 56)]
-        tiles += [canvas[:, row : row + 56, column : column + 56] for row, column in corners]
+        tiles += [tile for rows in canvas.split(side, 1) for tile in rows.split(side, 2)]
     return {"pixel_values": torch.stack(tiles).repeat(copies, 1, 1, 1)}
 
 
@@ -252,13 +273,11 @@ MEASURED, measure = {}, Data.measure
 
 def measured_once(data):
     """`Data.measure`, which reads 2,500 rows of the toy, once for each process."""
-    args = data.args
-    key = (type(data), data.name, len(data.rows), args.instruction, args.max_prompt_tokens)
+    key = (type(data), data.name, len(data.rows), data.args.instruction, data.args.max_prompt_tokens)
     if data.name != "toy" or key not in MEASURED:
         measure(data)
-        MEASURED[key] = {
-            name: getattr(data, name) for name in ("rows", "indices", "dropped", "tokens", "unusable", "checksum")
-        }
+        names = ("rows", "indices", "dropped", "tokens", "unusable", "checksum")
+        MEASURED[key] = {name: getattr(data, name) for name in names}
     vars(data).update(MEASURED[key])
 
 
@@ -273,23 +292,14 @@ CHECKER = OneChecker()
 
 
 def main_of(script, output, flags):
-    """`python script.py --output output flags` in this process, which gets its signals back; no curves are drawn.
-
-    Without an output the script's own default counts.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """`python script.py --output output flags` in this process, without curves; output None: the script's default."""
     accelerate.state.AcceleratorState._reset_state(True)  # of the run before, which may have had another precision
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *(["--output", str(output)] if output else []), *map(str, flags)])
         patch.setattr(Data, "measure", measured_once)
         patch.setattr(trainer, "draw_curves", lambda *_: None)
         patch.setattr(common, "Checker", lambda seconds: CHECKER)
-        try:
-            importlib.import_module(script).main()
-        finally:
-            accelerate.state.AcceleratorState._reset_state(True)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        importlib.import_module(script).main()
 
 
 QUICK = ["--prompts_per_step", 4, "--eval_rows", 0, "--show_every", 0, "--weight_decay", 0]

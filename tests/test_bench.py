@@ -20,18 +20,14 @@ def prompt_of(model, image_tokens):
     return bench.make_data(SharedArgs(max_prompt_tokens=10**4), processor, model, image_tokens)[0]
 
 
-@pytest.mark.parametrize("size, billions", [("1b", 1.05), ("3b", 3.75), ("7b", 8.29), ("32b", 33.45)])
+@pytest.mark.parametrize("size, billions", [("3b", 3.75), ("7b", 8.29)])
 def test_the_shapes_have_their_names_sizes(size, billions):
     with torch.device("meta"):
         model = gpu.transformers.Qwen2_5_VLForConditionalGeneration(gpu.config_of(size))
     assert gpu.size_of(model) / 1e9 == pytest.approx(billions, rel=0.01)
-    text = model.config.text_config
-    section = text.rope_parameters["mrope_section"]
-    assert sum(section) == text.hidden_size // text.num_attention_heads // 2 and section[1] == section[2]
 
 
-@pytest.mark.parametrize("image_tokens", [16, 256])
-@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("image_tokens, rank", [(16, 0), (256, 0), (256, 16)])
 def test_the_operations_of_an_update_are_those_that_torch_counts(image_tokens, rank):
     """But for attention, which torch does not count on a CPU: that is held to the pairs of tokens below.
 
@@ -41,19 +37,16 @@ def test_the_operations_of_an_update_are_those_that_torch_counts(image_tokens, r
     model = gpu.random_model("tiny", "cpu").float()
     if rank:
         add_adapters(model, SharedArgs(lora_rank=rank))
-    model.activation_checkpointing_disable()
     row = tiny_group(prompt_of(model, image_tokens), [50, 60, 70, 80])
     with FlopCounterMode(display=False) as counted:
         logps, entropy, _ = forward(model, row)
         (logps + entropy).sum().backward()
-    recomputed = 2 * int(row.mask.sum()) * 512 * 64  # the head, in chunks
+    recomputed = 2 * sum(row.lengths) * 512 * 64  # the head, in chunks
     lengths = [len(row.prompt.input_ids), *row.lengths]
     seen = sum(n * n / 2 for n in lengths) + lengths[0] * sum(row.lengths)  # half of the diagonal
-    tokens = len(row.prompt.input_ids) + int(row.mask.sum())
-    in_place = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if "lora_B" in name)
-    first = r"layers\.0\.self_attn\.[qkv]_proj.*(base_layer\.weight|lora_A)"
-    spared = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if rank and re.search(first, name))
-    want = counted.get_total_flops() + in_place + spared - recomputed
+    not_counted = r"lora_B|layers\.0\.self_attn\.[qkv]_proj.*(base_layer\.weight|lora_A)"
+    weights = sum(p.numel() for name, p in model.named_parameters() if rank and re.search(not_counted, name))
+    want = counted.get_total_flops() + 2 * sum(lengths) * weights - recomputed
     assert gpu.flops(model, row) - 12 * seen * 64 * 2 == pytest.approx(want, rel=0.03)
 
 
@@ -63,48 +56,21 @@ def test_kernels_by_kind():
     assert found == {"attention": 4.0, "products": 3.0, "elementwise": 8.0, "idle": 5.0}
 
 
-def test_operations_of_a_token_by_hand():
-    """RESULTS.md: 256 tokens of the 3B's shape are 1.58 TFLOP of products."""
-    model = gpu.random_model("tiny", "cpu")
-    prompt, args = prompt_of(model, 16), SharedArgs(group_size=4, max_response_tokens=100)
-    weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + 512 * 64
-    attention = 4 * 64 * 2 * (len(prompt.input_ids) + 50)
-    assert gpu.token_flops(model, [prompt, prompt], args) == 8 * (2 * weights + attention)
-
-
-def test_bytes_of_a_token_by_hand():
+def test_bytes_and_operations_of_a_token_by_hand():
     model = gpu.random_model("tiny", "cpu")
     prompt, args = prompt_of(model, 16), SharedArgs(group_size=4, max_response_tokens=100)
     layer = 64 * 64 + 64 + 2 * (64 * 32 + 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64  # q, k and v, o, mlp, norms
-    cached = 2 * 2 * 32  # keys and values, layers, one head of 32
-    tokens = 3 * (len(prompt.input_ids) + 4 * 50)
-    assert gpu.token_bytes(model, [prompt] * 3, args) == 2 * (2 * layer + 512 * 64 + cached * tokens)
+    weights, Lp = 2 * layer + 512 * 64, len(prompt.input_ids)
+    cached = 2 * 2 * 32 * 3 * (Lp + 4 * 50)  # keys and values, layers, one head of 32
+    attention = 4 * 64 * 2 * (Lp + 50)
+    assert gpu.token_cost(model, [prompt] * 3, args) == (2 * (weights + cached), 12 * (2 * weights + attention))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys, rank):
-    flags = ["--gpu", "tiny", "--response_tokens", "5", "--image_tokens", "16", "--repeats", "1", "--lora_rank"]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *flags, str(rank)])
+def test_on_a_cpu_in_a_tiny_shape(monkeypatch, capsys):
+    flags = ["--gpu", "tiny", "--image_tokens", "16", "--repeats", "1", "--lora_rank", "2"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
     bench.main()
     said = capsys.readouterr().out
-    assert ("million of adapters" in said) == ("AdamW of the adapters" in said) == bool(rank)
+    assert "million of adapters" in said and "AdamW of the adapters" in said and "x its bytes or FLOP" in said
     assert "2 prompts x 8, Lp = 79 of which 16 image tokens, Lr = 5" in said
-    assert "a step of 512 prompts x 8 on 8 such cards" in said and "x its bytes or FLOP" in said
-    assert said.splitlines()[-1].startswith("| tiny | CPU | ") and said.splitlines()[-1].count("|") == 10
-
-
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        (["--image_tokens", "1000"], "--image_tokens 1000 is no square number of 4 or more: take 256 or 1024"),
-        (["--image_tokens", "-4"], "--image_tokens -4 is no square number of 4 or more"),
-        (["--repeats", "0"], "--repeats must be 1 or more, and --response_tokens 2 or more"),
-        (["--gpu", "tiny", "--response_tokens", "1"], "--response_tokens 2 or more"),
-        (["--lora_rank", "2"], "--lora_rank is for --gpu"),
-    ],
-)
-def test_flags_that_cannot_be(monkeypatch, capsys, flags, sentence):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        bench.main()
-    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    assert re.search(r"a step of 512 prompts x 8 on 8 such cards[^:]*:\nsampling \d", said)

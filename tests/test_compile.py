@@ -5,24 +5,14 @@ from random import Random
 import pytest
 import torch
 import tracing
-from helpers import (
-    SHAPES,
-    assert_same_training,
-    chooser,
-    read_metrics,
-    timeless,
-    tiny_group,
-    tiny_model,
-    tiny_prompt,
-    weights,
-)
+from helpers import SHAPES, assert_same_training, chooser, timeless, tiny_group, tiny_model, tiny_prompt, weights
 from helpers import train as trained_by
 from test_saei import images_of, random_images
 from torch._dynamo.utils import counters
 from torch.profiler import profile
 
 import saei
-from common import forward, generate, seeded
+from common import checkpoint_layers, forward, generate, seeded
 from plumbing import kernels
 from plumbing.adapters import adapters_of, add_adapters
 from plumbing.arguments import SharedArgs
@@ -45,36 +35,34 @@ def model_of(family, how):
         for p in adapters_of(model).values():
             p.data = torch.randn(p.shape, generator=seeded(1)) / 10
     if "checkpointing" in how:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()
+        checkpoint_layers(model)
     return model.train()
 
 
 @pytest.mark.parametrize(
-    "family, how, graphs",
+    "family, how, count, graphs",
     [
-        ("qwen2_5_vl", "", 3),  # decoder's layers; tower's with windows, and without
-        ("qwen2_5_vl", "checkpointing, adapters, layer_hook", 4),  # what the first layer reads has no gradient
-        ("qwen3_vl", "checkpointing, layer_hook", 3),
-        ("internvl", "checkpointing", 2),
+        ("qwen2_5_vl", "", 40, 3),  # decoder's layers; tower's with windows, and without
+        ("qwen2_5_vl", "checkpointing, adapters, layer_hook", 15, 4),  # what the first layer reads has no gradient
+        ("qwen3_vl", "checkpointing, layer_hook", 15, 3),
+        ("internvl", "checkpointing", 15, 2),
     ],
 )
-def test_rows_of_any_length_share_few_graphs(traced, family, how, graphs):
-    """Up to 100 rows with gradients, each as without a compiler; the head, in chunks, is one more graph."""
+def test_rows_of_any_length_share_few_graphs(traced, family, how, count, graphs):
+    """Rows with gradients, each as without a compiler; the head, in chunks, is one more graph."""
     plain, model = model_of(family, how), model_of(family, how)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "compiled", lambda function, device: function)
-        want = [differentiated(plain, row, how) for row in rows(plain)]
+    with tracing.nothing_compiled():
+        want = [differentiated(plain, row, how) for row in rows(plain, count)]
     compile_layers(model)
-    for row, expected in zip(rows(model), want, strict=True):
+    for row, expected in zip(rows(model, count), want, strict=True):
         for ours, theirs in zip(differentiated(model, row, how), expected, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5 * max(1, theirs.abs().max().item()))
     assert counters["stats"]["unique_graphs"] <= graphs + 1 and not counters["graph_break"]
 
 
-def rows(model):
+def rows(model, count):
     random = Random(0)
-    for i in range(100 if model.config.model_type == "qwen2_5_vl" else 25):
+    for i in range(count):
         shapes = SHAPES[random.choice(list(SHAPES))]
         yield tiny_group(tiny_prompt(model, shapes), [random.randint(1, 60) for _ in range(1 + i % 9)])
 
@@ -93,8 +81,7 @@ def test_a_compiled_decode_step_gives_the_same_tokens(traced, monkeypatch):
     prompts = [tiny_prompt(model, shapes) for shapes in [*SHAPES.values()] * 2]
     uniforms = torch.rand(3 * len(prompts), 40, generator=seeded(0))
     settings = (prompts, 3, chooser(model), uniforms, list(range(20, 30)), 0)  # 10 of 96 tokens end a response
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "compiled", lambda function, device: function)
+    with tracing.nothing_compiled():
         want = generate(model, *settings, capacity=16)
     compile_layers(model)
     monkeypatch.setattr(kernels, "compiled", tracing.traced)
@@ -103,7 +90,7 @@ def test_a_compiled_decode_step_gives_the_same_tokens(traced, monkeypatch):
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
 
 
-def test_weights_that_are_cast_once_compile_once(traced, monkeypatch):
+def test_weights_that_are_cast_once_compile_once(traced):
     """New bf16 copies after each step of the optimizer are no new graphs, and the results are those of no compiler."""
 
     def updates(model):
@@ -116,50 +103,40 @@ def test_weights_that_are_cast_once_compile_once(traced, monkeypatch):
             found += [logps.detach(), entropy.detach()]
         return found
 
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "compiled", lambda function, device: function)
-        want = updates(tiny_model("qwen2_5_vl").train())
-    compile_layers(model := tiny_model("qwen2_5_vl").train())
+    with tracing.nothing_compiled():
+        want = updates(tiny_model("qwen2_5_vl"))
+    compile_layers(model := tiny_model("qwen2_5_vl"))
     got = updates(model)
     assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
 
 
-SCRIPTS = [
-    ("grpo", []),
-    ("grpo", ["--lora_rank", 4]),
-    *((name, []) for name in ("vepo", "vgpo", "prpo", "pepo", "saei")),
-]
-FLAGS = ["--steps", 1, "--prompts_per_step", 2, "--updates_per_step", 1, "--kl_coef", 0.01, "--entropy_coef", 0.01]
-FLAGS += ["--max_response_tokens", 16]
-
-
-def test_every_script_trains_the_same(traced, tmp_path):
-    """One test, since they share their graphs."""
-    for i, (script, flags) in enumerate(SCRIPTS):
-        ours = trained_by(script, tmp_path / f"{i}-compiled", *FLAGS, *flags)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "compiled", lambda function, device: function)
-            theirs = trained_by(script, tmp_path / f"{i}-plain", *FLAGS, *flags)
-        assert read_metrics(tmp_path / f"{i}-plain")[0]["response_tokens"] > 1
+def test_scripts_train_the_same(traced, tmp_path):
+    """All kinds of passes: with adapters, without gradient, with a hook, by the image. One test: they share graphs."""
+    flags = ["--steps", 1, "--prompts_per_step", 1, "--updates_per_step", 1, "--max_response_tokens", 8]
+    flags += ["--kl_coef", 0.01, "--entropy_coef", 1]
+    for script, more in (("grpo", ["--lora_rank", 4]), ("vepo", []), ("pepo", []), ("saei", [])):
+        compiled, plain = tmp_path / f"{script}-compiled", tmp_path / f"{script}-plain"
+        ours = trained_by(script, compiled, *flags, *more)
+        with tracing.nothing_compiled():
+            theirs = trained_by(script, plain, *flags, *more)
         for a, b in zip(timeless(ours), timeless(theirs), strict=True):
             assert a == pytest.approx(b, abs=1e-4), script
-        if not flags:
-            assert_same_training(*(weights(tmp_path / f"{i}-{how}" / "last") for how in ("compiled", "plain")))
+        if not more:
+            assert_same_training(weights(compiled / "last"), weights(plain / "last"))
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 3
 
 
-def test_the_attack_computes_no_gradient_of_a_weight(traced, monkeypatch):
+def test_the_attack_computes_no_gradient_of_a_weight(traced):
     """A compiled layer has one backward graph: without `frozen` it would multiply for weights that nobody asks for."""
     group, run = random_images(tiny_model("qwen2_5_vl"), [(4, 6)])
 
     def attacked():
         with profile(with_flops=True) as found:
-            _, (gradient,), _ = saei.entropy_gradient(group, *images_of(group, run), run, saei.Args())
+            _, (gradient,), _ = saei.entropy_gradient(group, images_of(group.prompt, run.processor), run, saei.Args())
         return sum(event.flops for event in found.key_averages() if event.key in ("aten::mm", "aten::addmm")), gradient
 
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "compiled", lambda function, device: function)
+    with tracing.nothing_compiled():
         flops, gradient = attacked()
     compile_layers(run.model)
     attacked()  # compiling counts as well

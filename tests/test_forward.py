@@ -74,13 +74,13 @@ def states_and_gradients(model, row):
     return [hidden, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-RAGGED = [[1], [130, 1, 140, 150], [3, 3, 3], [5, 1, 1, 7, 2, 9, 5, 1, 4]]
+RAGGED = [[1], [130, 1, 140, 150], [5, 1, 1, 7, 2, 9, 5, 1, 4]]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 @pytest.mark.parametrize(
     "how, lengths",
-    [*(("plain", lengths) for lengths in RAGGED), *((how, RAGGED[3]) for how in ("checkpointing", "adapters", "text"))],
+    [*(("plain", lengths) for lengths in RAGGED), *((how, RAGGED[2]) for how in ("checkpointing", "adapters", "text"))],
 )
 def test_segments_equal_the_boolean_mask(family, how, lengths):
     """States and gradients, in fp64; those with checkpointing equal those without."""
@@ -109,20 +109,15 @@ def test_a_wrong_position_changes_the_log_probs():
     assert (forward(model, tiny_group(prompt, [7, 3]))[0] - right).abs().max() > 1e-3
 
 
-def test_garbage_on_the_padding_changes_nothing():
+def test_garbage_on_the_padding_and_the_order_of_responses_change_nothing():
     model = tiny_model("qwen2_5_vl")
-    group = tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2, 1])
-    clean, group.packed = forward(model, group), None
-    group.responses[~group.mask] = 11  # an image token, the worst garbage
-    assert all(torch.equal(a, b) for a, b in zip(clean, forward(model, group)))
-
-
-def test_the_order_of_responses_changes_nothing():
-    model = tiny_model("qwen2_5_vl")
-    group = tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2, 1, 6])
-    order = torch.tensor([2, 0, 3, 1])
+    group, order = tiny_group(tiny_prompt(model, [(4, 4)]), [5, 2, 1, 6]), torch.tensor([2, 0, 3, 1])
+    dirty = group.responses.masked_fill(~group.mask, 11)  # an image token, the worst garbage
+    dirty = Group(group.prompt, dirty, group.mask, group.truncated, group.texts)
     turned = Group(group.prompt, group.responses[order], group.mask[order], group.truncated, group.texts)
-    assert torch.allclose(forward(model, group)[0][order], forward(model, turned)[0], atol=1e-5)
+    clean = forward(model, group)
+    assert all(torch.equal(a, b) for a, b in zip(clean, forward(model, dirty)))
+    assert torch.allclose(clean[0][order], forward(model, turned)[0], atol=1e-5)
 
 
 def test_a_group_split_into_rows_has_the_same_log_probs():
@@ -137,7 +132,7 @@ def test_a_group_split_into_rows_has_the_same_log_probs():
     assert [len(row.mask) for row in split_group(group, 10**6)] == [5]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_head_in_chunks_equals_plain_logits(chunk):
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
@@ -156,24 +151,18 @@ def test_head_in_chunks_equals_plain_logits(chunk):
 def test_logits_of_the_whole_row_never_exist():
     """The largest tensor of the head's forward and backward pass is that of one chunk, for any number of tokens."""
 
-    class Largest(TorchDispatchMode):
-        size = 0
-
+    class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            for value in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(value, torch.Tensor):
-                    self.size = max(self.size, value.numel())
+            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
             return out
 
     sizes = []
-    for tokens in (64, 640):
-        hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
-        with Largest() as largest:
-            logps, entropy = token_logps(hidden, weight, torch.zeros(tokens, dtype=torch.long), chunk=64)
-            (logps.sum() + entropy.sum()).backward()
-        sizes.append(largest.size)
-    assert sizes == [64 * 1000, 64 * 1000]
+    hidden, weight = torch.randn(640, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    with Sizes():
+        logps, entropy = token_logps(hidden, weight, torch.zeros(640, dtype=torch.long), chunk=64)
+        (logps.sum() + entropy.sum()).backward()
+    assert max(sizes) == 64 * 1000
 
 
 def test_unpack():

@@ -13,8 +13,8 @@ from helpers import QUICK, ROOT, chooser, main_of, tiny_group, tiny_model, tiny_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer
-from common import forward, generate
-from plumbing import families, kernels
+from common import checkpoint_layers, forward, generate, seeded
+from plumbing import kernels
 
 GRIDS = torch.tensor([[1, 4, 6], [1, 10, 12], [1, 2, 2], [1, 10, 12]])  # windows of 4, 8, 12 and 16 patches
 
@@ -23,9 +23,7 @@ def tower(family, seen=None):
     """Outputs and gradients of a vision tower, for images of several sizes, by `_attn_implementation` seen."""
     visual = tiny_model(family).double().model.visual
     visual.config._attn_implementation = seen or visual.config._attn_implementation
-    pixels = torch.randn(
-        int(GRIDS.prod(1).sum()), 1176, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    pixels = torch.randn(int(GRIDS.prod(1).sum()), 1176, generator=seeded(0)).double()
     out = visual(pixels.requires_grad_(), grid_thw=GRIDS).pooler_output
     out.square().sum().backward()
     return [out, pixels.grad, *(p.grad for p in visual.parameters() if p.grad is not None)]
@@ -38,45 +36,34 @@ def test_windows_together_equal_windows_one_by_one(family):
         assert torch.allclose(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
-PRETEND = """
-import importlib.machinery, sys, types
-import torch
+FLASH_ATTN_3 = """
+import importlib.machinery, sys, types, torch
 library = torch.library.Library("flash_attn_3", "DEF")
 for name in ("fwd", "bwd"):
     library.define(f"{name}(Tensor x) -> Tensor")
 package = sys.modules["flash_attn_interface"] = types.ModuleType("flash_attn_interface")
 package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None)
-"""
-ASK = """
-import plumbing.kernels, torch
+import plumbing.kernels
 print(torch.nn.attention.current_flash_attention_impl())
 """
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_flash_attn_3_is_used_where_it_is_installed(installed):
-    code = PRETEND * installed + ASK
-    used = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip()
-    assert used == ("FA3" if installed else "None")
+def test_flash_attn_3_is_used_where_it_is_installed():
+    assert torch.nn.attention.current_flash_attention_impl() is None
+    used = subprocess.check_output([sys.executable, "-c", FLASH_ATTN_3], text=True, cwd=ROOT)
+    assert used.strip() == "FA3"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_calls_for_a_megapixel(monkeypatch, checkpointing):
-    """Qwen2.5-VL's 32 blocks, 4 of them over the whole image: one call each, and not one for each window."""
+def test_calls_for_many_windows(monkeypatch):
+    """One call for each block, over the whole image or not, and one more where it is recomputed."""
     calls, attend = [], kernels.scaled_dot_product_attention
     monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *x, **y: (calls.append(1), attend(*x, **y))[1])
-    config = tiny_model("qwen2_5_vl").config
-    config.vision_config.depth, config.vision_config.window_size = 32, 112
-    config.vision_config.fullatt_block_indexes = [7, 15, 23, 31]
-    config.vision_config._attn_implementation = "sdpa"
-    model = families.patch_attention(type(tiny_model("qwen2_5_vl"))._from_config(config)).train()
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    grid = torch.tensor([[1, 72, 72]])  # 1,008 x 1,008 pixels
-    out = model.model.visual(torch.randn(5184, 1176), grid_thw=grid).pooler_output
-    forward = len(calls)
+    model, grid = tiny_model("qwen2_5_vl"), torch.tensor([[1, 24, 24]])
+    checkpoint_layers(model)
+    out = model.model.visual(torch.randn(576, 1176), grid_thw=grid).pooler_output
+    assert len(calls) == len(model.model.visual.blocks) == 2
     out.sum().backward()
-    assert forward == 32 and len(calls) == (64 if checkpointing else 32)
+    assert len(calls) == 4
 
 
 def test_memory_that_runs_out_in_a_recording_is_said_to_have(monkeypatch):
@@ -90,23 +77,20 @@ def test_memory_that_runs_out_in_a_recording_is_said_to_have(monkeypatch):
             if sys.exception():
                 raise RuntimeError("operation failed due to a previous error during capture")
 
-    def stream(*_):
-        return SimpleNamespace(wait_stream=lambda _: None)
+    recording = iter([False, True])
 
-    calls = []
-
-    def full(x):
-        calls.append(x)
-        if len(calls) == 2:
+    def full():
+        if next(recording):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
+    stream = SimpleNamespace(wait_stream=lambda _: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(kernels, "capture_stream", stream)
+    monkeypatch.setattr(kernels, "capture_stream", lambda: stream)
     with pytest.raises(torch.OutOfMemoryError):
-        kernels.recorded(full, 1)
+        kernels.recorded(full)
 
 
 class Casts(TorchDispatchMode):
@@ -122,10 +106,8 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("freeze_vision", [False, True])
-def test_no_weight_is_cast_anew_for_a_sampled_token(freeze_vision):
+def test_no_weight_is_cast_anew_for_a_sampled_token():
     model = tiny_model("qwen2_5_vl").eval()
-    model.model.visual.requires_grad_(not freeze_vision)
     prompts, choose = [tiny_prompt(model, [(4, 6)])] * 2, chooser(model)
 
     def casts(tokens):
@@ -154,7 +136,7 @@ def test_weights_are_cast_once_for_all_rows_of_an_update(family):
     assert all(p.is_leaf and p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
 def test_the_weights_of_a_frozen_models_products_are_bf16_already_and_nothing_else_changes(family):
     def measured(model):
         group = tiny_group(tiny_prompt(model, [(4, 6)]), [7, 1, 4])
@@ -184,7 +166,7 @@ def test_the_reference_of_a_run_on_one_process(tmp_path, monkeypatch, dtype):
 
 @pytest.mark.parametrize(
     "limit, processes, threads",
-    [("max 100000", 1, 4), ("250000 100000", 1, 2), ("50000 100000", 1, 1), ("max 100000", 2, 2), ("max 100000", 8, 1)],
+    [("max 100000", 1, 4), ("250000 100000", 1, 2), ("50000 100000", 1, 1), ("max 100000", 2, 2)],
 )
 def test_threads_are_those_that_find_a_core(monkeypatch, tmp_path, limit, processes, threads):
     """On cores 0 to 3 of 8, torch having taken 8 threads; and where a container may use 2.5 of them, or half of one."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import ROOT, chooser, tiny_group, tiny_model, tiny_prompt, train
+from helpers import ROOT, chooser, json_file, tiny_group, tiny_model, tiny_prompt, train
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,8 +42,8 @@ def in_file(name, **changes):
     """A damage: changes keys of a json file."""
 
     def write(folder):
-        saved = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(saved | changes))
+        with json_file(folder / name) as saved:
+            saved.update(changes)
 
     return write
 
@@ -58,15 +58,11 @@ DAMAGES = {
     "a missing tensor": (saved(**{ONE: None}), "is damaged.* of its tensors 1 missing, such as model.language_model"),
     "a tensor too much": (saved(nonsense=torch.ones(2)), "of its tensors 1 unexpected, such as nonsense"),
     "another shape": (saved(**{ONE: torch.ones(2)}), "of its tensors 1 mismatched, such as .*layers.0"),
-    "no tokenizer.json": (file("tokenizer.json"), "loses text or image of a question"),
     "another image token": (in_file("config.json", image_token_id=17), "loses text or image of a question"),
     "a template without the image": (file("chat_template.jinja", "1 + 1?"), "loses text or image of a question"),
     "a template without the text": (file("chat_template.jinja", "<|image_pad|>"), "loses text or image"),
     "a broken config": (file("config.json", "{"), "cannot be opened"),
-    "another family": (
-        in_file("config.json", model_type="bert"),
-        "is bert; use one of qwen2_vl, qwen2_5_vl, qwen3_vl, internvl",
-    ),
+    "another family": (in_file("config.json", model_type="bert"), "is bert; use one of qwen2_vl, qwen2_5_vl, qwen3_vl"),
     "custom code": (FOREIGN_CODE, "cannot be opened .*custom code.*take the name that ends with -hf"),
 }
 
@@ -120,15 +116,14 @@ def with_tokens(*names, special=False):
     """Adds tokens to tokenizer.json, on rows of the embeddings that the toy's tokenizer leaves free."""
 
     def write(folder):
-        spec = json.loads((folder / "tokenizer.json").read_text())
-        known = spec["model"]["vocab"]
-        for name in names:  # in place of words that are rare in the toy task
-            word, index = max((pair for pair in known.items() if len(pair[0]) > 1), key=lambda pair: pair[1])
-            spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if "".join(pair) != word]
-            del known[word]
-            token = {"id": index, "content": name, "special": special, "normalized": False}
-            spec["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
-        (folder / "tokenizer.json").write_text(json.dumps(spec))
+        with json_file(folder / "tokenizer.json") as spec:
+            known = spec["model"]["vocab"]
+            for name in names:  # in place of words that are rare in the toy task
+                word, index = max((pair for pair in known.items() if len(pair[0]) > 1), key=lambda pair: pair[1])
+                spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if "".join(pair) != word]
+                del known[word]
+                token = {"id": index, "content": name, "special": special, "normalized": False}
+                spec["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
 
     return write
 
@@ -190,23 +185,20 @@ def test_a_response_begins_inside_of_what_the_template_has_opened(model_with, mo
     assert prompt_of(ROOT / "toy" / "model")[2].opened == ""
 
 
-@pytest.mark.parametrize("special", [False, True])
-def test_tags_that_are_special_tokens_stay_in_the_text(model_with, monkeypatch, special):
+def test_tags_that_are_special_tokens_stay_in_the_text(model_with, monkeypatch):
     written = in_template("a helpful assistant.", "a helpful assistant. <think></think>")  # and so they were trained
-    model, processor, prompt = prompt_of(model_with(with_tokens(*TAGS, special=special), written))
+    model, processor, prompt = prompt_of(model_with(with_tokens(*TAGS, special=True), written))
     tokenizer = processor.tokenizer
     tokens = [*tokenizer.convert_tokens_to_ids(TAGS), *tokenizer("\\boxed{1}").input_ids, 2, 0]
     group = sampled(model, tokenizer, prompt, tokens, monkeypatch)
     assert group.texts == ["<think></think>\\boxed{1}"] * 2  # what ends or pads a turn is gone
 
 
-def test_a_response_ends_with_the_tokenizers_end_of_turn_too(model_with, tmp_path):
+def test_a_response_ends_with_the_tokenizers_end_of_turn_too(model_with):
     """generation_config.json knows another end alone; the toy was trained to end with <|im_end|>."""
     folder = model_with(in_file("generation_config.json", eos_token_id=447))
     model, processor = load_model(folder), load_processor(folder)
     assert end_tokens(model, processor.tokenizer) == [2, 447]
-    lines = train("grpo", tmp_path / "run", "--model", folder, *COPY, "--max_response_tokens", 64)
-    assert lines[0]["truncated"] < 0.3 and lines[0]["response_tokens"] < 45
 
 
 def test_no_end_of_a_response(model_with):
@@ -224,13 +216,12 @@ def test_embeddings_beyond_the_tokenizer_are_never_sampled(toy):
     assert set(banned.nonzero()[:, 0].tolist()) == set(range(500)) - known | {11, 12}
 
 
-def test_dropout_of_a_configuration_is_off(model_with, tmp_path):
+def test_dropout_of_a_configuration_is_off(model_with):
     """Sampling has none: with it, policy and reference of the same weights would differ."""
     text = json.loads((ROOT / "toy/model/config.json").read_text())["text_config"]
     folder = model_with(in_file("config.json", text_config=text | {"attention_dropout": 0.1}))
     assert load_config(folder).text_config.attention_dropout == 0
-    lines = train("grpo", tmp_path / "run", "--model", folder, *COPY, "--kl_coef", 0.1)
-    assert lines[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert all(layer.self_attn.attention_dropout == 0 for layer in load_model(folder).model.language_model.layers)
 
 
 def test_a_chat_template_in_the_tokenizers_file_alone(model_with):
@@ -251,12 +242,10 @@ def test_limits_of_length_stored_with_a_tokenizer_cut_nothing(model_with, tmp_pa
 
 
 class Convolutions(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = []
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found += [function] if "conv" in str(function) else []
+        self.count += "conv" in str(function)
         return function(*args, **(kwargs or {}))
 
 
@@ -273,33 +262,27 @@ def test_patches_are_embedded_without_a_convolution(family):
         forward(model, tiny_group(prompt, [3, 2]))[0].sum().backward()
         generate(model.eval(), [prompt], 2, chooser(model), torch.rand(2, 3), [], 0)
         type(conv).forward(conv, pixels)
-    assert len(counted.found) == 1 and conv.weight.grad.abs().sum() > 0
-
-
-def with_video_processor(folder):
-    video = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": 3136, "longest_edge": 10**6}}
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
-    (folder / "special_tokens_map.json").write_text('{"pad_token": "<|endoftext|>"}')
+    assert counted.count == 1 and conv.weight.grad.abs().sum() > 0
 
 
 def with_preprocessor_config(folder):
-    """Moves the image processor to a file of its own, as the hub has it."""
-    saved = json.loads((folder / "processor_config.json").read_text())
-    flat = saved.pop("image_processor") | {"min_pixels": 3136, "max_pixels": 25088}
+    """The image processor in a file of its own, as the hub has it, and next to it one for videos."""
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": 3136, "longest_edge": 10**6}}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<|endoftext|>"}')
+    with json_file(folder / "processor_config.json") as saved:
+        flat = saved.pop("image_processor") | {"min_pixels": 3136, "max_pixels": 25088}
     del flat["size"]
     (folder / "preprocessor_config.json").write_text(json.dumps(flat))
-    (folder / "processor_config.json").write_text(json.dumps(saved))
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_a_checkpoint_has_the_processor_files_of_its_source(model_with, tmp_path, flat):
+@pytest.mark.parametrize("changes", [[], [with_preprocessor_config]])
+def test_a_checkpoint_has_the_processor_files_of_its_source(model_with, tmp_path, changes):
     """They agree but for the sizes; as transformers saves them, the part for videos would be gone."""
-    source = model_with(with_video_processor, *[with_preprocessor_config] * flat)
+    source, last = model_with(*changes), tmp_path / "run" / "last"
     train("grpo", tmp_path / "run", "--model", source, *COPY, "--max_pixels", 6272, "--max_response_tokens", 2)
-    last = tmp_path / "run" / "last"
     files = {path.name for path in source.iterdir()} - {"model.safetensors", "config.json", "generation_config.json"}
-    assert files <= {path.name for path in last.iterdir()} and len(files) == 6 + flat
-    assert ("preprocessor_config.json" in files) == flat
+    assert files <= {path.name for path in last.iterdir()} and ("preprocessor_config.json" in files) == bool(changes)
     for name in files:
         before, after = (source / name).read_text(), (last / name).read_text()
         if name in ("preprocessor_config.json", "processor_config.json"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import END, chooser, plain_images, tiny_model, tiny_prompt
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -36,16 +37,9 @@ def plain(model, prompt, G, max_tokens, choose, uniforms):
         inputs["mm_token_type_ids"] = prompt.image_mask.int().expand(G, -1)
     model.model.rope_deltas = None
     follow = FollowUniforms(choose, uniforms, ids.shape[1])
-    out = model.generate(
-        **inputs,
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([follow]),
-        eos_token_id=ENDS,
-        pad_token_id=0,
-    )
-    out = out[:, ids.shape[1] :]
-    return torch.nn.functional.pad(out, (0, max_tokens - out.shape[1]))
+    fixed = {"max_new_tokens": max_tokens, "do_sample": False, "eos_token_id": ENDS, "pad_token_id": 0}
+    out = model.generate(**inputs, **fixed, logits_processor=LogitsProcessorList([follow]))[:, ids.shape[1] :]
+    return pad(out, (0, max_tokens - out.shape[1]))
 
 
 class Waits(TorchDispatchMode):
@@ -77,8 +71,10 @@ def as_a_graph(function, *inputs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.8, 0.9, 0), (1.2, 1.0, 5), (0.0, 1.0, 0)])
-@pytest.mark.parametrize("graphs, between", [(False, 1), (True, 1), (False, 3), (True, 7), (False, 100)])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k, graphs, between",
+    [(1.0, 1.0, 0, False, 1), (0.8, 0.9, 0, True, 1), (1.2, 1.0, 5, True, 7), (0.0, 1.0, 0, False, 100)],
+)
 def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs, between, monkeypatch):
     """Through several windows of the cache and a batch that gets smaller, and as CUDA graphs would go through them."""
     monkeypatch.setattr(kernels, "tokens_between_checks", lambda device: between)
@@ -97,8 +93,7 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
     choose = chooser(model, temperature, top_p, top_k)
     uniforms = torch.rand(len(prompts) * G, max_tokens, generator=seeded(1, 3))
     responses, mask = generate(model, prompts, G, choose, uniforms, ENDS, 0, capacity=5, graphs=graphs)
-    responses = torch.nn.functional.pad(responses, (0, max_tokens - responses.shape[1]))
-    mask = torch.nn.functional.pad(mask, (0, max_tokens - mask.shape[1]))
+    responses, mask = (pad(x, (0, max_tokens - x.shape[1])) for x in (responses, mask))
     for i, prompt in enumerate(prompts):
         part = slice(i * G, (i + 1) * G)
         want = plain(model, prompt, G, max_tokens, choose, uniforms[part])
@@ -110,10 +105,8 @@ def test_same_tokens_as_plain_generate(family, temperature, top_p, top_k, graphs
         assert len(set(mask.sum(1).tolist())) > 3 and longest.min() < longest.max()
 
 
-@pytest.mark.parametrize("between, questions", [(16, 3), (10, 6), (100, 0)])
-def test_the_host_waits_for_the_device_when_it_asks_whether_all_have_ended_and_never_else(
-    between, questions, monkeypatch
-):
+@pytest.mark.parametrize("between, questions", [(10, 6), (100, 0)])
+def test_the_host_waits_for_the_device_only_to_ask_whether_all_have_ended(between, questions, monkeypatch):
     monkeypatch.setattr(kernels, "tokens_between_checks", lambda device: between)
     model = tiny_model("qwen2_5_vl").eval()
     choose, prompts = chooser(model, 1.0, 0.9, 5), [tiny_prompt(model, [(4, 6)])] * 3
@@ -150,22 +143,16 @@ def test_the_cache_grows_in_steps_and_no_graph_is_recorded_between(monkeypatch):
     assert len(sizes) < len(recorded) <= len(sizes) + 2  # also when half of the prompts, then three of four, have left
 
 
-@pytest.mark.parametrize("fit, sizes", [(0, [1] * 4), (1.5, [1] * 4), (2, [2, 2]), (3, [3, 1]), (100, [4])])
+@pytest.mark.parametrize("fit, sizes", [(0, [1] * 4), (1.5, [1] * 4), (3, [3, 1]), (100, [4])])
 def test_prompts_are_computed_in_parts_and_only_their_last_place_has_logits(fit, sizes):
     model, G = tiny_model("qwen2_5_vl").eval(), 3
     prompts = [tiny_prompt(model, [(4, 6)] * images, seed=i) for i, images in enumerate((1, 0, 2, 1))]
     width = max(len(prompt.input_ids) for prompt in prompts)
     choose, uniforms = chooser(model), torch.rand(4 * G, 6, generator=seeded(3))
-    heads, reads = [], []
-    hooks = [
-        model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(tuple(args[0].shape[:2]))),
-        model.model.language_model.register_forward_pre_hook(
-            lambda _, args, kwargs: reads.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-        ),
-    ]
+    heads, reads, decoder = [], [], model.model.language_model
+    model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(args[0].shape[:2]))
+    decoder.register_forward_hook(lambda _, __, out: reads.append(out.last_hidden_state.shape[:2]))
     responses, mask = generate(model, prompts, G, choose, uniforms, END, 0, prefill_tokens=int(fit * width))
-    for hook in hooks:
-        hook.remove()
     assert reads[: len(sizes) + 1] == [(size, width) for size in sizes] + [(4, G)]
     assert heads[: len(sizes) + 1] == [(size, 1) for size in sizes] + [(4, G)]
     want, wanted = generate(model, prompts, G, choose, uniforms, END, 0, prefill_tokens=10**6)
@@ -190,39 +177,26 @@ def test_a_rollout_does_not_depend_on_its_batch(toy):
 
 def test_mask_ends_with_the_first_end_of_turn(toy):
     model, processor = toy
-    data = Data("toy", "test", SharedArgs(), processor, model)
-    for group in rollout(
-        model, processor.tokenizer, [data.prompt(0), data.prompt(1)], SharedArgs(max_response_tokens=20), 1
-    ):
+    args, tokenizer = SharedArgs(max_response_tokens=20), processor.tokenizer
+    data = Data("toy", "test", args, processor, model)
+    for group in rollout(model, tokenizer, [data.prompt(0), data.prompt(1)], args, 1):
         for response, mask, truncated in zip(group.responses, group.mask, group.truncated):
-            ends = (response == processor.tokenizer.eos_token_id)[mask]
+            ends = (response == tokenizer.eos_token_id)[mask]
             assert ends.sum() == (0 if truncated else 1) and (truncated or ends[-1])
-            assert (response[~mask] == processor.tokenizer.pad_token_id).all()
+            assert (response[~mask] == tokenizer.pad_token_id).all()
             assert mask.sum() == 20 or not truncated
 
 
 def test_inverse_transform_draws_from_the_softmax():
-    model = tiny_model("qwen2_5_vl")
     logits = torch.randn(1, 96, generator=seeded(0)) * 2
-    choose = chooser(model)
-    draws = choose(logits.expand(200_000, -1), torch.rand(200_000, generator=seeded(1)))
+    draws = chooser(tiny_model("qwen2_5_vl"))(logits.expand(200_000, -1), torch.rand(200_000, generator=seeded(1)))
     logits[:, [11, 12]] = -torch.inf
     probs = logits.softmax(-1)[0]
     shares = torch.bincount(draws, minlength=96) / 200_000
-    assert (shares - probs).abs().max() < 0.005
-    assert shares[[11, 12]].sum() == 0  # image and video tokens are never sampled
+    assert (shares - probs).abs().max() < 0.005 and shares[[11, 12]].sum() == 0
 
 
-def test_image_tokens_are_banned_even_when_they_are_the_likeliest():
-    model = tiny_model("qwen2_5_vl")
-    logits = torch.zeros(4, 96)
-    logits[:, [11, 12]] = 50.0
-    for temperature in (0.0, 1.0):
-        chosen = chooser(model, temperature, 1.0, 0)(logits, torch.tensor([0.0, 0.1, 0.9999999, 0.5]))
-        assert not torch.isin(chosen, torch.tensor([11, 12])).any()
-
-
-@pytest.mark.parametrize("vocabulary", [96, 128, 5000, 151_936])
+@pytest.mark.parametrize("vocabulary", [96, 128, 5000])
 def test_two_levels_choose_what_one_does(vocabulary):
     """The same tokens as by one cumulative sum in fp64, but within rounding of an edge; never a banned one."""
     banned = torch.arange(vocabulary) % 7 == 3
@@ -236,14 +210,6 @@ def test_two_levels_choose_what_one_does(vocabulary):
     edges = (cumulative / cumulative[:, -1:] - uniforms[:, None]).abs().amin(1)
     assert ((chosen == plain) | (edges < 1e-12)).all() and (chosen == plain).float().mean() > 0.99
     assert not banned[chosen].any() and (probabilities.gather(1, chosen[:, None]) > 0).all()
-
-
-def test_the_random_numbers_at_the_ends_pick_a_possible_token():
-    model = tiny_model("qwen2_5_vl")
-    logits = torch.full((2, 96), -1000.0)
-    logits[:, 40], logits[:, 60] = 0.0, 0.0
-    choose = chooser(model)
-    assert choose(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [40, 60]
 
 
 def test_logits_that_are_nan_sample_a_token_of_the_vocabulary():

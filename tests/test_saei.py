@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import same, tiny_group, tiny_model, tiny_prompt, train
+from helpers import assert_row_wise, lengths, same, times_agree, tiny_group, tiny_model, tiny_prompt, train
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 import saei
-from common import aggregate, forward, rollout, split_group
+from common import forward, rollout, split_group
 from plumbing.data import Data
 from saei import Args, adversarial_step, attack, entropy_gradient, entropy_of, join, middle_third, patchify, unpatchify
 
@@ -23,7 +23,7 @@ PROCESSORS = {  # as the three families configure it
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
-@pytest.mark.parametrize("size", [(56, 84), (84, 56), (123, 77), (300, 64)])
+@pytest.mark.parametrize("size", [(56, 84), (123, 77)])
 def test_patches_are_the_processors_own(family, size):
     processor = PROCESSORS[family]
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -42,14 +42,10 @@ def test_patches_pass_gradients_back_to_the_pixel():
     processor = PROCESSORS["qwen2_vl and qwen2_5_vl"]
     image = torch.rand(3, 56, 84).requires_grad_()
     values = patchify(image, processor)
-    assert torch.equal(values.view(-1, 3, 2, 196)[:, :, 0], values.view(-1, 3, 2, 196)[:, :, 1])
+    assert times_agree(values)
     values.sum().backward()
     want = 2 / torch.tensor(processor.image_std)[:, None, None].expand(3, 56, 84)  # each pixel stands there twice
     assert torch.allclose(image.grad, want, atol=1e-5)
-
-
-def lengths(*numbers, width=None):
-    return torch.arange(width or max(numbers)) < torch.tensor(numbers)[:, None]
 
 
 def test_middle_third_against_brute_force():
@@ -61,11 +57,8 @@ def test_middle_third_against_brute_force():
         ranked = sorted(range(row), key=lambda t: (entropy[row, t].item(), t))
         want = ranked if row < 3 else ranked[row // 3 : 2 * row // 3]
         assert got[row].nonzero()[:, 0].tolist() == sorted(want), row
-    for garbage in (torch.nan, -1e30):
-        assert torch.equal(middle_third(entropy.masked_fill(~mask, garbage), mask), got)
-    order = torch.randperm(12)
-    assert torch.equal(middle_third(entropy[order], mask[order]), got[order])
-    assert [middle_third(torch.rand(1, n), lengths(n)).sum().item() for n in (1, 2, 3, 4, 6, 7)] == [1, 2, 1, 1, 2, 2]
+    assert_row_wise(middle_third, entropy, mask=mask)
+    assert got.sum(1).tolist() == [0, 1, 2, 1, 1, 2, 2, 2, 3, 3, 3, 4]
 
 
 def test_step_by_hand():
@@ -89,7 +82,7 @@ def fake_run(model, image_processor):
 
 
 def random_images(model, grids):
-    """A prompt on random images in whole 255ths, and a group with responses to it."""
+    """A group of responses to random images in whole 255ths, and a run."""
     processor = PROCESSORS["qwen2_vl and qwen2_5_vl"]
     prompt = tiny_prompt(model, grids)
     if grids:
@@ -99,10 +92,15 @@ def random_images(model, grids):
     return tiny_group(prompt, [7, 1, 4, 12]), fake_run(model, processor)
 
 
-def H_of(group, prompt, kept, run, args):
-    """The objective the plain way: mean over responses of the mean entropy of the kept tokens."""
+def images_of(prompt, processor):
+    parts = prompt.pixel_values.detach().split(prompt.image_grid_thw.prod(1).tolist())
+    return [unpatchify(x, grid, processor.image_processor) for x, grid in zip(parts, prompt.image_grid_thw)]
 
-    entropy = forward(run.model, dataclasses.replace(group, prompt=prompt), args.temperature)[1]
+
+def H_of(group, pixel_values, kept, run):
+    """The objective the plain way: mean over responses of the mean entropy of the kept tokens."""
+    prompt = dataclasses.replace(group.prompt, pixel_values=pixel_values)
+    entropy = forward(run.model, dataclasses.replace(group, prompt=prompt))[1]
     return sum(row[chosen].mean() for row, chosen in zip(entropy, kept)).item() / len(kept)
 
 
@@ -110,19 +108,12 @@ def H_of(group, prompt, kept, run, args):
 def test_gradient_by_finite_differences(grids):
     model = tiny_model("qwen2_5_vl").double()
     group, run = random_images(model, grids)
-    args = Args()
-    processor = run.processor.image_processor
-    parts = group.prompt.pixel_values.split(group.prompt.image_grid_thw.prod(1).tolist())
-    images = [unpatchify(x, grid, processor).double() for x, grid in zip(parts, group.prompt.image_grid_thw)]
-    H, gradients, kept = entropy_gradient(group, images, run, args)
+    images = [image.double() for image in images_of(group.prompt, run.processor)]
+    H, gradients, kept = entropy_gradient(group, images, run, Args())
     assert kept.sum(1).tolist() == [2, 1, 1, 4]
 
     def at(images):
-        pixel_values = torch.cat([patchify(x, processor) for x in images])
-        prompt = dataclasses.replace(group.prompt, pixel_values=pixel_values)
-
-        entropy = forward(model, dataclasses.replace(group, prompt=prompt), args.temperature)[1]
-        return aggregate(entropy, kept, "sequence", 4).item()
+        return H_of(group, torch.cat([patchify(x, run.processor.image_processor) for x in images]), kept, run)
 
     assert at(images) == pytest.approx(H.item(), abs=1e-6)
     for i, gradient in enumerate(gradients):
@@ -132,40 +123,29 @@ def test_gradient_by_finite_differences(grids):
         assert slope == pytest.approx(gradient.norm().item(), rel=0.01)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-@pytest.mark.parametrize("grids", [[(4, 6)], [(2, 4), (6, 4)]])
+@pytest.mark.parametrize("family, grids", [("qwen2_vl", [(2, 4), (6, 4)]), ("qwen2_5_vl", [(4, 6)])])
 def test_attack(family, grids):
     model = tiny_model(family)
     group, run = random_images(model, grids)
-    clean, processor = group.prompt.pixel_values.clone(), run.processor.image_processor
-    kept = middle_third(next(entropy_of(group, *images_of(group, run), run, Args()))[0].detach(), group.mask)
+    clean = group.prompt.pixel_values.clone()
+    kept = middle_third(
+        next(entropy_of(group, images_of(group.prompt, run.processor), run, Args()))[0].detach(), group.mask
+    )
     tiny = 0.02 / 255  # random weights of this size are far from linear over 2 / 255
-    up, down = attack(group, run, Args(step=tiny)), attack(group, run, Args(step=-tiny))
-    H = [H_of(group, prompt, kept, run, Args()) for prompt in (down, group.prompt, up)]
+    up, down = (attack(group, run, Args(step=step)).pixel_values for step in (tiny, -tiny))
+    H = [H_of(group, pixels, kept, run) for pixels in (down, clean, up)]
     assert H[0] < H[1] < H[2]
     assert run.log["attack_entropy_before"][0] == pytest.approx(H[1], abs=1e-5)
     assert run.log["attack_entropy_after"][0] == pytest.approx(H[2], abs=1e-5)
     assert torch.equal(group.prompt.pixel_values, clean)
     up = attack(group, run, Args())
     assert all(p.grad is None for p in model.parameters())
-    for part, before, grid in zip(*(_split(p, grids) for p in (up, group.prompt)), group.prompt.image_grid_thw):
-        values = part.view(len(part), 3, 2, -1)
-        assert torch.equal(values[:, :, 0], values[:, :, 1])
-        image, origin = (unpatchify(x, grid, processor) for x in (part, before))
+    assert times_agree(up.pixel_values)
+    for image, origin in zip(images_of(up, run.processor), images_of(group.prompt, run.processor)):
         change = (image - origin).abs()
         assert image.min() >= 0 and image.max() <= 1 and change.max() <= 2 / 255 + 1e-6
         assert (change > 1.9 / 255).float().mean() > 0.9
     assert attack(group, run, Args(step=0.0)) is group.prompt
-
-
-def _split(prompt, grids):
-    return prompt.pixel_values.detach().split([h * w for h, w in grids])
-
-
-def images_of(group, run):
-    parts = group.prompt.pixel_values.split(group.prompt.image_grid_thw.prod(1).tolist())
-    grids = group.prompt.image_grid_thw
-    return [[unpatchify(x, grid, run.processor.image_processor) for x, grid in zip(parts, grids)]]
 
 
 def test_attack_does_not_depend_on_how_the_group_is_cut():
@@ -173,19 +153,18 @@ def test_attack_does_not_depend_on_how_the_group_is_cut():
     group, run = random_images(model, [(4, 6)])
     budget = len(group.prompt.input_ids) + 8
     assert len(split_group(group, budget)) == 3
-    whole, cut = (entropy_gradient(group, *images_of(group, run), run, Args(tokens_per_row=n)) for n in (10**6, budget))
+    images = images_of(group.prompt, run.processor)
+    whole, cut = (entropy_gradient(group, images, run, Args(tokens_per_row=n)) for n in (10**6, budget))
     assert whole[0].item() == pytest.approx(cut[0].item(), abs=1e-6) and torch.equal(whole[2], cut[2])
     assert torch.allclose(whole[1][0], cut[1][0], atol=1e-6)
 
 
-def test_several_steps_stay_in_the_ball():
+@pytest.mark.parametrize("epsilon, largest", [(None, 2), (5 / 255, 5), (1.0, 6)])
+def test_several_steps_stay_in_the_ball(epsilon, largest):
     group, run = random_images(tiny_model("qwen2_5_vl"), [(4, 6)])
-    grid = group.prompt.image_grid_thw[0]
-    origin = unpatchify(group.prompt.pixel_values, grid, run.processor.image_processor)
-    for epsilon, largest in ((None, 2), (5 / 255, 5), (1.0, 6)):
-        after = attack(group, run, Args(iterations=3, epsilon=epsilon)).pixel_values
-        change = (unpatchify(after, grid, run.processor.image_processor) - origin).abs().max().item()
-        assert change * 255 == pytest.approx(largest, abs=0.01)
+    after = attack(group, run, Args(iterations=3, epsilon=epsilon))
+    change = images_of(after, run.processor)[0] - images_of(group.prompt, run.processor)[0]
+    assert change.abs().max().item() * 255 == pytest.approx(largest, abs=0.01)
 
 
 def test_gradient_checkpointing_attacks_the_same():
@@ -219,17 +198,16 @@ def test_text_only_prompts_are_not_attacked():
 
 
 def test_join():
-    model = tiny_model("qwen2_5_vl")
-    clean, attacked = tiny_group(tiny_prompt(model, []), [3, 2]), tiny_group(tiny_prompt(model, []), [5, 1, 4], seed=1)
+    prompt = tiny_prompt(tiny_model("qwen2_5_vl"), [])
+    clean, attacked = tiny_group(prompt, [3, 2]), tiny_group(dataclasses.replace(prompt, index=1), [5, 1, 4], seed=1)
     group = join(clean, attacked)
-    assert group.prompt is clean.prompt and group.mask.sum(1).tolist() == [3, 2, 5, 1, 4]
-    assert torch.equal(group.responses[:2, :3], clean.responses) and torch.equal(
-        group.responses[2:], attacked.responses
-    )
+    assert group.prompt is clean.prompt and group.lengths == [3, 2, 5, 1, 4]
+    assert torch.equal(group.responses[:2, :3], clean.responses)
+    assert torch.equal(group.responses[2:], attacked.responses)
     assert group.scores.amax(1).tolist() == [0, 0, 1, 1, 1] and len(group.texts) == len(group.truncated) == 5
 
 
-@pytest.mark.parametrize("part", [slice(3), slice(3, None), slice(2, 5)])
+@pytest.mark.parametrize("part", [slice(3), slice(2, 5)])
 def test_a_part_of_a_group_is_sampled_as_in_the_whole(toy, part):
     model, processor = toy
     args = Args(max_response_tokens=24)
@@ -242,17 +220,15 @@ def test_a_part_of_a_group_is_sampled_as_in_the_whole(toy, part):
 
 @pytest.mark.parametrize("flags", [[], ["--updates_per_step", 2, "--tokens_per_row", 130, "--kl_coef", 0.01]])
 def test_step_zero_is_grpo_with_all_responses_to_the_bit(trained, flags):
-    base, _ = trained("grpo", "--steps", 2, "--group_size", 7, *flags)
-    off, lines = trained("saei", "--steps", 2, "--n1", 4, "--n2", 3, "--step", 0, *flags)
-    on, _ = trained("saei", "--steps", 2, "--n1", 4, "--n2", 3, "--step", 0.3, *flags)
-    assert same(base, off) and not same(base, on)
-    assert "attack_pixel_change" not in lines[0]
+    base, _ = trained("grpo", "--steps", 1, "--group_size", 7, *flags)
+    off, lines = trained("saei", "--steps", 1, "--n1", 4, "--n2", 3, "--step", 0, *flags)
+    assert same(base, off) and "attack_pixel_change" not in lines[0]
 
 
 def test_log_and_images(tmp_path):
-    flags = ["--steps", 2, "--n1", 3, "--n2", 2, "--measure_every", 1, "--save_images", 3]
-    clean = train("saei", tmp_path / "clean", *flags)
-    for line in clean:
+    """In bf16, whose attack has a leaf in fp32: the step is exact."""
+    flags = ["--steps", 2, "--n1", 3, "--n2", 2, "--measure_every", 1, "--save_images", 3, "--dtype", "bfloat16"]
+    for line in train("saei", tmp_path, *flags):
         assert line["attack_pixel_change"] == pytest.approx(2 / 255, abs=1e-5) and line["attack_failed"] == 0
         assert line["attack_entropy_after"] > line["attack_entropy_before"] and line["seconds_attack"] > 0
         total = 0.6 * line["accuracy_clean"] + 0.4 * line["accuracy_attacked"]
@@ -260,17 +236,10 @@ def test_log_and_images(tmp_path):
         parts = line["response_tokens_clean"] * 0.6, line["response_tokens_attacked"] * 0.4
         entropy = (line["entropy_clean"] * parts[0] + line["entropy_attacked"] * parts[1]) / sum(parts)
         assert entropy == pytest.approx(line["entropy"], rel=1e-4)
-    names = [path.name for path in (tmp_path / "clean/images").iterdir()]
-    assert names and all(name.startswith("prompt-") and name.endswith(".png") for name in names)
-    shown = np.asarray(Image.open(tmp_path / "clean/images" / names[0])).astype(int)
-    before, after, difference = np.split(shown, 3, axis=1)
-    assert np.abs(after - before).max() == 2
-    assert set(np.unique(difference - 127.5)) <= {-20.5, -19.5, 0.5, 20.5, 19.5, -9.5, 10.5, -0.5, -10.5, 9.5}
-
-
-def test_bfloat16_attacks_with_a_float32_leaf(tmp_path):
-    lines = train("saei", tmp_path / "run", "--steps", 2, "--n1", 3, "--n2", 2, "--dtype", "bfloat16")
-    assert lines[-1]["attack_pixel_change"] == pytest.approx(2 / 255, abs=1e-5)
+    for path in (tmp_path / "images").glob("prompt-*-0.png"):
+        before, after, difference = np.split(np.asarray(Image.open(path)).astype(int), 3, axis=1)
+        assert np.abs(after - before).max() == 2
+        assert np.abs(difference - 127.5 - 10 * (after - before)).max() <= 0.5
 
 
 def test_a_group_size_of_ones_own_is_refused(capsys):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import normalised_pixels, times_agree, train
+from helpers import assert_row_wise, lengths, normalised_pixels, random_signals, times_agree, train
 from transformers.image_utils import OPENAI_CLIP_STD
 
 import vepo
@@ -14,17 +14,12 @@ from vepo import add_noise, diffuse, divergences, kept_tokens, noised_pixels, se
 ALL = torch.ones(1, 4, dtype=torch.bool)
 
 
-def lengths(*numbers, width=None):
-    return torch.arange(width or max(numbers)) < torch.tensor(numbers)[:, None]
-
-
-def test_noise_on_normalised_normalised_pixels():
+def test_noise_on_normalised_pixels():
     clean = normalised_pixels()
     before = clean.clone()
     noise = add_noise(clean, seeded(1)) - clean
     assert noise.std().item() == pytest.approx(2.0, abs=0.01) and noise.mean().item() == pytest.approx(0, abs=0.01)
-    assert torch.equal(clean, before) and add_noise(clean, seeded(1), std=0.5).sub(clean).std() < 0.51
-    assert torch.equal(add_noise(clean, seeded(1), std=0.0), clean)
+    assert torch.equal(clean, before)
     plain = clean + 2.0 * torch.randn(clean.shape, generator=seeded(1))  # the released code's, for Qwen2.5-VL
     assert torch.equal(noised_pixels(clean, OPENAI_CLIP_STD, seeded(1), vepo.Args()), plain)
 
@@ -75,38 +70,25 @@ def test_scores_by_hand():
     j, g, h = [0, 0.25, 0.5, 1], [0, 1, 0, 0.5], [1, 0.5, 0, 1]
     want = [(1 - (1 - a) ** 0.7 * (1 - b) ** 0.3) * c for a, b, c in zip(j, g, h)]
     assert torch.allclose(token_scores(jsd, entropy, noised, ALL), torch.tensor([want]), atol=1e-6)
-    assert want == pytest.approx(
-        [0, 0.5, 0, 1]
-    )  # a token of no entropy scores nothing, one of the largest JSD all of it
+    assert want == pytest.approx([0, 0.5, 0, 1])  # no entropy: nothing; the largest JSD: all of it
 
 
-def random_signals(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(4, 9, generator=generator) for _ in range(3)], lengths(9, 4, 1, 0)
-
-
-def test_alpha_ignores_the_one_or_the_other():
-    (jsd, entropy, noised), mask = random_signals()
-    other = torch.rand(4, 9)
-    same_gap = (jsd, entropy, noised), (other, entropy, noised)
-    assert torch.equal(*(token_scores(*signals, mask, alpha=0.0) for signals in same_gap))
-    assert not torch.equal(*(token_scores(*signals, mask, alpha=0.5) for signals in same_gap))
-    same_jsd = (jsd, entropy, noised), (jsd, entropy, other)
-    assert torch.equal(*(token_scores(*signals, mask, alpha=1.0) for signals in same_jsd))
+@pytest.mark.parametrize("alpha, signal", [(0.0, 0), (1.0, 2)])
+def test_alpha_ignores_the_one_or_the_other(alpha, signal):
+    *signals, mask = random_signals(3)
+    changed = [torch.rand(4, 9) if i == signal else x for i, x in enumerate(signals)]
+    assert torch.equal(token_scores(*signals, mask, alpha=alpha), token_scores(*changed, mask, alpha=alpha))
+    assert not torch.equal(token_scores(*signals, mask, alpha=0.5), token_scores(*changed, mask, alpha=0.5))
 
 
 def test_scores_do_not_depend_on_scale_padding_or_other_rows():
-    (jsd, entropy, noised), mask = random_signals()
+    jsd, entropy, noised, mask = random_signals(3)
     want = token_scores(jsd, entropy, noised, mask)
     assert torch.allclose(token_scores(5 * jsd + 3, entropy, noised, mask), want, atol=1e-5)
     assert torch.allclose(token_scores(jsd, 4 * entropy + 1, 4 * noised + 1, mask), want, atol=1e-5)
-    for garbage in (torch.nan, 1e30):
-        dirty = [x.masked_fill(~mask, garbage) for x in (jsd, entropy, noised)]
-        assert torch.equal(token_scores(*dirty, mask), want)
-        assert torch.equal(select_top(dirty[0], mask), select_top(jsd, mask))
-    order = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(token_scores(jsd[order], entropy[order], noised[order], mask[order]), want[order])
-    assert (want[~mask] == 0).all() and (want >= 0).all() and (want <= 1).all()
+    assert_row_wise(token_scores, jsd, entropy, noised, mask=mask)
+    assert_row_wise(select_top, jsd, mask=mask)
+    assert (want >= 0).all() and (want <= 1).all()
 
 
 def test_identical_images_score_zero():
@@ -116,14 +98,13 @@ def test_identical_images_score_zero():
     assert (scores == 0).all() and select_top(scores, mask).sum(1).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("ratio", [0.2, 0.07, 1.0, 0.01])
+@pytest.mark.parametrize("ratio", [0.2, 0.07, 1.0])
 def test_the_number_of_kept_tokens(ratio):
     mask = lengths(*range(120))
     want = [min(n, max(1, math.ceil(round(ratio * n, 6)))) for n in range(120)]
     assert kept_tokens(mask, ratio).tolist() == want
-    for scores in (torch.rand(120, 119), torch.zeros(120, 119), torch.full((120, 119), torch.nan)):
-        chosen = select_top(scores, mask, ratio)
-        assert chosen.sum(1).tolist() == want and not (chosen & ~mask).any()
+    for scores in (torch.rand(120, 119), torch.full((120, 119), torch.nan)):
+        assert select_top(scores, mask, ratio).sum(1).tolist() == want
 
 
 def test_selection_against_sorting():

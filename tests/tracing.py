@@ -3,8 +3,10 @@
 Attention is one operation that nothing looks into, as its kernel is on a GPU.
 """
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from plumbing import kernels
@@ -12,36 +14,22 @@ from plumbing import kernels
 attend, elsewhere = kernels.attend, ThreadPoolExecutor(1)  # in whose thread an operation may be differentiated
 
 
-@torch.library.custom_op("tests::attend", mutates_args=())
-def opaque(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: torch.Tensor,
-    key_starts: torch.Tensor,
-    longest: list[int],
-    scale: float,
-    seen: torch.Tensor | None,
-) -> torch.Tensor:
-    return attend(query, key, value, starts, key_starts, longest, scale, seen).contiguous()
+INPUTS = "Tensor query, Tensor key, Tensor value"
+NUMBERS = "Tensor starts, Tensor key_starts, SymInt[] longest, float scale, Tensor? seen"
 
 
-@torch.library.custom_op("tests::attend_backward", mutates_args=())
-def opaque_backward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gradient: torch.Tensor,
-    starts: torch.Tensor,
-    key_starts: torch.Tensor,
-    longest: list[int],
-    scale: float,
-    seen: torch.Tensor | None,
-) -> list[torch.Tensor]:
+@torch.library.custom_op("tests::attend", mutates_args=(), schema=f"({INPUTS}, {NUMBERS}) -> Tensor")
+def opaque(*inputs):
+    return attend(*inputs).contiguous()
+
+
+@torch.library.custom_op(
+    "tests::attend_backward", mutates_args=(), schema=f"({INPUTS}, Tensor gradient, {NUMBERS}) -> Tensor[]"
+)
+def opaque_backward(query, key, value, gradient, *numbers):
     def differentiate():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = attend(*inputs, starts, key_starts, longest, scale, seen)
-        return [x.contiguous() for x in torch.autograd.grad(out, inputs, gradient)]
+        return [x.contiguous() for x in torch.autograd.grad(attend(*inputs, *numbers), inputs, gradient)]
 
     return elsewhere.submit(differentiate).result()
 
@@ -73,14 +61,19 @@ def traced(function, device):
 
 def traced_but_decode(function, device):
     """A decode step, which takes longest to trace, stays as it is; test_compile.py has a test of its own for it."""
-    return (
-        torch.compiler.set_stance("force_eager")(function)
-        if function.__name__ == "decode_once"
-        else traced(function, device)
-    )
+    if function.__name__ == "decode_once":
+        return torch.compiler.set_stance("force_eager")(function)
+    return traced(function, device)
 
 
 def use(patch):
     """`patch(module, name, value)`, such as monkeypatch.setattr."""
     patch(kernels, "attend", traced_attend)
     patch(kernels, "compiled", traced_but_decode)
+
+
+@contextlib.contextmanager
+def nothing_compiled():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "compiled", lambda function, device: function)
+        yield
