@@ -634,21 +634,26 @@ def token_logps(hidden, weight, targets, temperature=1.0, chunk=HEAD_CHUNK):
 
 
 @torch.no_grad()
-def compare_logits(function, model, row, *hidden, temperature=1.0, chunk=HEAD_CHUNK):
-    """What `function(*logits)` says of the distributions that a row's tokens have under several hidden states (L, D).
+def compare_states(function, weight, *hidden, temperature=1.0, chunk=HEAD_CHUNK):
+    """What `function(*logits)` says of the distributions that N tokens have under several hidden states (N, D).
 
     It is given fp32 logits (n, V) over the temperature, one for each hidden state, for a chunk of tokens at a time, and
-    returns tensors (n,). Returns these as (B, T), 0 on padding. The (N, V) logits never exist as a whole.
+    returns tensors (n,). Returns these as (N,). The (N, V) logits never exist as a whole. A token's distribution comes
+    from the state of the position before it. weight: the head's, (V, D).
     """
+    size = max(1, chunk // len(hidden))
+    parts = []
+    for states in zip(*(x.split(size) for x in hidden)):
+        parts.append(function(*(linear(x, weight).float() / temperature for x in states)))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def compare_logits(function, model, row, *hidden, **options):
+    """`compare_states` of a row's response tokens, from hidden states (L, D); returns (B, T), 0 on padding."""
     read = pack(row, model.device)["read"]
 
     def compute(model):
-        weight = model.lm_head.weight
-        parts = [
-            function(*(linear(states[index], weight).float() / temperature for states in hidden))
-            for index in read.split(max(1, chunk // len(hidden)))
-        ]
-        return [torch.cat(part) for part in zip(*parts)]
+        return compare_states(function, model.lm_head.weight, *(x[read] for x in hidden), **options)
 
     return [unpack(value, row) for value in with_full_params(model, compute)]
 
@@ -667,13 +672,18 @@ def with_image(row, change):
     return changed
 
 
+def normal_noise(shape, generator, device):
+    """Standard normal noise on a device, drawn on the generator's, which may be another."""
+    return torch.randn(shape, generator=generator, device=generator.device).to(device)
+
+
 def still_noise(pixel_values, generator):
     """Standard normal noise for pixel_values (patches, 3 x 2 x p x p): channel, time, height and width of a patch.
 
     An image is repeated in time, and both copies get the same noise.
     """
-    noise = torch.randn(len(pixel_values), 3, 1, pixel_values.shape[1] // 6, generator=generator)
-    return noise.expand(-1, -1, 2, -1).flatten(1)
+    shape = (len(pixel_values), 3, 1, pixel_values.shape[1] // 6)
+    return normal_noise(shape, generator, pixel_values.device).expand(-1, -1, 2, -1).flatten(1)
 
 
 def token_uniforms(row, seed, step):

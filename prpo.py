@@ -45,14 +45,15 @@ class Args(SharedArgs):
 
 def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, places=slice(None)):
     """Each patch (14 or 16 pixels) black with this probability (PAPO, arXiv 2507.06448), those of a place together."""
-    black = -torch.tensor(image_mean) / torch.tensor(image_std)
-    chosen = torch.rand(len(pixel_values), 1, generator=generator)[places] < probability
-    return torch.where(chosen, black.repeat_interleave(pixel_values.shape[1] // 3), pixel_values)
+    black = (-torch.tensor(image_mean) / torch.tensor(image_std)).repeat_interleave(pixel_values.shape[1] // 3)
+    chosen = torch.rand(len(pixel_values), 1, generator=generator, device=generator.device)[places] < probability
+    return torch.where(chosen.to(pixel_values.device), black.to(pixel_values.device), pixel_values)
 
 
 def add_pixel_noise(pixel_values, generator, image_mean, image_std, std=0.1):
     """Gaussian noise on pixels in [0, 1], clipped to [0, 1]; both copies of an image get the same noise."""
-    mean, scale = (torch.tensor(x).repeat_interleave(pixel_values.shape[1] // 3) for x in (image_mean, image_std))
+    constants = torch.tensor([image_mean, image_std]).repeat_interleave(pixel_values.shape[1] // 3, 1)  # (2, C)
+    mean, scale = constants.to(pixel_values.device)
     pixels = pixel_values * scale + mean + std * still_noise(pixel_values, generator)
     return (pixels.clamp(0, 1) - mean) / scale
 

@@ -1,17 +1,21 @@
-"""Images: training curves, a page of which tokens each method rewards, and measurements of what the methods assume.
+"""To look at, and to copy: training curves, a page of which tokens each method rewards, what
+the methods assume, measured, and a method's functions.
 
     python show.py curves runs/*                # curves.png and curves.svg, and a table; folders name-0, name-1: seeds
     python show.py tokens --model toy           # tokens.html: the same responses as every method sees them
     python show.py signals --model toy-faint    # signals.png, signals.json, a table: do the papers' assumptions hold?
     python show.py signals --model runs/vepo/last --data mine.parquet --prompts 64
+    python show.py functions pepo > pepo_functions.py    # a method's plain functions, to copy: they need torch
 
 `python show.py signals --help` (curves, tokens) lists its flags.
 """
 
+import ast
 import base64
 import contextlib
 import dataclasses
 import html
+import inspect
 import io
 import itertools
 import json
@@ -21,11 +25,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.special import stdtrit
 from tqdm.auto import tqdm
 
+import common
+import grpo
 import pepo
 import prpo
 import saei
@@ -536,9 +543,59 @@ def draw_signals(found, path):
     figure.savefig(path, dpi=80)
 
 
+# ---- Functions: the plain ones of a method, and those that they call, as one file -----------------------------------
+
+FUNCTIONS = {
+    "grpo": (grpo, ["group_advantages", "policy_loss", "kl_penalty"]),
+    "vepo": (vepo, ["add_noise", "diffuse", "compare_states", "divergences", "token_scores", "select_top"]),
+    "vgpo": (vgpo, ["visual_focus", "compensate", "token_factors", "rollout_factors"]),
+    "prpo": (
+        prpo,
+        ["blacken", "add_pixel_noise", "compare_states", "divergences", "robust_visual_dependency", "token_weights"],
+    ),
+    "pepo": (pepo, ["visual_similarity", "token_weights"]),
+    "saei": (saei, ["middle_third", "adversarial_step"]),
+}
+
+
+def add_source(function, sources, imports):
+    """Adds the source of a function to `sources`, {name: source}, after those of ours that it calls.
+
+    `imports`: lines for what it uses of torch and math.
+    """
+    known, source = vars(inspect.getmodule(function)), inspect.getsource(function)
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    for name in sorted(names & known.keys() - sources.keys() - {function.__name__}):
+        value = known[name]
+        if inspect.ismodule(value):
+            imports.add(f"import {name}")
+        elif value is getattr(torch.nn.functional, name, None):
+            imports.add(f"from torch.nn.functional import {name}")
+        elif inspect.isfunction(value):
+            add_source(value, sources, imports)
+        else:
+            sources[name] = f"{name} = {value!r}\n"
+    sources[function.__name__] = source
+
+
+def function_page(method):
+    """The plain functions of a method as a Python file that imports torch and math alone, with their doctests."""
+    module, names = FUNCTIONS[method]
+    sources, imports = {}, {"import torch"}
+    for name in names:
+        add_source(vars(module).get(name) or getattr(common, name), sources, imports)
+    title = module.__doc__.splitlines()[0]
+    header = [f'"""{title}', "", f"Printed by `python show.py functions {method}`. MIT licence.", '"""', ""]
+    lines = [*header, *sorted(imports, key=lambda line: (line.startswith("from"), line))]
+    return "\n".join(lines) + "\n" + "".join(f"\n\n{source}" for source in sources.values())
+
+
 def main():
     command, *flags = sys.argv[1:] or [""]
     classes = {"curves": CurveArgs, "tokens": TokenArgs, "signals": SignalArgs}
+    if command == "functions" and flags and flags[0] in FUNCTIONS:
+        print(function_page(flags[0]), end="")
+        return
     if command not in classes:
         print(__doc__)
         sys.exit(0 if command in ("-h", "--help") else 2)

@@ -36,7 +36,7 @@ from transformers.image_utils import OPENAI_CLIP_STD
 from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
 from plumbing.arguments import SharedArgs, parse_args
 from trainer import Trainer
-from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_image
+from common import compare_logits, min_max, normal_noise, quantiles, seeded, still_noise, token_uniforms, with_image
 from plumbing.arguments import flag
 
 
@@ -53,7 +53,7 @@ class Args(SharedArgs):
 
 def add_noise(pixel_values, generator, std=2.0):
     """Gaussian noise on the processor's normalised pixels, independent in each entry, unclipped (VEPO's code)."""
-    return pixel_values + std * torch.randn(pixel_values.shape, generator=generator)
+    return pixel_values + std * normal_noise(pixel_values.shape, generator, pixel_values.device)
 
 
 def diffuse(pixel_values, generator, step=500):
@@ -69,7 +69,7 @@ def diffuse(pixel_values, generator, step=500):
 def noised_pixels(pixel_values, image_std, generator, args):
     """Pixels (patches, C) with `--noise`, which is meant for Qwen2.5-VL's image_std (CLIP's) and scaled for others."""
     to_own = torch.tensor(OPENAI_CLIP_STD) / torch.tensor(image_std)  # (3,) pixels by CLIP's std to the model's own
-    to_own = to_own.repeat_interleave(pixel_values.shape[1] // 3)  # (C,): the channel comes first
+    to_own = to_own.repeat_interleave(pixel_values.shape[1] // 3).to(pixel_values.device)  # (C,): channel first
     if args.noise == "normalised":
         return to_own * add_noise(pixel_values / to_own, generator, args.noise_std)
     return to_own * diffuse(pixel_values / to_own, generator, args.noise_step)
@@ -92,7 +92,7 @@ def divergences(logits, noised_logits):
 
 @torch.no_grad()
 def token_scores(jsd, entropy, noised_entropy, mask, alpha=0.7):
-    """VEPO's score in [0, 1] of each valid token, 0 on padding; all (B, T).
+    """VEPO's score in [0, 1] of each valid token, 0 on padding; all (B, T), mask bool.
 
     >>> jsd, entropy = torch.tensor([[0.0, 0.2, 0.4]]), torch.tensor([[1.0, 2.0, 0.0]])
     >>> token_scores(jsd, entropy, entropy, torch.ones(1, 3, dtype=torch.bool))  # no gap: [1 - (1 - j')^0.7] H'
