@@ -29,6 +29,7 @@ SHAPES = {  # the published config.json of Qwen2.5-VL-Instruct, and smaller ones
     "1b": (1536, 6144, 16, 12, 2, 151_936, True, 1280, 3420, 12, 16),
     "3b": (2048, 11008, 36, 16, 2, 151_936, True, 1280, 3420, 32, 16),
     "7b": (3584, 18944, 28, 28, 4, 152_064, False, 1280, 3420, 32, 16),
+    "32b": (5120, 27648, 64, 40, 8, 152_064, False, 1280, 3456, 32, 16),
 }
 TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # of dense bf16 products, by NVIDIA's data sheets
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,12 +295,17 @@ CHECKER = OneChecker()
 def main_of(script, output, flags):
     """`python script.py --output output flags` in this process, without curves; output None: the script's default."""
     accelerate.state.AcceleratorState._reset_state(True)  # of the run before, which may have had another precision
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script}.py", *(["--output", str(output)] if output else []), *map(str, flags)])
         patch.setattr(Data, "measure", measured_once)
         patch.setattr(trainer, "draw_curves", lambda *_: None)
         patch.setattr(common, "Checker", lambda seconds: CHECKER)
-        importlib.import_module(script).main()
+        try:
+            importlib.import_module(script).main()
+        finally:
+            for number, handler in handlers.items():  # the run's own would keep it, and its lock, after a failure
+                signal.signal(number, handler)
 
 
 QUICK = ["--prompts_per_step", 4, "--eval_rows", 0, "--show_every", 0, "--weight_decay", 0]
