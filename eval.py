@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from scipy.stats import binomtest, bootstrap
 from tqdm.auto import tqdm
 
@@ -50,7 +50,7 @@ from plumbing.checkpoints import locked, trained_with, write_text
 from plumbing.data import Data, Unusable, listed, plain_text, refuse_output_among, some_of
 from plumbing.families import limit_pixels
 from plumbing.kernels import use_cores
-from plumbing.sharding import PATIENCE, from_main, on_main
+from plumbing.sharding import PATIENCE, on_main
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FROM_TRAINING = ("instruction", "max_response_tokens", "image_column", "problem_column", "answer_column")
@@ -453,7 +453,7 @@ class Evaluation:
             order += [(part, index) for index in rows]
         order = some_of(order, args.rows, args.seed)
         done = read_rows(path) if self.rank == 0 else {}
-        left = from_main([place for place in order if place not in done])
+        (left,) = broadcast_object_list([[place for place in order if place not in done]])  # the main process's
         size = max(1, args.rollout_prompts // args.samples) * self.world_size
         with tqdm(total=len(left), desc=name, disable=self.rank > 0, unit="row") as bar:
             for start in range(0, len(left), size):
