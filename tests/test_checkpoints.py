@@ -324,6 +324,12 @@ def test_optimizers_that_are_mixed_or_not_whole(tmp_path):
     grpo_run(output, "--steps", 2, "--save_every", 1, "--freeze_vision")
     with pytest.raises(UserError, match=sentence):
         grpo_run(output, "--steps", 3, "--resume", "--allow_changed")  # without --freeze_vision
+    state = output / "step-2/trainer_state.json"
+    whole = state.read_text()
+    state.write_text(whole.replace('"processes": 1', '"processes": 2'))  # as where one of several parts is missing
+    with pytest.raises(UserError, match=sentence):
+        grpo_run(output, "--steps", 3, "--resume", "--freeze_vision")
+    state.write_text(whole)
     for change in (lambda part: shutil.copytree(output / "step-1/optimizer", part), lambda part: None):
         shutil.rmtree(output / "step-2/optimizer")
         change(output / "step-2/optimizer")

@@ -498,7 +498,7 @@ def test_own_data_is_called_own(tmp_path, evaluate, capsys):
         (["--benchmarks", "own"], "--benchmarks own is not one of .*; your own data needs --data"),
         (["--samples", 4], "--samples 4 at --temperature 0 are all the same"),
         (["--check_seconds", "nan"], "--check_seconds nan must be above 0"),
-        (["--min_pixels", 5000, "--max_pixels", 4000], "--min_pixels 5000 is more than --max_pixels 4000"),
+        (["--min_pixels", 5000, "--max_pixels", 4000], "--max_pixels 4000 is below 5000, the least"),
         (["--model", "/nowhere"], "--model /nowhere cannot be opened"),
         (["--compare", "runs/x"], "argument --compare: expected 2 arguments"),
         (["--compare", "runs/x", "runs/y"], "--compare: runs/x has no results.json: evaluate it first"),

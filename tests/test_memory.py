@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import transformers
 from gpu import config_of
 from helpers import ROOT, save_internvl
@@ -14,7 +15,7 @@ from helpers import ROOT, save_internvl
 from common import load_processor
 from plumbing.arguments import SharedArgs, UserError
 from plumbing.data import load_rows
-from plumbing.memory import choose_checkpointing, dry_run, plan
+from plumbing.memory import choose_checkpointing, dry_run, plan, trial_update
 from trainer import Trainer
 
 
@@ -140,6 +141,14 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(config, tmp_path
     sentence = f"needs {need} GB on each of 1 GPUs of {flags['gpu_memory']} GB: weights, .* alone are too much"
     with pytest.raises(UserError, match=sentence):
         Trainer(SharedArgs(model=config["7B"], output=str(tmp_path / "run"), **flags))
+
+
+def test_a_trial_update_changes_nothing():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], 0.1, weight_decay=0.1)
+    trial_update(optimizer, lambda: (0 * weight.sum()).backward(), None)
+    assert torch.equal(weight, torch.ones(2)) and weight.grad is None and optimizer.param_groups[0]["lr"] == 0.1
+    assert not any(value.any() for value in optimizer.state[weight].values())
 
 
 def test_a_model_that_is_not_there():
