@@ -104,6 +104,7 @@ def test_vepo_in_trl(tmp_path):
 
     names["select_top"] = select_top
     processor = load_processor(TOY / "model")
+    processor.tokenizer.padding_side = "left"
     model = transformers.AutoModelForImageTextToText.from_pretrained(TOY / "model", dtype=torch.float32)
     rows = []
     for row in load_rows("toy", "train", "main").select([0, 1]):
