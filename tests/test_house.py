@@ -14,7 +14,8 @@ LAYERS = [  # the lowest first; modules of one layer do not import each other
     ["toy", "tests"],
 ]
 PLUMBING = ["arguments kernels", "families answers adapters", "data memory", "sharding metrics", "checkpoints"]
-LINES = {"common.py": 880, "trainer.py": 380, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 450, "methods": 290}
+LINES = {"common.py": 800, "trainer.py": 372, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 390, "methods": 290}
+ALL_LINES = 7_100  # of Python outside tests/
 METHODS = LAYERS[3]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("toy/*.py")])
 
@@ -96,3 +97,7 @@ def test_no_module_is_longer_than_its_number(path):
     kind = "methods" if path.stem in METHODS else "plumbing" if path.parent.name == "plumbing" else path.name
     lines = len(path.read_text().splitlines())
     assert lines <= LINES.get(kind, lines), f"{lines} lines: what in it is not its own?"
+
+
+def test_all_modules_together_are_no_longer_than_their_number():
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= ALL_LINES

@@ -187,6 +187,23 @@ def test_mask_ends_with_the_first_end_of_turn(toy):
             assert mask.sum() == 20 or not truncated
 
 
+def test_groups_are_as_long_as_their_longest_response(toy, monkeypatch):
+    """Two groups of one batch, cut to 3 and 4 tokens of 5; what follows an end is padding, and no text has either."""
+    (model, processor), lengths = toy, torch.tensor([3, 1, 4, 2])
+    responses, mask = torch.full((4, 5), 30), torch.arange(5) < lengths[:, None]
+    responses[torch.arange(3), lengths[:3] - 1] = 2  # <|im_end|>; the last response is cut off
+    monkeypatch.setattr(common, "generate", lambda *_, **__: (responses, mask))
+    prompts = [Data("toy", "test", SharedArgs(), processor, model).prompt(i) for i in (0, 1)]
+    first, second = rollout(model, processor.tokenizer, prompts, SharedArgs(group_size=2), 0)
+    assert first.responses.tolist() == [[30, 30, 2], [2, 0, 0]] and second.responses.tolist() == [
+        [30] * 3 + [2],
+        [30, 30, 0, 0],
+    ]
+    assert first.lengths == [3, 1] and second.lengths == [4, 2] and second.truncated.tolist() == [False, True]
+    word = processor.tokenizer.decode([30])
+    assert first.texts == [word * 2, ""] and second.texts == [word * 3, word * 2] and second.prompt is prompts[1]
+
+
 def test_inverse_transform_draws_from_the_softmax():
     logits = torch.randn(1, 96, generator=seeded(0)) * 2
     draws = chooser(tiny_model("qwen2_5_vl"))(logits.expand(200_000, -1), torch.rand(200_000, generator=seeded(1)))

@@ -42,6 +42,7 @@ def test_heads_are_compared_in_chunks_as_with_plain_logits():
     group = tiny_group(tiny_prompt(model, [(4, 6)]), [7, 1, 4])
     other = with_image(group, lambda pixels: pixels + 1)
     assert other.prompt.pixel_values is not group.prompt.pixel_values and other.mask is group.mask
+    assert other.packed is group.packed  # whichever is packed first, the other one is not packed again
     hidden = [forward(model, row)[2] for row in (group, other)]
 
     def first_and_product(p, q):
