@@ -265,8 +265,8 @@ def make_sampler(banned, temperature, top_p, top_k):
     that are `banned` (V,). Probabilities are fp32, cumulative sums fp64, in two levels: first a block of 128 tokens,
     then a token of it. Temperature 0: argmax.
     """
-    warpers = []
-    if temperature != 1.0 and temperature > 0:
+    warpers, greedy = [], temperature < 1e-6  # or logits would be divided to infinity
+    if temperature != 1.0 and not greedy:
         warpers.append(transformers.TemperatureLogitsWarper(temperature))
     if top_k > 0:
         warpers.append(transformers.TopKLogitsWarper(top_k))
@@ -276,7 +276,7 @@ def make_sampler(banned, temperature, top_p, top_k):
 
     def sample(logits, uniforms):
         logits = warp(None, logits.float().masked_fill(banned, -torch.inf))
-        if temperature == 0:
+        if greedy:
             return logits.argmax(-1)
         parts = pad(logits.softmax(-1), (0, -logits.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (B, V / 128, 128)
         sums = pad(parts.sum(-1, dtype=torch.double).cumsum(-1), (1, 0))  # (B, V / 128 + 1)

@@ -122,6 +122,8 @@ class Args:
         for name in self.benchmarks.split(","):
             if name not in known:
                 raise UserError(f"--benchmarks {name} is not one of {', '.join(known)}; your own data needs --data.")
+        if self.data and "," in self.benchmarks:
+            raise UserError("--data is for one benchmark: name it alone with --benchmarks.")
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--samples {self.samples} at --temperature 0 are all the same: set --temperature 1.")
 

@@ -608,6 +608,7 @@ def main():
         lines = draw_curves(read_runs(args.runs), args.output, args.window)
         print(*lines, f"{args.output}.png, {args.output}.svg", sep="\n")
     elif command == "tokens":
+        Path(args.page).parent.mkdir(parents=True, exist_ok=True)  # before the work is done
         Path(args.page).write_text(token_page(args))
         print(args.page)
     else:

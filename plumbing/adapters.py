@@ -86,6 +86,8 @@ def read_config(folder):
     config, default = LoraConfig.from_pretrained(folder), vars(LoraConfig())
     more = default.keys() - vars(PeftConfig()).keys() - {*PLAIN.split()}
     more = sorted(name for name in more if getattr(config, name) != default[name])
+    if config.init_lora_weights in (False, "gaussian"):  # of A and B alone; the others change W too
+        more.remove("init_lora_weights")
     if more:
         raise UserError(f"{folder} holds adapters that are more than plain LoRA ({', '.join(more)}): take others.")
     return config

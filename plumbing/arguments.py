@@ -151,7 +151,7 @@ class RolloutArgs:
     prompts_per_step: int | None = flag(None, "prompts in a step, over all processes (toy: 16, else: 512)", gt=0)
     group_size: int = flag(8, "responses sampled for each prompt", min=2)
     max_response_tokens: int | None = flag(None, "longer responses are cut (toy: 64, else: 2048)", gt=0)
-    temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss", gt=0, max=100)
+    temperature: float = flag(1.0, "sampling temperature, also of the log-probs in the loss", min=1e-6, max=100)
     top_p: float = flag(1.0, "sample from the smallest set of tokens of this probability", gt=0, max=1)
     top_k: int = flag(0, "sample from the k likeliest tokens; 0: from all", min=0)
     rollout_prompts: int = flag(32, "prompts that are sampled together, on each process", gt=0)

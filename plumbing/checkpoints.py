@@ -129,7 +129,10 @@ def changes(args, state, contents):
 def open_output(args, folder, state):
     """Makes --output ready, for a new run or a resumed one; returns a lock, which keeps other runs out."""
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {cannot_write(output, error)}.") from None
     lock = locked(output)
     if state:
         for step, later in saved_in(output):

@@ -25,6 +25,7 @@ from plumbing.arguments import SharedArgs, UserError, flag, model_source, parse_
         ("--dtype float8", "invalid choice: 'float8'"),
         ("--steps many", "invalid int value"),
         ("--top_p 1.5", "--top_p 1.5 must be above 0 and at most 1"),
+        ("--temperature 1e-7", "--temperature 1e-07 must be at least 1e-06 and at most 100"),
         ("--learning_rate inf", "--learning_rate inf must be above 0 and at most 1"),
         ("--max_grad_norm nan", "--max_grad_norm nan must be above 0"),
         ("--clip_high -1", "--clip_high -1.0 must be at least 0 and at most 1,000,000"),

@@ -497,6 +497,7 @@ def test_own_data_is_called_own(tmp_path, evaluate, capsys):
         (["--benchmarks", "toy,mathvist"], "--benchmarks mathvist is not one of toy, toy-faint, geometry3k"),
         (["--benchmarks", "own"], "--benchmarks own is not one of .*; your own data needs --data"),
         (["--samples", 4], "--samples 4 at --temperature 0 are all the same"),
+        (["--data", "x.jsonl", "--benchmarks", "toy,geometry3k"], "--data is for one benchmark"),
         (["--check_seconds", "nan"], "--check_seconds nan must be above 0"),
         (["--min_pixels", 5000, "--max_pixels", 4000], "--max_pixels 4000 is below 5000, the least"),
         (["--model", "/nowhere"], "--model /nowhere cannot be opened"),

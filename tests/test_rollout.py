@@ -237,6 +237,13 @@ def test_logits_that_are_nan_sample_a_token_of_the_vocabulary():
     assert ((tokens >= 0) & (tokens < 300)).all()
 
 
+def test_a_temperature_next_to_zero_is_greedy():
+    """Divided by it, logits would be infinite."""
+    logits, uniforms = torch.randn(4, 96), torch.tensor([0.0, 0.3, 0.6, 0.99])
+    greedy, nearly = (chooser(tiny_model("qwen2_5_vl"), temperature)(logits, uniforms) for temperature in (0.0, 1e-40))
+    assert torch.equal(greedy, nearly)
+
+
 def test_sampler_and_forward_agree_on_the_distribution():
     """Greedy tokens of the sampler are the argmax of the packed forward pass: no drift between the two."""
     model = tiny_model("qwen2_5_vl").eval()

@@ -358,3 +358,11 @@ def test_mistakes_in_what_a_run_needs(args, no_waiting, more, sentence):
         Trainer(args)
     assert error.value.code == 2
     assert not list(Path(args.output).glob("*"))  # nothing is left behind
+
+
+def test_an_output_that_is_a_file(args, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    args.output = str(tmp_path / "file")
+    with pytest.raises(UserError, match="--output .*file could not be written .*: check its permissions"):
+        Trainer(args)
+    assert (tmp_path / "file").read_text() == "mine"
