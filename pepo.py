@@ -6,7 +6,7 @@ the second, with mean 1: the advantage moves among the tokens of a response. Wit
 before layer l (last: after the final norm), v^l_n that of image token n, u(x) = x / |x|:
 
     VS_t = mean_l u(h^l_t) . mean_n u(v^l_n)                                   visual similarity
-    g_t  = (VS' + H')_t - mean_t (VS' + H')          ' : min-max within the response; H: entropy of the token's draw
+    g_t  = (VS' + H')_t - mean_t (VS' + H')          ' : min-max within the response; H: the token's entropy
     w_t  = T softmax_t(VS_t (1 + alpha tanh g_t) / tau)                        weight, mean 1
     A_it = ((1 - lambda) + lambda w_it) A_i          lambda: from 0 to 1 over the run
 

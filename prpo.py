@@ -14,7 +14,7 @@ an argument. With P_t the policy's distribution of token t over the full vocabul
 Min-max gives VI = 1 to the least stable token of every response, however stable it is. `--shuffle` is the control:
 the same weights at random positions of the response. A prompt without an image has w = 1: plain GRPO.
 
-Two more forward passes, without gradient: the clean distributions come out of a pass that is made anyway.
+Two more forward passes, without gradient: the states under the clean image come out of a pass that is made anyway.
 
     python prpo.py                                                                  # the toy, minutes on a laptop CPU
     torchrun --nproc_per_node=8 prpo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs

@@ -301,8 +301,8 @@ def section(group, trainer, args):
     largest = max(values[shown].abs().max().item() for values in advantages.values())  # one scale for all methods
     scale = f"Full colour: an advantage of {largest:.3g} or {-largest:.3g}."
     parts = [f"<h2>{html.escape(group.prompt.problem.replace('<image>', '').strip())}</h2><p class=soft>{scale}</p>"]
-    for caption, pictures in images.items():
-        parts.append(f"<figure>{''.join(map(image_tag, pictures))}{html.escape(caption)}</figure>")
+    for caption, of_prompt in images.items():
+        parts.append(f"<figure>{''.join(map(image_tag, of_prompt))}{html.escape(caption)}</figure>")
     for kind, i in zip(("right", "wrong"), shown):
         length, advantage = group.lengths[i], group.advantages[i].item()
         answer = f"advantage {advantage:+.2f}, the answer is {html.escape(group.prompt.answer)}"

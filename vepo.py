@@ -128,11 +128,11 @@ def scoring_forward(row, trainer, args, step):
     if args.select == "random":
         row.scores = token_uniforms(row, args.seed, step)
     if compared:
-        states = hidden.detach(), noised
-        jsd, clean, noised = compare_logits(divergences, trainer.model, row, *states, temperature=args.temperature)
+        found = compare_logits(divergences, trainer.model, row, hidden.detach(), noised, temperature=args.temperature)
         if seen:
-            signals = {"jsd": jsd, "entropy_gap": (noised - clean).abs()}
-            row.scores = jsd if args.select == "jsd" else token_scores(jsd, clean, noised, row.mask, args.alpha)
+            jsd, clean_entropy, noised_entropy = found  # (B, T)
+            signals = {"jsd": jsd, "entropy_gap": (noised_entropy - clean_entropy).abs()}
+            row.scores = jsd if args.select == "jsd" else token_scores(*found, row.mask, args.alpha)
     row.weights = select_top(row.scores, row.mask, args.keep_ratio)
     record_choice(row, entropy.detach(), signals, trainer, args)
     return logps, entropy

@@ -83,6 +83,11 @@ def local_files(name, split):
 def load_rows(name, split, revision="main"):
     """Rows of a hub data set (`id` or `id:config`), or of a local file or folder: its only split, or `split`."""
     files = local_files(name, split)
+    for file in (file for file in files if KINDS[file.suffix] == "json"):
+        with file.open("rb") as opened:
+            begin = opened.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if begin[:1] not in (b"{", b"["):  # of an empty file datasets says nothing; on null pyarrow crashes
+            raise UserError(f"data {file} must hold rows: one object a line, or a list of objects.")
     try:
         if not files:
             identifier, _, config = name.partition(":")
@@ -93,7 +98,7 @@ def load_rows(name, split, revision="main"):
         cache = f"{zlib.crc32(repr(facts).encode()):08x}"
         paths = [glob.escape(str(file)) for file in files]  # names, not patterns
         return datasets.load_dataset(KINDS[files[0].suffix], name=cache, data_files=paths, split="train")
-    except Exception as error:  # the libraries raise many types, for an empty file StopIteration
+    except Exception as error:  # the libraries raise many types
         raise UserError(cannot_open("data", name, error.__cause__ or error)) from None
 
 

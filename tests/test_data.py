@@ -284,7 +284,8 @@ TYPE_CHANGES = b'{"question": "a", "answer": 1}\n' * 400_000 + b'{"question": "b
     "content, sentence",
     [
         (b'{"question": "a", "answer": "1"}\n{"question": "b", \n', "d.jsonl cannot be opened .JSON parse error"),
-        (b"", "d.jsonl cannot be opened"),
+        (b"", "d.jsonl must hold rows: one object a line"),
+        (b"null", "d.jsonl must hold rows"),
         ('{"question": "\u00e9", "answer": "1"}\n'.encode("latin-1"), "row 0 .*utf-8"),
         (TYPE_CHANGES, "d.jsonl cannot be opened"),
     ],

@@ -14,7 +14,7 @@ LAYERS = [  # the lowest first; modules of one layer do not import each other
     ["toy", "tests"],
 ]
 PLUMBING = ["arguments kernels", "families answers adapters", "data memory", "sharding metrics", "checkpoints"]
-LINES = {"common.py": 800, "trainer.py": 372, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 390, "methods": 290}
+LINES = {"common.py": 800, "trainer.py": 372, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 395, "methods": 290}
 ALL_LINES = 7_100  # of Python outside tests/
 METHODS = LAYERS[3]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("toy/*.py")])

@@ -67,7 +67,7 @@ def test_the_parts_of_a_plan_by_hand(config):
     vision = patches * (4 * (32 * 1280 + 6 * 1280) + 2 * (5 * 1280 + 4 * 3420))
     assert alone["update"]["activations"] == text + vision
     assert alone["kept"]["reference"] == 2 * 8_292_166_656 + 4 * 152_064 * D
-    assert alone["sampling"]["key-value cache"] == 32 * 2048 * 28 * token + 32 * 8 * 256 * 29 * token  # room for 256
+    assert alone["sampling"]["key-value cache"] == 32 * 2048 * 28 * token + 32 * 8 * 256 * 29 * token  # of 256 tokens
 
 
 def test_the_parts_of_a_plan_with_adapters_by_hand(config):
