@@ -88,6 +88,15 @@ def token_weights(similarity, entropy, mask, alpha=0.05, temperature=1.8, eps=1e
     return torch.where(mask, exp * length / exp.sum(1, keepdim=True), 0.0)
 
 
+def mixing_strength(progress, final=1.0, schedule="linear"):
+    """lambda in A_it = ((1 - lambda) + lambda w_it) A_i; progress: the share of the run's updates that are done.
+
+    >>> mixing_strength(0.25), mixing_strength(0.25, schedule="constant")
+    (0.25, 1.0)
+    """
+    return final * (min(1.0, progress) if schedule == "linear" else 1.0)
+
+
 def scoring_forward(row, trainer, args):
     """`forward` of a row: logps, entropy (B, T). The first, of the policy that sampled, sets `row.weights` (B, T)."""
     layers = []
@@ -128,8 +137,8 @@ def main():
 
         with trainer.phase("update"):
             for minibatch in trainer.minibatches(rows):
-                progress = min(1, trainer.scheduler.last_epoch / (args.steps * args.updates_per_step))  # PEPO
-                strength = args.strength * (progress if args.weight_schedule == "linear" else 1)  # lambda
+                progress = trainer.scheduler.last_epoch / (args.steps * args.updates_per_step)  # PEPO
+                strength = mixing_strength(progress, args.strength, args.weight_schedule)  # lambda
                 denominator = trainer.denominator(minibatch)  # its tokens (or responses), over all processes
                 for row in trainer.with_gradient(minibatch):
                     logps, entropy = scoring_forward(row, trainer, args)  # PEPO: (B, T), sets the weights once

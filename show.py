@@ -548,12 +548,12 @@ def draw_signals(found, path):
 FUNCTIONS = {
     "grpo": (grpo, ["group_advantages", "policy_loss", "kl_penalty"]),
     "vepo": (vepo, ["add_noise", "diffuse", "compare_states", "divergences", "token_scores", "select_top"]),
-    "vgpo": (vgpo, ["visual_focus", "compensate", "token_factors", "rollout_factors"]),
+    "vgpo": (vgpo, ["visual_focus", "group_factors"]),
     "prpo": (
         prpo,
         ["blacken", "add_pixel_noise", "compare_states", "divergences", "robust_visual_dependency", "token_weights"],
     ),
-    "pepo": (pepo, ["visual_similarity", "token_weights"]),
+    "pepo": (pepo, ["visual_similarity", "token_weights", "mixing_strength"]),
     "saei": (saei, ["middle_third", "adversarial_step"]),
 }
 

@@ -91,15 +91,19 @@ def divergences(logits, noised_logits):
 
 
 @torch.no_grad()
-def token_scores(jsd, entropy, noised_entropy, mask, alpha=0.7):
+def token_scores(jsd, entropy, noised_entropy, mask, alpha=0.7, has_image=None):
     """VEPO's score in [0, 1] of each valid token, 0 on padding; all (B, T), mask bool.
+
+    has_image (B, 1) bool: a response whose prompt has none is scored by entropy alone; None: all have one.
 
     >>> jsd, entropy = torch.tensor([[0.0, 0.2, 0.4]]), torch.tensor([[1.0, 2.0, 0.0]])
     >>> token_scores(jsd, entropy, entropy, torch.ones(1, 3, dtype=torch.bool))  # no gap: [1 - (1 - j')^0.7] H'
     tensor([[0.0000, 0.3844, 0.0000]])
     """
     j, g = min_max(jsd, mask), min_max((noised_entropy - entropy).abs(), mask)  # (B, T)
-    return (1 - (1 - j) ** alpha * (1 - g) ** (1 - alpha)) * min_max(entropy, mask)
+    dependence = 1 - (1 - j) ** alpha * (1 - g) ** (1 - alpha)
+    dependence = dependence if has_image is None else torch.where(has_image, dependence, 1.0)
+    return dependence * min_max(entropy, mask)
 
 
 def kept_tokens(mask, ratio=0.2):

@@ -117,6 +117,20 @@ def rollout_factors(accumulated):
     return (1 + scaled - scaled.mean(1, keepdim=True)).clamp(0.9, 2.0)
 
 
+@torch.no_grad()
+def group_factors(focus, mask, strength=0.3, start=0.5, top=0.2, accumulate="raw"):
+    """alpha (G,), psi (G, T) and the compensated focus (G, T) of a group's responses, from their focus (G, T).
+
+    >>> focus, mask = torch.tensor([[0.8, 0.4, 0.6], [0.2, 0.1, 0.2]]), torch.ones(2, 3, dtype=torch.bool)
+    >>> alpha, psi, _ = group_factors(focus, mask, strength=0.0)
+    >>> alpha, psi[0]
+    (tensor([1.5000, 0.9000]), tensor([1.5000, 0.5000, 1.0000]))
+    """
+    compensated = compensate(focus, mask, strength, start, top)
+    accumulated = (compensated if accumulate == "raw" else rescaled(compensated, mask)).sum(1)  # (G,)
+    return rollout_factors(accumulated[None])[0], token_factors(compensated, mask), compensated
+
+
 def row_focus(hidden, row, args):
     """Visual focus (B, T) of a row's tokens, from the hidden states (L, D) of its forward pass."""
     own, image = response_and_image_states(hidden.detach(), row)  # (B, T, D), (N, D)
@@ -126,10 +140,9 @@ def row_focus(hidden, row, args):
 def set_weights(rows, trainer, args):
     """Sets `row.weights` (B, T) to alpha psi, in the rows that make up one group, and logs alpha."""
     focus, mask = torch.cat([row.scores for row in rows]), torch.cat([row.mask for row in rows])  # (G, T)
-    compensated = compensate(focus, mask, args.strength, args.start, args.top)
-    accumulated = (compensated if args.accumulate == "raw" else rescaled(compensated, mask)).sum(1)  # (G,)
-    alpha = rollout_factors(accumulated[None])[0] if args.inter else torch.ones_like(accumulated)  # (G,)
-    psi = token_factors(compensated, mask) if args.intra else mask.float()  # (G, T)
+    alpha, psi, compensated = group_factors(focus, mask, args.strength, args.start, args.top, args.accumulate)
+    alpha = alpha if args.inter else torch.ones_like(alpha)
+    psi = psi if args.intra else mask.float()
     for row, weights in zip(rows, (alpha[:, None] * psi).split([len(row.mask) for row in rows])):
         row.weights = weights
     trainer.metrics.add("gated_tokens", (compensated > focus).sum(), mask.sum())

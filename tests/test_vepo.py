@@ -8,7 +8,7 @@ from helpers import assert_row_wise, lengths, normalised_pixels, random_signals,
 from transformers.image_utils import OPENAI_CLIP_STD
 
 import vepo
-from common import seeded
+from common import min_max, seeded
 from vepo import add_noise, diffuse, divergences, kept_tokens, noised_pixels, select_top, token_scores
 
 ALL = torch.ones(1, 4, dtype=torch.bool)
@@ -96,6 +96,14 @@ def test_identical_images_score_zero():
     logits = torch.randn(2, 5, 50)
     scores = token_scores(*divergences(logits, logits), mask)
     assert (scores == 0).all() and select_top(scores, mask).sum(1).tolist() == [1, 1]
+
+
+def test_a_response_without_an_image_is_scored_by_entropy():
+    mask, has_image = lengths(5, 3), torch.tensor([[True], [False]])
+    signals = divergences(torch.randn(2, 5, 50), torch.randn(2, 5, 50))
+    scores = token_scores(*signals, mask, has_image=has_image)
+    assert torch.equal(scores[1], min_max(signals[1], mask)[1])
+    assert torch.equal(scores[0], token_scores(*signals, mask)[0])
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.07, 1.0])
