@@ -1,0 +1,121 @@
+"""The methods in TRL's GRPOTrainer (trl 1.16). The policy that sampled scores the tokens, once; TRL does the rest.
+
+    config = trl.GRPOConfig(..., loss_type="dapo", beta=0.0)  # VEPO: also entropy_coef=1e-3
+    VEPOTrainer(model, reward_funcs, config, train_dataset=data, processing_class=processor).train()
+
+TRL's loss takes advantages (B, T): here a response's, times the weight of each of its tokens. The methods' flags keep
+their defaults. VEPO expects "dapo", which divides by all tokens; PRPO a model of patches, not InternVL's tiles. SaEI,
+which changes how responses are sampled, has a file of its own: trl_saei.py.
+"""
+
+import torch
+import trl
+from torch.distributions import Categorical
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
+
+import pepo
+import prpo
+import vepo
+import vgpo
+from common import compare_states, seeded
+
+
+class TokenWeights(trl.GRPOTrainer):
+    """A method has `scores(rows)`, tensors (b, T), and `weights(*scores, mask)`, (B, T) of all rows of a process."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.processing_class.tokenizer.padding_side = "left"  # or TRL would misplace image tokens
+        self.images = self.processing_class.image_processor
+
+    def _tokenize_prompts(self, prompts):
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        return ids, images and [x or [] for x in images], fields  # TRL's None fails next to images
+
+    def _get_per_token_logps_and_entropies(self, *args, **fields):
+        fields = {name: x for name, x in fields.items() if not torch.is_tensor(x) or len(x)}  # TRL fails on no images
+        return super()._get_per_token_logps_and_entropies(*args, **fields)
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()  # (B, T)
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)  # (B, L)
+            prompt = torch.arange(len(ids)) + len(ids) * self.accelerator.process_index
+            more = {"prompt": prompt // self.num_generations, "image": ids == self.model.config.image_token_id}
+            rows = split_tensor_dict(split_pixel_values_by_grid(more | batch), self.args.steps_per_generation)
+            with torch.no_grad(), self.accelerator.autocast():
+                scores = [self.scores(unsplit_pixel_values_by_grid(part)) for part in rows]
+                weights = self.weights(*map(torch.cat, zip(*scores)), mask)
+            batch["advantages"] = batch["advantages"][:, None] * weights
+        return batch
+
+    def states(self, rows, change=None):
+        """Hidden states (b, L, D), embeddings to last; `change(pixels, generator)`: of a prompt's images, one draw."""
+        ids, seen = (torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+        fields = {name: rows[name] for name in names if len(rows.get(name, ()))}
+        if change and "pixel_values" in fields:
+            draws = (seeded(self.args.seed, self._step, prompt) for prompt in rows["prompt"].tolist())
+            images = zip(split_pixel_values_by_grid(rows)["pixel_values"], draws)
+            fields["pixel_values"] = torch.cat([change(*each) if len(each[0]) else each[0] for each in images])
+        options = {"output_hidden_states": True, "logits_to_keep": 1}
+        return self.model(input_ids=ids, attention_mask=seen, **fields, **options).hidden_states
+
+    def compare(self, function, rows, *states):
+        """`function(*logits)`, tensors (b, T): the distributions of the tokens, which come from the position before."""
+        b, T = rows["completion_ids"].shape
+        before = [x[:, -T - 1 : -1].flatten(0, 1) for x in states]
+        found = compare_states(function, self.model.lm_head.weight, *before, temperature=self.temperature)
+        return [x.view(b, T) for x in found]
+
+    def with_image(self, function, rows, states):
+        """`function(own, image)` of the states of each row's tokens (1, T, D) and image (1, N, D): (b, T)."""
+        T = rows["completion_ids"].shape[1]
+        return torch.cat([function(x[None, -T:], x[None, image]) for x, image in zip(states, rows["image"])])
+
+
+class VEPOTrainer(TokenWeights):
+    def scores(self, rows):
+        scale = self.images.image_std
+        noised = self.states(rows, lambda x, g: vepo.noised_pixels(x.flatten(1), scale, g, vepo.Args()).view_as(x))
+        signals = self.compare(vepo.divergences, rows, self.states(rows)[-1], noised[-1])
+        return *signals, rows["image"].any(1, keepdim=True)
+
+    def weights(self, jsd, entropy, noised_entropy, has_image, mask):
+        chosen = vepo.select_top(vepo.token_scores(jsd, entropy, noised_entropy, mask, has_image=has_image), mask)
+        tokens = self.accelerator.reduce(torch.stack([mask.sum(), chosen.sum()]))
+        return chosen * (tokens[0] / tokens[1])  # TRL divides by all tokens
+
+
+class VGPOTrainer(TokenWeights):
+    def scores(self, rows):
+        return [self.with_image(vgpo.visual_focus, rows, self.states(rows)[-1])]
+
+    def weights(self, focus, mask):
+        compensated = vgpo.compensate(focus, mask)
+        sums = self.accelerator.gather(compensated.sum(1)).view(-1, self.num_generations)  # groups may be cut
+        alpha = vgpo.rollout_factors(sums).view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        return alpha[:, None] * vgpo.token_factors(compensated, mask)
+
+
+class PRPOTrainer(TokenWeights):
+    def scores(self, rows):
+        scale = self.images.image_mean, self.images.image_std
+        views = [None, lambda *x: prpo.blacken(*x, *scale), lambda *x: prpo.add_pixel_noise(*x, *scale)]
+        return self.compare(prpo.divergences, rows, *(self.states(rows, view)[-1] for view in views))
+
+    def weights(self, kl_strong, kl_weak, mask):
+        return prpo.token_weights(prpo.robust_visual_dependency(kl_strong, kl_weak, mask), mask)
+
+
+class PEPOTrainer(TokenWeights):
+    def scores(self, rows):
+        states = self.states(rows)
+        layers = [self.with_image(lambda own, v: pepo.visual_similarity([own], [v]), rows, x) for x in states]
+        entropy = self.compare(lambda logits: [Categorical(logits=logits).entropy()], rows, states[-1])
+        return torch.stack(layers).mean(0), *entropy
+
+    def weights(self, similarity, entropy, mask):
+        strength = pepo.mixing_strength(self.state.global_step / self.state.max_steps)
+        return (1 - strength) + strength * pepo.token_weights(similarity, entropy, mask)

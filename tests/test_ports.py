@@ -1,0 +1,297 @@
+"""The methods in TRL against this project: token weights, gradients and attacked pixels, on the same responses.
+
+Run as a script by torchrun, it writes the weights of each process to a folder.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers import ROOT, save_internvl
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+import pepo  # noqa: E402
+import ports.trl  # noqa: E402
+import ports.trl_saei  # noqa: E402
+import prpo  # noqa: E402
+import saei  # noqa: E402
+import vepo  # noqa: E402
+import vgpo  # noqa: E402
+from common import Group, aggregate, forward, load_model, load_processor, policy_loss  # noqa: E402
+from plumbing.arguments import INSTRUCTION, TOY  # noqa: E402
+from plumbing.data import Prompt, load_rows  # noqa: E402
+from show import run_of  # noqa: E402
+
+PORTS = {name: getattr(ports.trl, f"{name.upper()}Trainer") for name in ("vepo", "vgpo", "prpo", "pepo")}
+PORTS["saei"] = ports.trl_saei.SaEITrainer
+OURS = {"vepo": vepo, "vgpo": vgpo, "prpo": prpo, "pepo": pepo}
+IMAGES = {"one image": [1, 1], "several, one and none": [2, 0, 1], "none": [0, 0]}  # of each prompt
+
+
+def data_rows(counts):
+    """A prompt for each number of images, of different sizes."""
+    toy = [row for row in load_rows("toy", "train").select(range(20)) if row["images"]]
+    rows = []
+    for i, count in enumerate(counts):
+        images = [toy[i]["images"][0], toy[i + 4]["images"][0].resize((56, 84))][:count]
+        text = toy[i]["problem"].replace("<image>", "") + " Please." * i + "\n" + INSTRUCTION
+        rows.append({"prompt": [{"role": "user", "content": text}], "images": images})
+    return rows
+
+
+def rewards(completions, **_):
+    return [i % 3 % 2 + 0.1 * (i % 5) for i in range(len(completions))]
+
+
+def made(name, folder, rows, model=TOY / "model", **settings):
+    """The port of a method, on a CPU."""
+    settings = dict(per_device_train_batch_size=len(rows) * 4, num_generations=4, max_completion_length=40) | settings
+    settings = dict(max_steps=3, learning_rate=1e-4, loss_type="dapo", beta=0.0, temperature=0.8) | settings
+    settings |= dict(entropy_coef=1e-3 * (name == "vepo"), use_cpu=True, bf16=False, gradient_checkpointing=False)
+    settings |= dict(report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", seed=3)
+    plain = transformers.AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    return PORTS[name](
+        model=plain,
+        processing_class=load_processor(model),
+        reward_funcs=rewards,
+        args=trl.GRPOConfig(output_dir=str(folder), **settings),
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+
+
+def sampled(trainer, rows, monkeypatch):
+    """The port's batch for G responses to each prompt, with TRL's advantages (B,) and the port's weights (B, T)."""
+    kept, weigh = {}, trainer.weights
+    plain = trl.GRPOTrainer._generate_and_score_completions
+
+    def generate(self, inputs):
+        batch = plain(self, inputs)
+        kept["plain"] = batch["advantages"].clone()
+        return batch
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", generate)
+    monkeypatch.setattr(trainer, "weights", lambda *x: kept.setdefault("weights", weigh(*x)))
+    trainer.model.train()
+    trainer.state.max_steps, trainer.state.global_step = 4, 1  # PEPO's lambda: 1 / 4
+    return trainer._generate_and_score_completions([row for row in rows for _ in range(4)]), kept
+
+
+def groups_of(batch, model):
+    """The batch as groups of this project."""
+    split, groups = ports.trl.split_pixel_values_by_grid(batch), []
+    mask = batch["completion_mask"].bool()
+    for i, start in enumerate(range(0, len(mask), 4)):
+        ids = batch["prompt_ids"][start][batch["prompt_mask"][start].bool()]
+        seen, pixels, grid = ids == model.config.image_token_id, None, None
+        if seen.any():
+            pixels, grid = split["pixel_values"][start], split["image_grid_thw"][start]
+        positions = model.model.get_rope_index(ids[None], seen.long()[None], image_grid_thw=grid)[0][:, 0]
+        prompt = Prompt(i, "", "", ids, positions, pixels, grid, seen)
+        own = slice(start, start + 4)
+        groups.append(Group(prompt, batch["completion_ids"][own], mask[own], torch.zeros(4).bool(), [""] * 4))
+    return groups
+
+
+def our_weights(name, group, run):
+    args, step = OURS[name].Args(temperature=0.8, group_size=4), 1
+    if name == "vgpo":
+        group.scores = vgpo.row_focus(forward(run.model, group, 0.8)[2], group, args)
+        vgpo.set_weights([group], run, args)
+    else:
+        OURS[name].scoring_forward(group, run, args, *[step][: name != "pepo"])
+    return 0.75 + 0.25 * group.weights if name == "pepo" else group.weights.float()
+
+
+@pytest.fixture
+def one_draw(monkeypatch):
+    """The number of a prompt decides its noise, in the ports and here."""
+    monkeypatch.setattr(ports.trl, "seeded", lambda seed, step, prompt: torch.Generator().manual_seed(prompt))
+    for module in (vepo, prpo):
+        monkeypatch.setattr(module, "seeded", lambda *key: torch.Generator().manual_seed(key[2]))
+    for plain in (prpo.blacken, prpo.add_pixel_noise):  # here one after the other from one generator
+
+        def again(pixels, generator, *more, plain=plain, **options):
+            return plain(pixels, generator.manual_seed(generator.initial_seed()), *more, **options)
+
+        monkeypatch.setattr(prpo, plain.__name__, again)
+
+
+@pytest.mark.parametrize("images", IMAGES)
+@pytest.mark.parametrize("name", OURS)
+def test_weights_and_gradient_in_trl(name, images, one_draw, monkeypatch, tmp_path):
+    """Of three micro-batches scored one by one (two: the prompts are as many), in fp32."""
+    rows = data_rows(IMAGES[images])
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": len(rows)}
+    trainer = made(name, tmp_path, rows, **parts)
+    batch, kept = sampled(trainer, rows, monkeypatch)
+    model = load_model(TOY / "model").train()
+    run = run_of(model, load_processor(TOY / "model"))
+    groups = groups_of(batch, model)
+    mask = batch["completion_mask"].bool()
+    want = torch.cat([our_weights(name, group, run) for group in groups])
+    share = mask.sum() / (want * mask).sum() if name == "vepo" else 1
+    difference = (kept["weights"] - share * want)[mask].abs().max().item()
+    assert difference < 1e-3 and (name == "pepo" or images == "none" or kept["weights"][mask].std() > 0.1)
+
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
+    trainer._compute_loss(trainer.model, batch).backward()
+    advantages = kept["plain"].view(-1, 4)
+    for group, A, weights in zip(groups, advantages, want.split(4)):
+        logps, entropy, _ = forward(model, group, 0.8)
+        weights = weights[:, : logps.shape[1]]
+        counted, factor = (weights.bool(), 1) if name == "vepo" else (group.mask, weights)
+        count = (want * mask).sum() if name == "vepo" else mask.sum()
+        loss, _ = policy_loss(logps, logps.detach(), A[:, None] * factor, counted & group.mask, denominator=count)
+        if name == "vepo":
+            loss = loss - 1e-3 * aggregate(entropy, group.mask, "token", mask.sum())
+        loss.backward()
+    theirs = {key: p.grad for key, p in trainer.model.named_parameters() if p.grad is not None}
+    ours = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    off = torch.stack([(ours[key] - theirs[key]).norm() for key in ours]).norm()
+    relative = (off / torch.stack([x.norm() for x in ours.values()]).norm()).item()
+    print(f"{name}, {images}: weights {difference:.1e}, gradient {relative:.1e}")
+    assert ours.keys() <= theirs.keys() and relative < 1e-4
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("name", PORTS)
+def test_three_steps_in_trl(name, iterations, monkeypatch, tmp_path):
+    """The policy that sampled scores the rows of a sampled batch once, in as many parts as TRL trains on."""
+    rows = data_rows([1, 2, 0, 1])
+    trainer = made(name, tmp_path, rows, num_iterations=iterations, per_device_train_batch_size=8)
+    before, scored = [p.clone() for p in trainer.model.parameters()], []
+    if name != "saei":
+        scores = trainer.scores
+        monkeypatch.setattr(trainer, "scores", lambda part: scored.append(len(part["prompt_ids"])) or scores(part))
+    trainer.train()
+    assert name == "saei" or scored == [8] * (3 if iterations == 1 else 2)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_attacked_pixels_in_trl(count, monkeypatch, tmp_path):
+    """Equal in each of their 8 bits, and seen by every second response alone; the data's images are not touched."""
+    rows = data_rows([count, 0, 1])
+    trainer, calls = made("saei", tmp_path, rows, temperature=3.0), []  # colder, the gradient is rounding alone
+    plain = trl.GRPOTrainer._generate
+
+    def generate(self, prompts):
+        calls.append((prompts, plain(self, prompts)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate", generate)
+    trainer.model.train()
+    originals = [image.tobytes() for row in rows for image in row["images"]]
+    batch = trainer._generate_and_score_completions([row for row in rows for _ in range(4)])
+    assert originals == [image.tobytes() for row in rows for image in row["images"]]
+    (prompts, clean), (attacked, second) = calls
+    mask = batch["completion_mask"].bool()
+    texts = [ids[seen].tolist() for ids, seen in zip(batch["completion_ids"], mask)]
+    assert texts[::2] == clean[1] and texts[1::2] == second[1]
+
+    model = load_model(TOY / "model").train()
+    run = run_of(model, load_processor(TOY / "model"))
+    args = saei.Args(temperature=3.0, measure_every=10**6)
+    for i, group in enumerate(groups_of(batch, model)):
+        images = [part["image"] for part in attacked[2 * i][-1]["content"] if part["type"] == "image"]
+        first = [part["image"] for part in prompts[2 * i][-1]["content"] if part["type"] == "image"]
+        if not first:
+            assert not images
+            continue
+        want = saei.attack(group[::2], run, args).pixel_values
+        pixels = trainer.processing_class.image_processor(images, return_tensors="pt")["pixel_values"]
+        assert (pixels - want).abs().max() < 1e-6  # 1/255 is 0.015 here
+        assert ((pixels - group.prompt.pixel_values).abs() > 0.02).float().mean() > 0.3
+        assert torch.equal(batch["pixel_values"][: len(pixels)], group.prompt.pixel_values) or i
+
+
+@pytest.mark.parametrize("name", ["vepo", "vgpo", "pepo"])
+def test_internvl_in_trl(name, monkeypatch, tmp_path):
+    """A random one: its weights are those of rows one by one, without padding; and three steps."""
+    folder = save_internvl(tmp_path)
+    rows = data_rows([1, 2])
+    trainer = made(name, tmp_path / "out", rows, folder)
+    batch, kept = sampled(trainer, rows, monkeypatch)
+    mask, network = batch["completion_mask"].bool(), trainer.model
+    tiles = ports.trl.split_pixel_values_by_grid(batch)["pixel_values"]
+    found = []
+    for i, seen in enumerate(mask):
+        prompt, T = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()], int(seen.sum())
+        ids = torch.cat([prompt, batch["completion_ids"][i][seen]])[None]
+        with torch.no_grad():
+            out = network(input_ids=ids, pixel_values=tiles[i], output_hidden_states=True)
+        image, states = ids[0] == network.config.image_token_id, out.hidden_states
+        if name == "vgpo":
+            found.append(vgpo.visual_focus(states[-1][:, -T:], states[-1][:, image]))
+        elif name == "pepo":
+            entropy = torch.distributions.Categorical(logits=out.logits[:, -T - 1 : -1] / 0.8).entropy()
+            similarity = pepo.visual_similarity([x[:, -T:] for x in states], [x[:, image] for x in states])
+            found.append(0.75 + 0.25 * pepo.token_weights(similarity, entropy, seen[None, :T]))
+    if name == "vgpo":
+        padded = torch.nn.utils.rnn.pad_sequence([x[0] for x in found], batch_first=True)
+        groups = [vgpo.group_factors(*pair) for pair in zip(padded.split(4), mask.split(4))]
+        want = torch.cat([alpha[:, None] * psi for alpha, psi, _ in groups])[mask]
+    elif name == "pepo":
+        want = torch.cat([x[0] for x in found])
+    if name == "vepo":
+        assert (kept["weights"] > 0).sum(1).tolist() == vepo.kept_tokens(mask).tolist()
+    else:
+        assert (kept["weights"][mask] - want).abs().max() < 1e-3
+    trainer.train()
+
+
+def weights_of_two(folder):
+    """Weights of 12 rows, three groups of 4, on one process or cut across two; the responses are the data's own."""
+    for name in OURS:
+        trainer = made(name, folder, data_rows([1, 2, 0]), per_device_train_batch_size=2, gradient_accumulation_steps=6)
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        rows = [row for row in data_rows([1, 2, 0]) for _ in range(4)]
+        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+
+        def responses(prompt_ids, *_, mine=mine, **__):
+            every = [torch.randint(20, 90, (5 + i,), generator=torch.Generator().manual_seed(i)) for i in range(12)]
+            return [x.tolist() for x in every[mine]], None
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "_generate_single_turn", responses)
+            trainer.args.steps_per_generation = len(rows[mine]) // 2
+            kept = {}
+            plain = trainer.weights
+            patch.setattr(trainer, "weights", lambda *x, plain=plain, kept=kept: kept.setdefault("w", plain(*x)))
+            trainer.model.train()
+            trainer.state.max_steps, trainer.state.global_step = 4, 1
+            trainer._generate_and_score_completions(rows[mine])
+        torch.save([row[:n] for row, n in zip(kept["w"], range(5, 17)[mine])], folder / f"{name}-{rank}-{world}.pt")
+
+
+def test_groups_that_are_cut_across_processes_in_trl(tmp_path):
+    weights_of_two(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in OURS:
+        one = torch.load(tmp_path / f"{name}-0-1.pt", weights_only=True)
+        two = [x for i in range(2) for x in torch.load(tmp_path / f"{name}-{i}-2.pt", weights_only=True)]
+        assert len(one) == len(two) == 12
+        for a, b in zip(one, two):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+
+
+def test_odd_groups_cannot_be_halved(tmp_path):
+    trainer = made("saei", tmp_path, data_rows([1, 1, 1]), num_generations=3, per_device_train_batch_size=9)
+    trainer.model.train()
+    with pytest.raises(ValueError, match="must be even"):
+        trainer._generate([None] * 9)
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    weights_of_two(Path(sys.argv[1]))
