@@ -554,7 +554,7 @@ FUNCTIONS = {
         ["blacken", "add_pixel_noise", "compare_states", "divergences", "robust_visual_dependency", "token_weights"],
     ),
     "pepo": (pepo, ["visual_similarity", "token_weights", "mixing_strength"]),
-    "saei": (saei, ["middle_third", "adversarial_step"]),
+    "saei": (saei, ["middle_third", "adversarial_step", "patchify", "unpatchify"]),
 }
 
 

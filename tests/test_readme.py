@@ -1,23 +1,16 @@
-"""What the pages promise: flags and links exist, commands run, the examples of a custom reward and of TRL work."""
+"""What the pages promise: flags and links exist, commands run, the examples of custom rewards work."""
 
 import dataclasses
 import glob
 import importlib
 import re
 
-import datasets
 import pytest
-import torch
-import transformers
 from helpers import ROOT, main_of
 
 import eval
 import show
-import vepo
-from common import load_processor
 from plumbing.answers import load_reward
-from plumbing.arguments import INSTRUCTION, TOY
-from plumbing.data import load_rows
 
 PAGES = {f"{name}.md": (ROOT / f"{name}.md").read_text() for name in ("README", "GUIDE", "RESULTS", "CONTRIBUTING")}
 GUIDE = PAGES["GUIDE.md"]
@@ -90,38 +83,12 @@ def test_the_reward_of_boxes(tmp_path):
     assert overlap([""], ["[3, 3, 3, 3]"], ["[3, 3, 3, 3]"]) == [0.0]
 
 
-def test_vepo_in_trl(tmp_path):
-    trl = pytest.importorskip("trl")
-    (block,) = re.findall(r"```python\n(import torch, trl.*?)```", GUIDE, re.DOTALL)
-    assert len([line for line in block.splitlines() if line.strip()]) == 15
-    names = {}
-    exec(block, names)  # the guide's own lines
-    masks = []
-
-    def select_top(scores, mask):
-        masks.append((vepo.select_top(scores, mask), mask))
-        return masks[-1][0]
-
-    names["select_top"] = select_top
-    processor = load_processor(TOY / "model")
-    processor.tokenizer.padding_side = "left"
-    model = transformers.AutoModelForImageTextToText.from_pretrained(TOY / "model", dtype=torch.float32)
-    rows = []
-    for row in load_rows("toy", "train", "main").select([0, 1]):
-        content = row["problem"].replace("<image>", "") + "\n" + INSTRUCTION
-        rows.append({"prompt": [{"role": "user", "content": content}], "image": row["images"][0]})
-    settings = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 40, "max_steps": 1}
-    settings |= {"learning_rate": 1e-4, "loss_type": "bnpo", "beta": 0.0, "use_cpu": True, "bf16": False}
-    settings |= {"gradient_checkpointing": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    before = [p.clone() for p in model.parameters()]
-    trainer = names["VEPOTrainer"](
-        model=model,
-        processing_class=processor,
-        reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-        args=trl.GRPOConfig(output_dir=str(tmp_path), **settings),
-        train_dataset=datasets.Dataset.from_list(rows),
-    )
-    trainer.train()
-    chosen, mask = masks[0]
-    assert torch.equal(chosen.sum(1), vepo.kept_tokens(mask)) and chosen.sum() < 0.3 * mask.sum()
-    assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
+def test_its_list_of_functions_is_what_show_prints():
+    """A method's own functions, and those that they call, in the order of the table."""
+    table = re.findall(r"^\| (\w+)[^|]* \| (`[^|]*) \| (`[^|]*) \|$", PAGES["README.md"], re.MULTILINE)
+    assert [name.lower() for name, _, _ in table] == METHODS
+    for name, own, called in table:
+        own, called = (re.findall(r"`(\w+)`", cell) for cell in (own, called))
+        assert own == show.FUNCTIONS[name.lower()][1]
+        printed = re.findall(r"^def (\w+)", show.function_page(name.lower()), re.MULTILINE)
+        assert sorted(own + called) == sorted(printed)
