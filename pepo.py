@@ -56,8 +56,9 @@ class Args(SharedArgs):
 def visual_similarity(layer_hidden, layer_image_hidden):
     """Mean over layers of the cosine between a token's state and the image's: mean_l u(h) . mean_n u(v), in fp32.
 
-    Args: iterables over layers of (B, T, D), of each token itself (its entropy comes from the position before), and
-    (B or 1, N, D). Returns (B, T) in [-1, 1]; 0 where there is no image and where a state is 0.
+    Args: iterables over layers, the embeddings first, of (B, T, D), states of the response tokens themselves (their
+    entropy comes from the position before), and (B or 1, N, D), those of one prompt's image tokens, of all its images.
+    Returns (B, T) in [-1, 1]; 0 where there is no image (N = 0) and where a state is 0.
 
     >>> tokens, image = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
     >>> visual_similarity([tokens], [image])

@@ -584,8 +584,8 @@ def function_page(method):
     sources, imports = {}, {"import torch"}
     for name in names:
         add_source(vars(module).get(name) or getattr(common, name), sources, imports)
-    title = module.__doc__.splitlines()[0]
-    header = [f'"""{title}', "", f"Printed by `python show.py functions {method}`. MIT licence.", '"""', ""]
+    formulas = module.__doc__.partition("\n    python ")[0].rstrip()
+    header = [f'"""{formulas}', "", f"Printed by `python show.py functions {method}`. MIT licence.", '"""', ""]
     lines = [*header, *sorted(imports, key=lambda line: (line.startswith("from"), line))]
     return "\n".join(lines) + "\n" + "".join(f"\n\n{source}" for source in sources.values())
 

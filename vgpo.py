@@ -54,7 +54,8 @@ class Args(SharedArgs):
 def visual_focus(hidden, image_hidden, floor=-1.0):
     """Visual focus (eq. 4): the cosine of a token's state and the image's mean state, from [floor, 1] to [0, 1].
 
-    Args: hidden (B, T, D), of the tokens themselves; image_hidden (B or 1, N, D). Returns (B, T), fp32; 0: no image.
+    Args: hidden (B, T, D), of the response tokens themselves, after the final norm; image_hidden (B or 1, N, D), of one
+    prompt's image tokens, of all its images. Returns (B, T), fp32; 0 without an image (N = 0).
 
     >>> tokens, image = torch.tensor([[[3.0, 4.0], [0.0, -2.0]]]), torch.tensor([[[2.0, 1.0], [0.0, 1.0]]])
     >>> visual_focus(tokens, image)  # mu = (1, 1), cosines 0.99 and -0.71

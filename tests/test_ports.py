@@ -4,6 +4,7 @@ Run as a script by torchrun, it writes the weights of each process to a folder.
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -156,6 +157,23 @@ def test_weights_and_gradient_in_trl(name, images, one_draw, monkeypatch, tmp_pa
     relative = (off / torch.stack([x.norm() for x in ours.values()]).norm()).item()
     print(f"{name}, {images}: weights {difference:.1e}, gradient {relative:.1e}")
     assert ours.keys() <= theirs.keys() and relative < 1e-4
+
+
+def test_the_guides_lines_of_pepo(monkeypatch, tmp_path):
+    """In a loop without TRL: the weights of the port, which are those of pepo.py."""
+    rows = data_rows([1, 2, 0])
+    trainer = made("pepo", tmp_path, rows)
+    batch, kept = sampled(trainer, rows, monkeypatch)
+    (block,) = re.findall(r"```python\n(from pepo_functions.*?)```", (ROOT / "GUIDE.md").read_text(), re.DOTALL)
+    inputs = {"input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)}
+    inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    inputs |= {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    names = {"torch": torch, "model": trainer.model, "inputs": inputs, "T": batch["completion_ids"].shape[1]}
+    names |= {"temperature": 0.8, "mask": batch["completion_mask"].bool(), "updates_done": 1, "all_updates": 4}
+    monkeypatch.setitem(sys.modules, "pepo_functions", pepo)
+    names["advantages"] = kept["plain"]
+    exec(block, names)
+    torch.testing.assert_close(names["token_advantages"], batch["advantages"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
