@@ -6,6 +6,7 @@ the methods assume, measured, and a method's functions.
     python show.py signals --model toy-faint    # signals.png, signals.json, a table: do the papers' assumptions hold?
     python show.py signals --model runs/vepo/last --data mine.parquet --prompts 64
     python show.py functions pepo > pepo_functions.py    # a method's plain functions, to copy: they need torch
+    python show.py lecture                      # lecture/*.html: formulas, code and what it gives, side by side
 
 `python show.py signals --help` (curves, tokens) lists its flags.
 """
@@ -20,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,10 +327,9 @@ def section(group, trainer, args):
     return "\n".join(parts)
 
 
-def token_page(args):
-    """One self-contained HTML page for --prompts prompts with an image, a right and a wrong response."""
-    trainer, data = load(args)
-    reward, sections = Reward(args), []
+def mixed_groups(trainer, data, args, count):
+    """`count` groups, at most, with a right and a wrong response, to the first prompts with an image. Or UserError."""
+    reward, groups, prompt_id = Reward(args), [], -1
     for prompt_id, index in enumerate(data.indices[:200]):
         prompt = dataclasses.replace(data.prompt(index), prompt_id=prompt_id)
         if prompt.pixel_values is None:
@@ -336,12 +337,19 @@ def token_page(args):
         (group,) = reward(rollout(trainer.model, trainer.tokenizer, [prompt], args, "show"))
         group.advantages = group_advantages(group.rewards[None])[0].to(group.mask.device)
         if 0 < group.accuracy.sum() < len(group.accuracy):
-            sections.append(section(group, trainer, args))
-        if len(sections) == args.prompts:
+            groups.append(group)
+        if len(groups) == count:
             break
     reward.check.close()
-    if not sections:
+    if not groups:
         raise UserError(f"no prompt of {prompt_id + 1} has an image, a right and a wrong response: raise --group_size.")
+    return groups
+
+
+def token_page(args):
+    """One self-contained HTML page for --prompts prompts with an image, a right and a wrong response."""
+    trainer, data = load(args)
+    sections = [section(group, trainer, args) for group in mixed_groups(trainer, data, args, args.prompts)]
     words = [method_row(name, "words", score=SCORES[name], advantage=text) for name, text in ADVANTAGES.items()]
     return "\n".join([PAGE, *words, *sections, "</html>\n"])
 
@@ -595,6 +603,9 @@ def main():
     classes = {"curves": CurveArgs, "tokens": TokenArgs, "signals": SignalArgs}
     if command == "functions" and flags and flags[0] in FUNCTIONS:
         print(function_page(flags[0]), end="")
+        return
+    if command == "lecture":
+        runpy.run_module("lecture.pages", run_name="__main__")  # which needs lecture/requirements.txt
         return
     if command not in classes:
         print(__doc__)
