@@ -1,7 +1,7 @@
 """Pages for a lecture: formula and explanation, the code that computes it, and what it gives on one response.
 
     pip install -r lecture/requirements.txt
-    python show.py lecture                          # lecture/*.html, with a response of the built-in toy
+    python show.py lecture                          # lecture/*.html, with a response of the toy with faint shapes
     python show.py lecture --model runs/vepo/last   # with one of a model that you trained
 
 The notes are Markdown with LaTeX, lecture/notes/*.md: a section for each function, `## name`. A page is refused where a
@@ -14,107 +14,67 @@ import difflib
 import html
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
-from latex2mathml.converter import convert
-from markdown_it import MarkdownIt
-from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
 
+from lecture.markup import HERE, PYTHON, ROOT, read_notes
 from lecture.values import values_of
 from plumbing.arguments import UserError, flag, parse_args
 from show import ShownArgs, image_tag, load, mixed_groups, spans, split_images
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
 SHARED = ["group_advantages", "loss_denominator", "aggregate", "policy_loss", "kl_penalty"]  # of common.py, with GRPO
 WORDS = ["results", "exercises"]  # sections of the notes without code
-PYTHON, STYLE = PythonLexer(stripnl=False), (HERE / "style.css").read_text()
+STYLE = (HERE / "style.css").read_text()
 
 
 @dataclasses.dataclass
 class LectureArgs(ShownArgs):
+    model: str = flag("toy-faint", "as of show.py tokens")
     output: str = flag("lecture", "folder that the pages are written to")
 
 
-def formula(latex, options):
-    """LaTeX as MathML; one with a \\tag is an anchor that the code's comments link to."""
-    tag = re.search(r"\\tag\{(\d+)\}", latex)
-    body = convert(re.sub(r"\\tag\{\d+\}", "", latex), display="block" if options["display_mode"] else "inline")
-    return f'<div class="eq" id="eq{tag[1]}">{body}<small>({tag[1]})</small></div>' if tag else body
-
-
-def coloured(text, language, _):
-    return (
-        f'<pre class="highlight">{highlight(text, PYTHON, HtmlFormatter(nowrap=True))}</pre>'
-        if language == "python"
-        else ""
-    )
-
-
-MARKDOWN = MarkdownIt("commonmark", {"html": False, "highlight": coloured}).enable("table")
-MARKDOWN.use(dollarmath_plugin, renderer=formula)
-
-
-def included(match):
-    """`{{common.py | def aggregate | 3}}`: three lines from that text on. `{{README.md | Title}}`: a section's table.
-
-    `{{exercises | psi | k3}}`: what these ask.
-    """
-    file, text, *more = (part.strip() for part in match[1].split("|"))
-    if file == "exercises":
-        tree = ast.parse((HERE / "exercises/exercises.py").read_text())
-        asked = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
-        return "\n\n".join(f"**{name}**\n\n```text\n{asked[name]}\n```" for name in (text, *more))
-    source = (ROOT / file).read_text()
-    if text not in source:
-        raise UserError(f"lecture/notes: {file} has no {text!r}.")
-    if more:
-        first = source[: source.index(text)].count("\n")
-        return "```python\n" + textwrap.dedent("\n".join(source.splitlines()[first : first + int(more[0])])) + "\n```"
-    section = re.search(rf"^## {re.escape(text)}\n(.*?)(?=^## |\Z)", source, re.DOTALL | re.MULTILINE)[1]
-    section = "\n".join(line for line in section.splitlines() if line.startswith("|"))
-    section = re.sub(r"\]\((\w+)\.py\)", r"](\1.html)", section)  # a method's page instead of its file
-    return re.sub(r"\[([^]]+)\]\((?!http|\w+\.html)[^)]*\)", r"\1", section)  # no link to pages that are not there
-
-
-def read_notes(name):
-    """{section: HTML} of lecture/notes/name.md."""
-    text = re.sub(r"\{\{(.*?)\}\}", included, (HERE / f"notes/{name}.md").read_text())
-    parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
-    return {title: MARKDOWN.render(body) for title, body in zip(parts[1::2], parts[2::2])}
-
-
 def code_blocks(file):
-    """{name: (first line, lines)} of the docstring of a file, `header`, and of its functions and classes."""
-    lines, blocks = (ROOT / file).read_text().splitlines(), {}
-    for node in ast.parse("\n".join(lines)).body:
+    """{name: numbers of its lines} of the docstring of a file, `header`, and of its functions and classes."""
+    blocks = {}
+    for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            blocks[node.name] = (first, lines[first - 1 : node.end_lineno])
+            blocks[node.name] = range(first, node.end_lineno + 1)
         elif node.lineno == 1:
-            blocks["header"] = (1, lines[: node.end_lineno])
+            blocks["header"] = range(1, node.end_lineno + 1)
     return blocks
 
 
-def differing(lines):
-    """Numbers, from 1, of the lines of a method's `main` that are not in that of grpo.py."""
-    matcher = difflib.SequenceMatcher(None, code_blocks("grpo.py")["main"][1], lines, autojunk=False)
-    return [n + 1 for kind, _, _, a, b in matcher.get_opcodes() if kind != "equal" for n in range(a, b)]
+def code(file, numbers, marked=()):
+    """These lines of a file as HTML, with their numbers, some of them marked; equations are links to the notes."""
+    lines = highlight((ROOT / file).read_text(), PYTHON, HtmlFormatter(nowrap=True)).split("\n")
+    shown = [f'<span class="line{" hll" * (n in marked)}"><i>{n}</i>{lines[n - 1]}</span>' for n in numbers]
+    page = file.replace(".py", ".html").replace("common", "grpo")
+    shown = re.sub(r"eq\. (\d+)(-\d+)?", rf'<a href="{page}#eq\1">eq. \1\2</a>', "".join(shown))
+    return f'<pre class="highlight">{shown}</pre>'
+
+
+def opcodes(name):
+    """(whether they are equal, lines of grpo.py, lines of a method's file), part by part."""
+    files = [(ROOT / file).read_text().splitlines() for file in ("grpo.py", f"{name}.py")]
+    for kind, *ends in difflib.SequenceMatcher(None, *files, autojunk=False).get_opcodes():
+        a, b, c, d = (n + 1 for n in ends)
+        yield kind == "equal", range(a, b), range(c, d)
 
 
 def strip(label, values, tokens):
     """The tokens of a response, coloured by a value (T,): violet, or blue and orange where it has a sign."""
-    low, high = min(0.0, values.min().item()), max(values.max().item(), 1e-9)
-    shares = values.abs() / max(high, -low)
-    kinds = ["n" if value < 0 else "p" if low < 0 else "s" for value in values.tolist()]
+    low, high = values.min(), values.max()
+    kinds = ["n" if value < 0 else "p" if "advantage" in label else "s" for value in values.tolist()]
+    shares = (
+        values.abs() / values.abs().max() if "advantage" in label else (values - low) / (high - low).clamp(min=1e-9)
+    )
     shown = spans(tokens, [f"{value:.3g}" for value in values.tolist()], shares, kinds)
-    scale = f"{html.escape(label)}: {values.min():.2g} to {values.max():.2g}"
+    scale = f"{html.escape(label)}: {low:.2g} to {high:.2g}"
     return f'<p class="soft">{scale}</p><p class="tokens">{shown}</p>'
 
 
@@ -130,22 +90,20 @@ def framed(title, body):
 def method_page(name, gives, tokens, picture):
     """A page of rows: notes, code, and what it gives on the response `tokens`."""
     notes, blocks = read_notes(name), code_blocks(f"{name}.py")
+    files = dict.fromkeys(blocks, f"{name}.py")
     if name == "grpo":
-        shared = code_blocks("common.py")
-        main = blocks.pop("main")
+        main, shared = blocks.pop("main"), code_blocks("common.py")
         blocks |= {function: shared[function] for function in SHARED} | {"main": main}
+        files |= dict.fromkeys(SHARED, "common.py")
     if wrong := notes.keys() ^ {*blocks, *WORDS}:
         raise UserError(f"lecture/notes/{name}.md: function without note, or note without: {', '.join(sorted(wrong))}.")
-    rows = []
-    for block, (first, lines) in blocks.items():
-        marked = differing(lines) if block == "main" and name != "grpo" else []
-        style = HtmlFormatter(linenos="inline", linenostart=first, hl_lines=marked)
-        shown = highlight("\n".join(lines), PYTHON, style)
-        shown = re.sub(r"eq\. (\d+)(-\d+)?", r'<a href="#eq\1">eq. \1\2</a>', shown)
+    new, rows = {n for equal, _, lines in opcodes(name) if not equal for n in lines}, []
+    for block, numbers in blocks.items():
+        shown = code(files[block], numbers, new if block == "main" else ())
         values = "".join(strip(label, x, tokens) for label, x in gives.get(block, {}).items())
         kind, values = ("top", picture) if block == "header" else ("three" if values else "two", values)
-        left, right = f"<div><h2>{block}</h2>{notes[block]}</div>", f"<div>{values}</div>"
-        rows.append(f'<section class="{kind}" id="{block}">{left}{shown}{right}</section>')
+        left = f"<div><h2>{block} <small>{files[block]}</small></h2>{notes[block]}</div>"
+        rows.append(f'<section class="{kind}" id="{block}">{left}{shown}<div>{values}</div></section>')
     rows += [f'<article id="{word}"><h2>{word.title()}</h2>{notes[word]}</article>' for word in WORDS]
     page = framed(f"{name}.py", "\n".join(rows))
     cited = {n for a, b in re.findall(r"eq\. (\d+)(?:-(\d+))?", page) for n in range(int(a), int(b or a) + 1)}
@@ -156,8 +114,11 @@ def method_page(name, gives, tokens, picture):
 
 def diff_page(name):
     """grpo.py and a method's file, side by side."""
-    files = [(ROOT / file).read_text().splitlines() for file in ("grpo.py", f"{name}.py")]
-    return framed(f"grpo.py | {name}.py", difflib.HtmlDiff(wrapcolumn=95).make_table(*files, "grpo.py", f"{name}.py"))
+    rows = []
+    for equal, left, right in opcodes(name):
+        pair = [code(f"{file}.py", lines, () if equal else lines) for file, lines in (("grpo", left), (name, right))]
+        rows.append(f'<section class="pair">{"".join(pair)}</section>')
+    return framed(f"grpo.py | {name}.py", "".join(rows))
 
 
 def main():

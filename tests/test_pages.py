@@ -1,0 +1,131 @@
+"""The lecture's pages: complete, self-contained, and of the code as it is now."""
+
+import html
+import re
+import runpy
+import sys
+
+import pytest
+from helpers import ROOT
+
+import lecture.markup
+import lecture.pages
+from lecture.pages import METHODS, SHARED, code_blocks, framed, method_page
+from plumbing.arguments import UserError
+
+FIGURES = (ROOT / "RESULTS.md").read_text() + (ROOT / "README.md").read_text()
+NOTES = {name: (ROOT / f"lecture/notes/{name}.md").read_text() for name in ["index", *METHODS]}
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """{name: HTML} of `python show.py lecture`."""
+    folder = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["show.py", "lecture", "--output", str(folder), "--model", "toy"])
+        runpy.run_path(str(ROOT / "show.py"), run_name="__main__")
+    return {path.stem: path.read_text() for path in folder.glob("*.html")}
+
+
+def text_of(page):
+    return html.unescape(re.sub(r"<[^>]+>", "", page))
+
+
+def test_every_page_is_made_and_needs_nothing_else(pages):
+    assert pages.keys() == {"index", *METHODS, *(f"diff_{name}" for name in METHODS[1:])}
+    for page in pages.values():
+        assert len(page.encode()) < 300_000 and "<script" not in page and "<link" not in page
+        assert not re.findall(r'src="(?!data:)', page)
+        for target in re.findall(r'href="([^"]+)"', page):
+            file, _, anchor = target.partition("#")
+            if not target.startswith("https://arxiv.org/"):
+                there = pages[file.removesuffix(".html")] if file else page
+                assert not anchor or f'id="{anchor}"' in there, target
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_code_of_a_page_is_that_of_the_file(pages, name):
+    """Every line of every function, with its number; in `main` those that grpo.py lacks are marked."""
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    shown = re.findall(r'<span class="line( hll)?"><i>(\d+)</i>(.*?)</span>(?=<span class="line|</pre>)', pages[name])
+    found = {(int(number), text_of(line)) for _, number, line in shown}
+    for numbers in code_blocks(f"{name}.py").values():
+        assert {(n, lines[n - 1]) for n in numbers} <= found
+    plain = (ROOT / "grpo.py").read_text().splitlines()
+    marked = [lines[int(number) - 1] for mark, number, _ in shown if mark]
+    assert bool(marked) == (name != "grpo") and all(line not in plain or not line.strip() for line in marked)
+    changed = {line for n in code_blocks(f"{name}.py")["main"] if (line := lines[n - 1]) not in plain}
+    assert changed <= set(marked)
+
+
+def test_values_of_one_response_stand_on_the_pages(pages):
+    labels = {
+        "vepo": ["JSD", "score", "chosen"],
+        "vgpo": ["focus rho", "psi", "gated"],
+        "prpo": ["RVD", "KL, weak view"],
+    }
+    labels |= {"pepo": ["VS", "w"], "saei": ["1 on the middle third"], "grpo": ["probability of the sampled token"]}
+    for name, values in labels.items():
+        for label in [*values, "advantage that the token is trained with"]:
+            assert re.search(rf'<p class="soft">{re.escape(label)}: -?[\d.e-]+ to ', pages[name]), (name, label)
+    choice = pages["vepo"].split("chosen: 0 to 1")[1].split("</p>")[1]
+    kept, T = choice.count('data-w="1"'), choice.count("data-w=")
+    assert kept == -(-T // 5)
+
+
+def test_every_exercise_stands_on_one_page():
+    exercises = re.findall(r"^def (\w+)", (ROOT / "lecture/exercises/exercises.py").read_text(), re.MULTILINE)
+    asked = [
+        name for line in re.findall(r"\{\{exercises(.*?)\}\}", "".join(NOTES.values())) for name in line.split("|")
+    ]
+    assert sorted(filter(None, map(str.strip, asked))) == sorted(exercises)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_of_the_comparison_are_those_of_its_report(name):
+    results = NOTES[name].partition("## results")[2].partition("## exercises")[0]
+    figures = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", results)
+    assert figures and all(figure in FIGURES for figure in figures), figures
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda text: text.replace("## compensate\n", "## compensated\n"), "compensate, compensated"),
+        (lambda text: text.replace("## rescaled\n", ""), "function without note.*: rescaled"),
+        (lambda text: text.replace("\\tag{7}", ""), "lacks equations that the code cites: \\[7\\]"),
+        (lambda text: text + "{{common.py | def not_there | 2}}", "common.py has no 'def not_there'"),
+    ],
+)
+def test_a_page_that_is_not_complete_is_refused(change, sentence, monkeypatch, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "exercises").symlink_to(ROOT / "lecture/exercises")
+    (tmp_path / "notes/vgpo.md").write_text(change(NOTES["vgpo"]))
+    monkeypatch.setattr(lecture.markup, "HERE", tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        method_page("vgpo", {}, [], "")
+
+
+def test_the_shared_functions_of_grpos_page():
+    assert all(f"## {name}\n" in NOTES["grpo"] for name in SHARED) and "<h1>x</h1>" in framed("x", "")
+
+
+def test_the_notebook_runs(monkeypatch, tmp_path):
+    """With one step, and without its installation, in a kernel of its own."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    book = nbformat.read(ROOT / "lecture/first_command.ipynb", as_version=4)
+    book.cells = [cell for cell in book.cells if not cell.source.startswith("%pip")]
+    for cell in book.cells:
+        cell.source = cell.source.replace("steps = 150", "steps = 1").replace(
+            "{steps}", "{steps} --eval_rows 4 --prompts_per_step 4"
+        )
+        cell.source = cell.source.replace("runs/notebook", str(tmp_path / "run"))
+        cell.source = cell.source.replace("tokens.html", str(tmp_path / "tokens.html")).replace(
+            "!python", f"!{sys.executable}"
+        )
+    nbclient.NotebookClient(
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": ROOT / "lecture"}}
+    ).execute()
+    printed = "".join(out.get("text", "") for cell in book.cells for out in cell.get("outputs", []))
+    shown = [kind for cell in book.cells for out in cell.get("outputs", []) for kind in out.get("data", {})]
+    assert re.search(r"accuracy [\d.]+% -> [\d.]+%", printed) and "image/png" in shown and "text/html" in shown
