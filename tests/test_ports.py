@@ -159,6 +159,28 @@ def test_weights_and_gradient_in_trl(name, images, one_draw, monkeypatch, tmp_pa
     assert ours.keys() <= theirs.keys() and relative < 1e-4
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_tokens_of_tools_have_no_weight(name, monkeypatch, tmp_path):
+    """TRL's tool_mask is 0 on them: they are not chosen, and of the rest weights are as if they were not there."""
+    rows = data_rows([1])
+    trainer = made(name, tmp_path, rows)
+    plain = trl.GRPOTrainer._generate_and_score_completions
+
+    def generate(self, inputs):
+        batch = plain(self, inputs)
+        return batch | {"tool_mask": (torch.arange(batch["completion_ids"].shape[1]) >= 3).long().expand(4, -1)}
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", generate)
+    batch, kept = sampled(trainer, rows, monkeypatch)
+    mask = batch["completion_mask"].bool() & batch["tool_mask"].bool()
+    assert name == "pepo" or not kept["weights"][:, :3].any()
+    if name == "vepo":
+        assert ((kept["weights"] > 0).sum(1) == vepo.kept_tokens(mask)).all()
+    elif name == "pepo":
+        means = (kept["weights"] * mask).sum(1) / mask.sum(1)
+        torch.testing.assert_close(means, torch.ones(4))
+
+
 def test_the_guides_lines_of_pepo(monkeypatch, tmp_path):
     """In a loop without TRL: the weights of the port, which are those of pepo.py."""
     rows = data_rows([1, 2, 0])
@@ -300,6 +322,14 @@ def test_groups_that_are_cut_across_processes_in_trl(tmp_path):
         assert len(one) == len(two) == 12
         for a, b in zip(one, two):
             torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+
+
+def test_evaluation_samples_from_the_datas_images(monkeypatch, tmp_path):
+    trainer, seen = made("saei", tmp_path, data_rows([1])), []
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate", lambda self, prompts: seen.append(prompts))
+    trainer.model.eval()
+    trainer._generate(["a", "b"])
+    assert seen == [["a", "b"]]
 
 
 def test_odd_groups_cannot_be_halved(tmp_path):
