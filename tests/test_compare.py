@@ -92,14 +92,25 @@ def test_recorded_runs_are_not_trained_again(monkeypatch):
     trained = []
     monkeypatch.setattr(compare, "VARIANTS", {"GRPO": ("grpo.py", "GRPO"), "PEPO": ("pepo.py", "GRPO")})
 
-    def train(toy, variant, seed):
-        trained.append((variant, seed))
+    def train(toy, variant, seed, rate):
+        trained.append((variant, seed, rate))
         return record(variant, seed, (0.5, 0.5))
 
     monkeypatch.setattr(compare, "train", train)
     write([record("GRPO", 0, (0.5, 0.5)), record("PEPO", 1, (0.5, 0.5), toy="toy")])
-    compare.train_missing("toy-faint", 2, 2)
-    assert sorted(trained) == [("GRPO", 1), ("PEPO", 0), ("PEPO", 1)]
+    compare.train_missing([("toy-faint", name, seed, None) for seed in range(2) for name in compare.VARIANTS], 2)
+    assert sorted(trained) == [("GRPO", 1, None), ("PEPO", 0, None), ("PEPO", 1, None)]
+    compare.train_missing([("toy-faint", "GRPO", 0, 1e-3), ("toy-faint", "GRPO", 0, None)], 2)
+    assert trained[3:] == [("GRPO", 0, 1e-3)]
+
+
+def test_the_search_has_a_row_for_each_rate(capsys):
+    rates = [(100, 1e-3, 0.5), (101, 1e-3, 0.5), (100, 3e-5, 0.25), (0, None, 0.75)]
+    write([record("GRPO", seed, (x, x)) | {"rate": rate} for seed, rate, x in rates])
+    compare.report()
+    printed = capsys.readouterr().out
+    assert "| GRPO | 3e-05 | 1 | 25.0 |" in printed and "| GRPO | 0.001 | 2 | 50.0 ± 0.0 |" in printed
+    assert "| GRPO | 1 | 75.0 | - |" in printed  # the table of the default rate has its own seeds alone
 
 
 def test_variants_run_and_are_recorded(monkeypatch):
@@ -108,10 +119,10 @@ def test_variants_run_and_are_recorded(monkeypatch):
     monkeypatch.setattr(compare, "VARIANTS", {name: (f"{name} {flags}", name) for name in ("oracle", "grpo.py")})
     removed = []
     monkeypatch.setattr(compare.shutil, "rmtree", removed.append)
-    compare.train_missing("toy-faint", 1, 2)
+    compare.train_missing([("toy-faint", name, 0, 3e-4) for name in compare.VARIANTS], 2)
     found = {record["variant"]: record for record in compare.read_records()}
     for record in found.values():
-        assert (record["toy"], record["seed"]) == ("toy-faint", 0)
+        assert (record["toy"], record["seed"], record["rate"]) == ("toy-faint", 0, 3e-4) and record["commit"]
         assert all(len(record[name]) == 2 for name in compare.COLUMNS)
         assert [step for step, _ in record["evaluations"]] == [0, 2]
     assert found["oracle"]["accuracy"][0] == found["grpo.py"]["accuracy"][0]  # sampled before the first update
@@ -119,6 +130,7 @@ def test_variants_run_and_are_recorded(monkeypatch):
     for folder in removed:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         norms.add(json.loads(lines[1])["grad_norm"])
+        assert json.loads(lines[1])["learning_rate"] == 3e-4
         scripts.add(json.loads((folder / "last/trainer_state.json").read_text())["script"])
     assert len(norms) == 2 and min(norms) > 0 and scripts == {"oracle", "grpo"}
 

@@ -1,6 +1,7 @@
 """Compares all methods on both toy tasks, over several seeds; trains the runs that toy/comparison.jsonl lacks.
 
     python toy/compare.py --toy toy-faint         # hours on 2 cores; may be stopped and started again
+    python toy/compare.py --search                # GRPO and LoRA at four learning rates each, on toy-faint
     python toy/compare.py --report                # only the tables and toy/comparison.png, from the recorded runs
 
 Every run: 150 steps of 16 prompts with 8 responses each. SaEI samples 6 + 6, and is compared with a GRPO that samples
@@ -51,6 +52,8 @@ VARIANTS = {  # name: (script of toy/variant.py and its flags, the variant that 
 }
 CONTROLS = [("VEPO", "random 20 %"), ("VEPO", "top entropy"), ("PRPO", "PRPO shuffled")]
 CONTROLS += [(ORACLE, "top entropy"), (ORACLE, "VEPO")]
+SEARCH = {"GRPO": [3e-5, 1e-4, 3e-4, 1e-3], "GRPO, LoRA rank 8": [1e-4, 3e-4, 1e-3, 3e-3]}  # learning rates
+SEARCH_SEEDS = range(100, 104)  # which no other table has
 RESULTS, RUNS = TOY / "comparison.jsonl", TOY.parent / "runs" / "comparison"
 COLUMNS = ["accuracy", "perception", "reasoning", "entropy"]
 MEASURES = ["online", "test", "perception", "reasoning"]
@@ -78,10 +81,14 @@ def read_records():
     return [json.loads(line) for line in (RESULTS.read_text().splitlines() if RESULTS.exists() else [])]
 
 
-def train(toy, variant, seed):
-    """Trains a variant with a seed in another process, appends its record to the others, and returns it."""
+def train(toy, variant, seed, rate=None):
+    """Trains a variant with a seed in another process, appends its record to the others, and returns it.
+
+    rate: the learning rate; None: the default.
+    """
     script, *flags = VARIANTS[variant][0].split()
-    name = "".join(c if c.isalnum() else "_" for c in variant)
+    flags += ["--learning_rate", str(rate)] if rate else []
+    name = "".join(c if c.isalnum() else "_" for c in f"{variant} {rate or ''}".strip())
     output = RUNS / f"{toy}-{name}-{seed}"
     command = [sys.executable, str(TOY / "variant.py"), script, *flags, "--model", toy, "--seed", str(seed)]
     command += ["--output", str(output), "--eval_every", "75", "--show_every", "0"]
@@ -93,19 +100,21 @@ def train(toy, variant, seed):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     if "eval_accuracy" not in lines[-1]:  # it was stopped in its last step
         raise UserError(f"{variant}, seed {seed} ended without its last evaluation: remove {output}, then start again.")
-    record = {"toy": toy, "variant": variant, "seed": seed, **compact(lines)}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=TOY, capture_output=True, text=True
+    ).stdout.strip()
+    record = {"toy": toy, "variant": variant, "seed": seed, "rate": rate, "commit": commit, **compact(lines)}
     with writing, RESULTS.open("a") as file:
         file.write(json.dumps(record, separators=(",", ":")) + "\n")
     shutil.rmtree(output)
     return record
 
 
-def train_missing(toy, seeds, jobs):
-    """Trains the variants that are not recorded yet, `jobs` at a time."""
+def train_missing(runs, jobs):
+    """Trains those of the runs (toy, variant, seed, rate) that are not recorded yet, `jobs` at a time."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    done = {(record["toy"], record["variant"], record["seed"]) for record in read_records()}
-    missing = [(toy, variant, seed) for seed in range(seeds) for variant in VARIANTS]
-    missing = [run for run in missing if run not in done]
+    done = {(record["toy"], record["variant"], record["seed"], record.get("rate")) for record in read_records()}
+    missing = [run for run in runs if run not in done]
     pool = ThreadPoolExecutor(jobs)
     try:
         for future in as_completed([pool.submit(train, *run) for run in missing]):
@@ -154,6 +163,15 @@ def gain(runs, measure, variant, base):
     return (runs[measure, variant] - runs[measure, base]).dropna()
 
 
+def report_search(records):
+    """Prints the online accuracy of the search's seeds, a row for each learning rate."""
+    found = records[records["seed"].isin(SEARCH_SEEDS)]
+    if len(found):
+        print("| toy-faint | learning rate | seeds | online, % | test, % |\n|---|---|---|---|---|")
+    for (variant, rate), runs in found.groupby(["variant", "rate"]):
+        print(f"| {variant} | {rate:g} | {len(runs)} | {shown(runs['online'])} | {shown(runs['test'])} |")
+
+
 def report():
     """Prints a Markdown table for each toy task, and draws toy/comparison.png.
 
@@ -161,7 +179,9 @@ def report():
     accuracy, with Holm's correction for all comparisons on a toy task, those of CONTROLS among them; perception and
     reasoning: of the last steps.
     """
-    records, gains = pandas.DataFrame([record | measures(record) for record in read_records()]), {}
+    records, gains = pandas.DataFrame([{"rate": None} | x | measures(x) for x in read_records()]), {}
+    report_search(records)
+    records = records[records["rate"].isna()]
     pairs = [(variant, base) for variant, (_, base) in VARIANTS.items() if variant != base]
     for toy in EMBEDDED:
         runs = records[records["toy"] == toy].pivot(index="seed", columns="variant", values=MEASURES)
@@ -240,10 +260,15 @@ def main():
     parser.add_argument("--toy", choices=[*EMBEDDED], default="toy-faint", help="toy task to train on")
     parser.add_argument("--seeds", type=int, default=8, help="of each variant")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--search", action="store_true", help="train GRPO and LoRA at several learning rates")
     parser.add_argument("--report", action="store_true", help="train nothing")
     options = parser.parse_args()
+    runs = [(options.toy, variant, seed, None) for seed in range(options.seeds) for variant in VARIANTS]
+    if options.search:
+        rates = [(variant, rate) for variant, own in SEARCH.items() for rate in own]
+        runs = [("toy-faint", variant, seed, rate) for seed in SEARCH_SEEDS for variant, rate in rates]
     if not options.report:
-        train_missing(options.toy, options.seeds, options.jobs)
+        train_missing(runs, options.jobs)
     report()
 
 
