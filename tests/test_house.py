@@ -11,7 +11,7 @@ LAYERS = [  # the lowest first; modules of one layer do not import each other
     ["trainer"],
     ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"],
     ["eval", "show"],
-    ["toy", "tests"],
+    ["toy", "tests", "ports"],
 ]
 PLUMBING = ["arguments kernels", "families answers adapters", "data memory", "sharding metrics", "checkpoints"]
 LINES = {"common.py": 800, "trainer.py": 372, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 395, "methods": 290}
