@@ -5,8 +5,8 @@
         tensordict==0.10.0 "transformers==5.10.*" uvicorn
 
 Training: actor_rollout_ref.model.external_lib=ports.verl; for all workers PYTHONPATH and VERL_ENGINE_VENDOR=pepo, vgpo,
-vepo or prpo. For Qwen-VL, trainer.use_v1, remove_padding; not for bypass_mode, fused kernels, sequence parallelism.
-VEPO: 1/|K| is per response, as verl divides by all tokens. SaEI needs other images in sampling, in verl's agent loop.
+vepo or prpo. For Qwen-VL, fsdp2, remove_padding, trainer.use_v1; not for bypass_mode, fused kernels, Ulysses. VEPO's
+1/|K| is per response, as verl divides by all tokens. SaEI needs other images in sampling: in verl's agent loop.
 """
 
 import os

@@ -88,7 +88,7 @@ def test_engines_find_the_weights_and_gradients_of_packed_rows(tmp_path, toy, ar
         assert not weights.pop().any()
         assert len(weights) == 12 and any(values.std() > 0.01 for values in want if len(values) > 1)
         for a, b in zip(weights, want, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+            torch.testing.assert_close(a, b, atol=3e-4, rtol=0)
         assert gradients.keys() == want_gradients.keys()
         norm = torch.stack([x.norm() for x in want_gradients.values()]).norm()
         off = torch.stack([(gradients[n] - x).norm() for n, x in want_gradients.items()]).norm()
