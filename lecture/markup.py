@@ -1,4 +1,4 @@
-"""The notes as HTML: Markdown with LaTeX, lines of code, tables of other pages, and exercises."""
+"""As HTML: the notes (Markdown with LaTeX, lines of code, tables of other pages, exercises), and the code of a file."""
 
 import ast
 import re
@@ -22,7 +22,9 @@ def formula(latex, options):
     """LaTeX as MathML; one with a \\tag is an anchor that the code's comments link to."""
     tag = re.search(r"\\tag\{(\d+)\}", latex)
     body = convert(re.sub(r"\\tag\{\d+\}", "", latex), display="block" if options["display_mode"] else "inline")
-    return f'<div class="eq" id="eq{tag[1]}">{body}<small>({tag[1]})</small></div>' if tag else body
+    if tag:
+        return f'<div class="eq" id="eq{tag[1]}">{body}<small>({tag[1]})</small></div>'
+    return f'<div class="eq">{body}</div>' if options["display_mode"] else body
 
 
 def coloured(text, language, _):
@@ -61,6 +63,32 @@ def included(match):
 
 def read_notes(name):
     """{section: HTML} of lecture/notes/name.md."""
-    text = re.sub(r"\{\{(.*?)\}\}", included, (HERE / f"notes/{name}.md").read_text())
+    text = re.sub(r"^\{\{(.*)\}\}$", included, (HERE / f"notes/{name}.md").read_text(), flags=re.MULTILINE)
     parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
     return {title: MARKDOWN.render(body) for title, body in zip(parts[1::2], parts[2::2])}
+
+
+def code_blocks(file):
+    """{name: numbers of its lines} of the docstring of a file, `header`, and of its functions and classes."""
+    blocks = {}
+    for node in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            blocks[node.name] = range(first, node.end_lineno + 1)
+        elif node.lineno == 1:
+            blocks["header"] = range(1, node.end_lineno + 1)
+    return blocks
+
+
+def code(file, numbers, marked=()):
+    """These lines of a file as HTML, with their numbers, some of them marked; equations are links to the notes."""
+    lines = highlight((ROOT / file).read_text(), PYTHON, HtmlFormatter(nowrap=True)).split("\n")
+    plain = (ROOT / file).read_text().splitlines()
+    shown = []
+    for n in numbers:
+        indent = len(plain[n - 1]) - len(plain[n - 1].lstrip())
+        kind = "line hll" if n in marked else "line"
+        shown.append(f'<span class="{kind}" style="--i:{indent}ch"><i>{n}</i>{lines[n - 1]}</span>')
+    page = file.replace(".py", ".html").replace("common", "grpo")
+    shown = re.sub(r"eq\. (\d+)(-\d+)?", rf'<a href="{page}#eq\1">eq. \1\2</a>', "".join(shown))
+    return f'<pre class="highlight">{shown}</pre>'

@@ -8,7 +8,6 @@ The notes are Markdown with LaTeX, lecture/notes/*.md: a section for each functi
 function has no note or a note no function, and where the code cites an equation, "eq. 4", without a `\\tag{4}` in them.
 """
 
-import ast
 import dataclasses
 import difflib
 import html
@@ -17,17 +16,19 @@ import sys
 from pathlib import Path
 
 import torch
-from pygments import highlight
 from pygments.formatters import HtmlFormatter
 
-from lecture.markup import HERE, PYTHON, ROOT, read_notes
+from lecture.markup import HERE, ROOT, code, code_blocks, read_notes
 from lecture.values import values_of
 from plumbing.arguments import UserError, flag, parse_args
 from show import ShownArgs, image_tag, load, mixed_groups, spans, split_images
 
 METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
 SHARED = ["group_advantages", "loss_denominator", "aggregate", "policy_loss", "kl_penalty"]  # of common.py, with GRPO
-WORDS = ["results", "exercises"]  # sections of the notes without code
+WORDS = {  # sections of the notes without code, and what stands above
+    "results": "Points: percent of the sampled responses that are right, during training. ±: 95 % interval over seeds.",
+    "exercises": "Write your answer in lecture/exercises/exercises.py. In brackets: the lines that it takes.",
+}
 STYLE = (HERE / "style.css").read_text()
 
 
@@ -35,27 +36,6 @@ STYLE = (HERE / "style.css").read_text()
 class LectureArgs(ShownArgs):
     model: str = flag("toy-faint", "as of show.py tokens")
     output: str = flag("lecture", "folder that the pages are written to")
-
-
-def code_blocks(file):
-    """{name: numbers of its lines} of the docstring of a file, `header`, and of its functions and classes."""
-    blocks = {}
-    for node in ast.parse((ROOT / file).read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            blocks[node.name] = range(first, node.end_lineno + 1)
-        elif node.lineno == 1:
-            blocks["header"] = range(1, node.end_lineno + 1)
-    return blocks
-
-
-def code(file, numbers, marked=()):
-    """These lines of a file as HTML, with their numbers, some of them marked; equations are links to the notes."""
-    lines = highlight((ROOT / file).read_text(), PYTHON, HtmlFormatter(nowrap=True)).split("\n")
-    shown = [f'<span class="line{" hll" * (n in marked)}"><i>{n}</i>{lines[n - 1]}</span>' for n in numbers]
-    page = file.replace(".py", ".html").replace("common", "grpo")
-    shown = re.sub(r"eq\. (\d+)(-\d+)?", rf'<a href="{page}#eq\1">eq. \1\2</a>', "".join(shown))
-    return f'<pre class="highlight">{shown}</pre>'
 
 
 def opcodes(name):
@@ -102,9 +82,11 @@ def method_page(name, gives, tokens, picture):
         shown = code(files[block], numbers, new if block == "main" else ())
         values = "".join(strip(label, x, tokens) for label, x in gives.get(block, {}).items())
         kind, values = ("top", picture) if block == "header" else ("three" if values else "two", values)
-        left = f"<div><h2>{block} <small>{files[block]}</small></h2>{notes[block]}</div>"
-        rows.append(f'<section class="{kind}" id="{block}">{left}{shown}<div>{values}</div></section>')
-    rows += [f'<article id="{word}"><h2>{word.title()}</h2>{notes[word]}</article>' for word in WORDS]
+        kind, below = ("two", values) if block == "main" else (kind, "")  # whose lines are long
+        left = f"<div><h2>{block} <small>{files[block]}</small></h2>{notes[block]}{below}</div>"
+        right = f"<div>{values}</div>" if kind in ("top", "three") else ""
+        rows.append(f'<section class="{kind}" id="{block}">{left}{shown}{right}</section>')
+    rows += [f'<article id="{w}"><h2>{w.title()}</h2><p class="soft">{WORDS[w]}</p>{notes[w]}</article>' for w in WORDS]
     page = framed(f"{name}.py", "\n".join(rows))
     cited = {n for a, b in re.findall(r"eq\. (\d+)(?:-(\d+))?", page) for n in range(int(a), int(b or a) + 1)}
     if lost := cited - {int(n) for n in re.findall(r'id="eq(\d+)"', page)}:

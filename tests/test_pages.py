@@ -10,7 +10,8 @@ from helpers import ROOT
 
 import lecture.markup
 import lecture.pages
-from lecture.pages import METHODS, SHARED, code_blocks, framed, method_page
+from lecture.markup import code_blocks
+from lecture.pages import METHODS, SHARED, framed, method_page
 from plumbing.arguments import UserError
 
 FIGURES = (ROOT / "RESULTS.md").read_text() + (ROOT / "README.md").read_text()
@@ -47,7 +48,8 @@ def test_every_page_is_made_and_needs_nothing_else(pages):
 def test_the_code_of_a_page_is_that_of_the_file(pages, name):
     """Every line of every function, with its number; in `main` those that grpo.py lacks are marked."""
     lines = (ROOT / f"{name}.py").read_text().splitlines()
-    shown = re.findall(r'<span class="line( hll)?"><i>(\d+)</i>(.*?)</span>(?=<span class="line|</pre>)', pages[name])
+    span = r'<span class="line( hll)?" style="--i:\d+ch"><i>(\d+)</i>(.*?)</span>(?=<span class="line|</pre>)'
+    shown = re.findall(span, pages[name])
     found = {(int(number), text_of(line)) for _, number, line in shown}
     for numbers in code_blocks(f"{name}.py").values():
         assert {(n, lines[n - 1]) for n in numbers} <= found
@@ -94,7 +96,7 @@ def test_numbers_of_the_comparison_are_those_of_its_report(name):
         (lambda text: text.replace("## compensate\n", "## compensated\n"), "compensate, compensated"),
         (lambda text: text.replace("## rescaled\n", ""), "function without note.*: rescaled"),
         (lambda text: text.replace("\\tag{7}", ""), "lacks equations that the code cites: \\[7\\]"),
-        (lambda text: text + "{{common.py | def not_there | 2}}", "common.py has no 'def not_there'"),
+        (lambda text: text + "\n{{common.py | def not_there | 2}}\n", "common.py has no 'def not_there'"),
     ],
 )
 def test_a_page_that_is_not_complete_is_refused(change, sentence, monkeypatch, tmp_path):
