@@ -13,7 +13,7 @@ K: the ceil(k T) best tokens of each response of a mini-batch. The bonus has the
 The formulas follow the released code (Leonnnnnn929/VEPO), except:
   1. The code adds N(0, 2^2) to normalised pixels once for each of the 12 responses of a prompt, which share one array:
      it adds up to a standard deviation of 6.9. Here it is added once per prompt and step (`--noise_std 2`), and scaled
-     for models that normalise otherwise. `--noise diffusion` is step 500 of a forward diffusion: 3.4 times less noise.
+     for models that normalise otherwise. `--noise diffusion`, step 500 of 1,000, has 3.4 times less noise to signal.
   2. A divergence below 1e-6 is rounding and counts as 0, or min-max would amplify it.
   3. The entropy bonus, over all tokens, appears only in the code, not in the paper.
   4. A prompt without an image has no divergence: its tokens are chosen by entropy.
