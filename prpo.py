@@ -30,7 +30,7 @@ import torch
 from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
 from plumbing.arguments import SharedArgs, parse_args
 from trainer import Trainer
-from common import compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_image
+from common import blacken, compare_logits, min_max, quantiles, seeded, still_noise, token_uniforms, with_image
 from plumbing.arguments import flag
 from plumbing.families import patch_places
 
@@ -41,13 +41,6 @@ class Args(SharedArgs):
     weak_std: float = flag(0.1, "weak view: standard deviation of the noise on pixels in [0, 1]", min=0)
     strength: float = flag(2.0, "the largest weight is 1 + strength; 0: GRPO", min=0)
     shuffle: bool = flag(False, "control: shuffle RVD within each response")
-
-
-def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, places=slice(None)):
-    """Each patch (14 or 16 pixels) black with this probability (PAPO, arXiv 2507.06448), those of a place together."""
-    black = (-torch.tensor(image_mean) / torch.tensor(image_std)).repeat_interleave(pixel_values.shape[1] // 3)
-    chosen = torch.rand(len(pixel_values), 1, generator=generator, device=generator.device)[places] < probability
-    return torch.where(chosen.to(pixel_values.device), black.to(pixel_values.device), pixel_values)
 
 
 def add_pixel_noise(pixel_values, generator, image_mean, image_std, std=0.1):

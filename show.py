@@ -40,6 +40,7 @@ import prpo
 import saei
 import vepo
 import vgpo
+import vppo
 from common import (
     Reward,
     compare_logits,
@@ -118,6 +119,7 @@ def run_of(model, processor=None):
         metrics=SimpleNamespace(add=lambda *_: None, add_means=lambda *_: None),
         world_size=1,
         phase=lambda _: contextlib.nullcontext(),
+        with_gradient=lambda rows, **_: rows,
     )
 
 
@@ -563,6 +565,7 @@ FUNCTIONS = {
     ),
     "pepo": (pepo, ["visual_similarity", "token_weights", "mixing_strength"]),
     "saei": (saei, ["middle_third", "adversarial_step", "patchify", "unpatchify"]),
+    "vppo": (vppo, ["blacken", "visual_dependency", "select_top", "response_factors"]),
 }
 
 

@@ -36,7 +36,8 @@ from transformers.image_utils import OPENAI_CLIP_STD
 from common import aggregate, forward, group_advantages, kl_penalty, pack_rows, policy_loss, rollout, stack_rewards
 from plumbing.arguments import SharedArgs, parse_args
 from trainer import Trainer
-from common import compare_logits, min_max, normal_noise, quantiles, seeded, still_noise, token_uniforms, with_image
+from common import compare_logits, kept_tokens, min_max, normal_noise, quantiles, seeded, select_top, still_noise
+from common import token_uniforms, with_image
 from plumbing.arguments import flag
 
 
@@ -104,21 +105,6 @@ def token_scores(jsd, entropy, noised_entropy, mask, alpha=0.7, has_image=None):
     dependence = 1 - (1 - j) ** alpha * (1 - g) ** (1 - alpha)
     dependence = dependence if has_image is None else torch.where(has_image, dependence, 1.0)
     return dependence * min_max(entropy, mask)
-
-
-def kept_tokens(mask, ratio=0.2):
-    """(B,) how many tokens of each response are kept: ceil(ratio T)."""
-    return (mask.sum(1).double() * ratio - 1e-9).ceil().long()  # in floats 0.07 x 100 is above 7
-
-
-def select_top(scores, mask, ratio=0.2):
-    """(B, T) True on the `kept_tokens` best of each response; of equal ones the earlier. Padding is never chosen.
-
-    >>> select_top(torch.tensor([[0.1, 0.9, 0.3, 0.2, 0.9]]), torch.ones(1, 5, dtype=torch.bool), ratio=0.4)
-    tensor([[False,  True, False, False,  True]])
-    """
-    order = scores.masked_fill(~mask, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    return order.argsort(1) < kept_tokens(mask, ratio)[:, None]  # rank < k
 
 
 def scoring_forward(row, trainer, args, step):

@@ -89,6 +89,6 @@ def code(file, numbers, marked=()):
         indent = len(plain[n - 1]) - len(plain[n - 1].lstrip())
         kind = "line hll" if n in marked else "line"
         shown.append(f'<span class="{kind}" style="--i:{indent}ch"><i>{n}</i>{lines[n - 1]}</span>')
-    page = file.replace(".py", ".html").replace("common", "grpo")
+    page = file.replace(".py", ".html").replace("common", "grpo")  # whose notes have the equations of common.py
     shown = re.sub(r"eq\. (\d+)(-\d+)?", rf'<a href="{page}#eq\1">eq. \1\2</a>', "".join(shown))
     return f'<pre class="highlight">{shown}</pre>'

@@ -23,8 +23,13 @@ from lecture.values import values_of
 from plumbing.arguments import UserError, flag, parse_args
 from show import ShownArgs, image_tag, load, mixed_groups, spans, split_images
 
-METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
-SHARED = ["group_advantages", "loss_denominator", "aggregate", "policy_loss", "kl_penalty"]  # of common.py, with GRPO
+METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "vppo"]
+SHARED = {  # functions of common.py that a page explains before those of its file
+    "grpo": ["group_advantages", "loss_denominator", "aggregate", "policy_loss", "kl_penalty"],
+    "vepo": ["kept_tokens", "select_top"],
+    "prpo": ["blacken"],
+    "vppo": ["blacken", "kept_tokens", "select_top"],
+}
 WORDS = {  # sections of the notes without code, and what stands above
     "results": "Points: percent of the sampled responses that are right, during training. ±: 95 % interval over seeds.",
     "exercises": "Write your answer in lecture/exercises/exercises.py. In brackets: the lines that it takes.",
@@ -70,11 +75,10 @@ def framed(title, body):
 def method_page(name, gives, tokens, picture):
     """A page of rows: notes, code, and what it gives on the response `tokens`."""
     notes, blocks = read_notes(name), code_blocks(f"{name}.py")
-    files = dict.fromkeys(blocks, f"{name}.py")
-    if name == "grpo":
-        main, shared = blocks.pop("main"), code_blocks("common.py")
-        blocks |= {function: shared[function] for function in SHARED} | {"main": main}
-        files |= dict.fromkeys(SHARED, "common.py")
+    main, shared = blocks.pop("main"), code_blocks("common.py")
+    own = SHARED.get(name, [])
+    blocks |= {function: shared[function] for function in own} | {"main": main}
+    files = dict.fromkeys(blocks, f"{name}.py") | dict.fromkeys(own, "common.py")
     if wrong := notes.keys() ^ {*blocks, *WORDS}:
         raise UserError(f"lecture/notes/{name}.md: function without note, or note without: {', '.join(sorted(wrong))}.")
     new, rows = {n for equal, _, lines in opcodes(name) if not equal for n in lines}, []

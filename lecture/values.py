@@ -1,9 +1,14 @@
 """What the functions of the methods give on the responses of a group, for the pages."""
 
+import dataclasses
+
+import torch
+
 import prpo
 import saei
 import vepo
 import vgpo
+import vppo
 from common import compare_logits, forward
 from show import image_signals
 
@@ -18,11 +23,15 @@ def values_of(group, trainer, args):
     compensated = vgpo.compensate(x["focus"], mask)
     alpha, psi, _ = vgpo.group_factors(x["focus"], mask)
     A = group.advantages[:, None] * mask
+    dependent = dataclasses.replace(group, old_logps=logps)  # VPPO's, as a mini-batch of one group
+    with torch.no_grad():
+        vppo.set_scores([dependent], trainer, vppo.Args(seed=args.seed, **settings), 0)
+    vppo.set_weights([dependent], trainer, vppo.Args())
     gap = {"JSD": x["jsd"], "H: entropy, in nats": entropy, "|H(Q) - H(P)|": (noised_entropy - entropy).abs()}
     third = saei.middle_third(x["entropy"], mask).float()
     advantage = "advantage that the token is trained with"
     weighted = {"vepo": x["kept_by_vepo"], "vgpo": alpha[:, None] * psi, "pepo": x["weight"], "grpo": 1, "saei": 1}
-    weighted["prpo"] = prpo.token_weights(x["rvd"], mask)
+    weighted |= {"prpo": prpo.token_weights(x["rvd"], mask), "vppo": dependent.weights}
     gives = {
         "grpo": {"group_advantages": {"A": A}, "policy_loss": {"probability of the sampled token": logps.exp()}},
         "vepo": {"divergences": gap, "token_scores": {"score": x["vepo_score"]}},
@@ -30,6 +39,7 @@ def values_of(group, trainer, args):
         "prpo": {"divergences": {"KL, strong view": x["kl_strong"], "KL, weak view": x["kl_weak"]}},
         "pepo": {"visual_similarity": {"VS": x["similarity"]}, "token_weights": {"H": entropy, "w": x["weight"]}},
         "saei": {"middle_third": {"H: entropy, in nats": x["entropy"], "1 on the middle third": third}},
+        "vppo": {"visual_dependency": {"S": dependent.scores}, "set_weights": {"m f": dependent.weights}},
     }
     gives["vepo"]["select_top"] = {"chosen": x["kept_by_vepo"], "by entropy alone": x["kept_by_entropy"]}
     gives["vgpo"]["late_gate"] = {"gated": vgpo.late_gate(x["focus"], mask).float()}

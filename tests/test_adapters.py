@@ -177,7 +177,10 @@ def test_a_resumed_run_is_bit_identical_and_its_files_open_everywhere(tmp_path):
 
 @pytest.mark.parametrize(
     "script, dtype",
-    [*((script, "float32") for script in ("grpo", "vepo", "vgpo", "prpo", "pepo", "saei")), ("grpo", "bfloat16")],
+    [
+        *((script, "float32") for script in ("grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "vppo")),
+        ("grpo", "bfloat16"),
+    ],
 )
 def test_every_script_trains_them_without_a_line_of_its_own(tmp_path, script, dtype):
     """Old log-probs, reference and entropy bonus too; the merged model is the base and what was added, in fp32."""

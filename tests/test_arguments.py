@@ -92,7 +92,7 @@ def test_a_method_may_change_a_shared_default_and_add_a_flag(monkeypatch):
 
 
 def test_every_argument_has_help_and_every_number_its_limits():
-    for name in ("grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "eval"):
+    for name in ("grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "vppo", "eval"):
         for f in dataclasses.fields(importlib.import_module(name).Args):
             assert f.metadata["argparse"]["help"], f.name
             number = any(kind in str(f.type) for kind in ("int", "float")) and "Literal" not in str(f.type)

@@ -163,7 +163,7 @@ def assert_close(ours, theirs):
             assert a[name] == pytest.approx(b[name], rel=0.3 if step else 1e-3, abs=0.1 if step else 1e-4), (step, name)
 
 
-METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
+METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "vppo"]
 CASES = [*((script, "toy", []) for script in METHODS), ("grpo", "toy", ["--lora_rank", 8])]
 CASES += [(script, "internvl", ["--max_response_tokens", 12, "--updates_per_step", 1]) for script in ("prpo", "saei")]
 

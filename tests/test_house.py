@@ -9,13 +9,13 @@ LAYERS = [  # the lowest first; modules of one layer do not import each other
     ["plumbing"],
     ["common"],
     ["trainer"],
-    ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"],
+    ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "vppo"],
     ["eval", "show", "ports"],
     ["toy", "lecture", "tests"],
 ]
 PLUMBING = ["arguments kernels", "families answers adapters", "data memory", "sharding metrics", "checkpoints"]
-LINES = {"common.py": 800, "trainer.py": 372, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 395, "methods": 290}
-ALL_LINES = 7_700  # of Python outside tests/
+LINES = {"common.py": 820, "trainer.py": 372, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 395, "methods": 290}
+ALL_LINES = 7_900  # of Python outside tests/
 METHODS = LAYERS[3]
 FILES = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if path.parent.name != "tests")
 

@@ -21,12 +21,14 @@ MAY_DIFFER = {  # lines of grpo.py that a method replaces
     "pepo": [OLD[1], *FORWARD, *ADVANTAGES],
     "saei": [SAMPLING],
     "vgpo": [*OLD, *FORWARD, *ADVANTAGES],
+    "vppo": ["for row in trainer.with_gradient(rows):", *OLD, *ADVANTAGES],
 }
 OFF = {
     "vepo": ["--keep_ratio", 1, "--entropy_coef", 0],
     "prpo": ["--strength", 0],
     "pepo": ["--strength", 0],
     "vgpo": ["--no_intra", "--no_inter"],
+    "vppo": ["--keep_ratio", 1, "--floor", 1, "--entropy_coef", 0],
 }
 RUNS = [["--steps", 2], ["--steps", 1, "--updates_per_step", 2, "--tokens_per_row", 130, "--kl_coef", 0.01]]
 
@@ -78,6 +80,7 @@ TWO = ["--updates_per_step", 2]
 STRONG = ["--weak_std", 1, "--blacken", 0.9]  # the toy's own divergences are near rounding, which min-max shows
 CASES = [("vepo", []), ("vepo", ["--select", "random", *TWO]), ("vgpo", []), ("vgpo", TWO), ("saei", ["--step", 0.2])]
 CASES += [("pepo", ["--weight_schedule", "constant"]), ("prpo", [*STRONG, *TWO]), ("prpo", ["--shuffle", *STRONG])]
+CASES += [("vppo", []), ("vppo", TWO)]
 
 
 @pytest.mark.parametrize("name, case", CASES)

@@ -14,7 +14,7 @@ from plumbing.answers import load_reward
 
 PAGES = {f"{name}.md": (ROOT / f"{name}.md").read_text() for name in ("README", "GUIDE", "RESULTS", "CONTRIBUTING")}
 GUIDE = PAGES["GUIDE.md"]
-METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei"]
+METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "vppo"]
 
 
 def test_its_flags_exist():

@@ -145,7 +145,7 @@ SAEI = ["--n1", 2, "--n2", 2, "--step", 0.2, "--measure_every", 2]
 
 
 @pytest.mark.parametrize(
-    "method, updates", [("vepo", 1), ("vepo", 2), ("vgpo", 1), ("prpo", 2), ("pepo", 1), ("saei", 1)]
+    "method, updates", [("vepo", 1), ("vepo", 2), ("vgpo", 1), ("vppo", 2), ("prpo", 2), ("pepo", 1), ("saei", 1)]
 )
 def test_each_method_on_two_processes(compare, method, updates):
     flags = ["--eval_rows", 0, "--tokens_per_row", 130, "--temperature", 1.3, "--updates_per_step", updates]

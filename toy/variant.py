@@ -71,7 +71,7 @@ class ToyTrainer(trainer.Trainer):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    scripts = ["grpo.py", "vepo.py", "vgpo.py", "prpo.py", "pepo.py", "saei.py"]
+    scripts = ["grpo.py", "vepo.py", "vgpo.py", "prpo.py", "pepo.py", "saei.py", "vppo.py"]
     parser.add_argument("script", choices=[*scripts, "oracle"])
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     options = parser.parse_args()
