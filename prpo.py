@@ -11,7 +11,8 @@ an argument. With P_t the policy's distribution of token t over the full vocabul
     RVD_t = VD_t (1 - VI_t)          VD, VI: min-max within the response of log(1 + S), log(1 + S'), as in PGPO
     w_t   = 1 + strength RVD_t,  A_it = A_i w_it                          strength 2; w >= 1 preserves the other tokens
 
-Min-max gives VI = 1 to the least stable token of every response, however stable it is. `--shuffle` is the control:
+Min-max gives VI = 1 to the least stable token of every response, however stable it is: in bf16, where S' below 1e-3
+is rounding, VI is noise if the weak view changes nothing. `--shuffle` is the control:
 the same weights at random positions of the response. A prompt without an image has w = 1: plain GRPO.
 
 Two more forward passes, without gradient: the states under the clean image come out of a pass that is made anyway.

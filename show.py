@@ -608,7 +608,10 @@ def main():
         print(function_page(flags[0]), end="")
         return
     if command == "lecture":
-        runpy.run_module("lecture.pages", run_name="__main__")  # which needs lecture/requirements.txt
+        try:
+            runpy.run_module("lecture.pages", run_name="__main__")
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is missing: pip install -r lecture/requirements.txt") from None
         return
     if command not in classes:
         print(__doc__)

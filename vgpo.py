@@ -5,7 +5,7 @@ last hidden state h_t is to the mean state mu of the image tokens, and moves adv
 response by a token factor psi, in a group by a rollout factor alpha. For t = 0 .. T - 1:
 
     rho_t   = (cos(h_t, mu) - floor) / (1 - floor)                                      visual focus, eq. 4
-    omega_t = rho_t (1 + beta t / (T - 1)) for the best kappa of t >= gamma T, else rho_t      compensated, eq. 5-6
+    omega_t = rho_t (1 + beta t / (T - 1)) for the best kappa of t >= [gamma T], else rho_t      compensated, eq. 5-6
     psi_t   = clamp(1 + omega'_t - mean_t omega', 0.1, 2)     ' : min-max in the response      token factor, eq. 7-8
     alpha_i = clamp(1 + Phi'_i - mean_i Phi', 0.9, 2)         ' : min-max in the group         rollout factor, eq. 9-10
     A_it    = A_i alpha_i psi_it                              Phi_i = sum_t omega_it           eq. 11

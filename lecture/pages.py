@@ -110,6 +110,9 @@ def diff_page(name):
 def main():
     args = parse_args(LectureArgs, sys.argv[2:])
     torch.compiler.set_stance("force_eager")
+    folder = Path(args.output)
+    if folder.is_file():
+        raise UserError(f"--output {folder} is a file: name a folder.")
     trainer, data = load(args)
     group = max(mixed_groups(trainer, data, args, 8), key=lambda group: group.lengths[int(group.accuracy.argmax())])
     i = int(group.accuracy.argmax())
@@ -124,7 +127,6 @@ def main():
         pages[name] = method_page(name, own, tokens, images + response)
         if name != "grpo":
             pages[f"diff_{name}"] = diff_page(name)
-    folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
         (folder / f"{name}.html").write_text(page)

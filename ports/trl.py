@@ -27,6 +27,8 @@ class TokenWeights(trl.GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.processing_class.tokenizer.padding_side = "left"  # or TRL would misplace image tokens
         self.images = self.processing_class.image_processor
+        if self.args.importance_sampling_level != "token":
+            raise ValueError("importance_sampling_level must be 'token': a ratio of sequences loses tokens' weights.")
 
     def _tokenize_prompts(self, prompts):
         ids, images, fields = super()._tokenize_prompts(prompts)
@@ -44,9 +46,11 @@ class TokenWeights(trl.GRPOTrainer):
             prompt = torch.arange(len(ids)) + len(ids) * self.accelerator.process_index
             more = {"prompt": prompt // self.num_generations, "image": ids == self.model.config.image_token_id}
             rows = split_tensor_dict(split_pixel_values_by_grid(more | batch), self.args.steps_per_generation)
+            self.model.eval()  # or adapters' dropout would count as dependence on the image
             with torch.no_grad(), self.accelerator.autocast():
                 scores = [self.scores(unsplit_pixel_values_by_grid(part)) for part in rows]
                 weights = self.weights(*map(torch.cat, zip(*scores)), mask)
+            self.model.train()
             batch["advantages"] = batch["advantages"][:, None] * weights
         return batch
 
@@ -56,7 +60,8 @@ class TokenWeights(trl.GRPOTrainer):
         names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
         fields = {name: rows[name] for name in names if len(rows.get(name, ()))}
         if change and "pixel_values" in fields:
-            draws = (seeded(self.args.seed, self._step, prompt) for prompt in rows["prompt"].tolist())
+            key = self.args.seed, self.state.global_step, self._step
+            draws = (seeded(*key, prompt) for prompt in rows["prompt"].tolist())
             images = zip(split_pixel_values_by_grid(rows)["pixel_values"], draws)
             fields["pixel_values"] = torch.cat([change(*each) if len(each[0]) else each[0] for each in images])
         options = {"output_hidden_states": True, "logits_to_keep": 1}
@@ -83,6 +88,8 @@ class VEPOTrainer(TokenWeights):
         return *signals, rows["image"].any(1, keepdim=True)
 
     def weights(self, jsd, entropy, noised_entropy, has_image, mask):
+        if self.args.loss_type != "dapo":
+            raise ValueError("VEPO needs loss_type='dapo', which divides by all tokens.")
         chosen = vepo.select_top(vepo.token_scores(jsd, entropy, noised_entropy, mask, has_image=has_image), mask)
         tokens = self.accelerator.reduce(torch.stack([mask.sum(), chosen.sum()]))
         return chosen * (tokens[0] / tokens[1])  # TRL divides by all tokens
@@ -93,6 +100,8 @@ class VGPOTrainer(TokenWeights):
         return [self.with_image(vgpo.visual_focus, rows, self.states(rows)[-1])]
 
     def weights(self, focus, mask):
+        if self.mask_truncated_completions:
+            raise ValueError("VGPO compares all responses of a group: mask_truncated_completions must be False.")
         compensated = vgpo.compensate(focus, mask)
         sums = self.accelerator.gather(compensated.sum(1)).view(-1, self.num_generations)  # groups may be cut
         alpha = vgpo.rollout_factors(sums).view(self.accelerator.num_processes, -1)[self.accelerator.process_index]

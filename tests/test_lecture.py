@@ -171,6 +171,9 @@ WRONG = {  # typical mistakes, by exercise
         lambda image, gradient, step: step * gradient.norm(),
         lambda image, gradient, step: step * gradient.abs().sum(),  # without the clamp
         lambda image, gradient, step: step * gradient.sum(),
+        lambda image, gradient, step: (  # a pixel that is clamped on its way counts as 0
+            step * gradient.abs() * ((image + step * gradient.sign()).clamp(0, 1) == image + step * gradient.sign())
+        ).sum(),
     ],
     "papo": [
         papo_with(gamma=lambda given: -given.gamma),
@@ -226,6 +229,18 @@ def test_every_exercise_has_a_question_a_grader_a_solution_and_a_mistake():
         assert stub.__doc__ and solution.__doc__ != stub.__doc__
         places = [*NAMES, "lecture/exercises/test_exercises.py"]
         assert [place for place in places if name in place] == [name]  # `pytest -k name` grades this one alone
+
+
+def test_an_answer_may_change_its_tensors(monkeypatch):
+    """It is given copies: what it does to them changes no expected number."""
+
+    def nonsense(similarity, mask):
+        similarity.zero_()
+        return mask.double(), mask.double()
+
+    monkeypatch.setattr(graders, "student", SimpleNamespace(tau_limits=graders.given_copies(nonsense)))
+    with pytest.raises(AssertionError):
+        graders.test_tau_limits()
 
 
 def test_a_question_says_how_long_its_answer_is():

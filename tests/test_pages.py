@@ -114,6 +114,17 @@ def test_the_shared_functions_of_grpos_page():
     ) and "<h1>x</h1>" in framed("x", "")
 
 
+def test_mistakes_get_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["show.py", "lecture", "--output", str(ROOT / "README.md")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "show.py"), run_name="__main__")
+    assert "README.md is a file" in str(end.value)
+    monkeypatch.setitem(sys.modules, "lecture.markup", None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "show.py"), run_name="__main__")
+    assert "pip install -r lecture/requirements.txt" in str(end.value)
+
+
 def test_the_notebook_runs(monkeypatch, tmp_path):
     """With one step, and without its installation, in a kernel of its own."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

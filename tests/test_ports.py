@@ -111,7 +111,7 @@ def our_weights(name, group, run):
 @pytest.fixture
 def one_draw(monkeypatch):
     """The number of a prompt decides its noise, in the ports and here."""
-    monkeypatch.setattr(ports.trl, "seeded", lambda seed, step, prompt: torch.Generator().manual_seed(prompt))
+    monkeypatch.setattr(ports.trl, "seeded", lambda seed, step, part, prompt: torch.Generator().manual_seed(prompt))
     for module in (vepo, prpo):
         monkeypatch.setattr(module, "seeded", lambda *key: torch.Generator().manual_seed(key[2]))
     for plain in (prpo.blacken, prpo.add_pixel_noise):  # here one after the other from one generator
@@ -330,6 +330,30 @@ def test_evaluation_samples_from_the_datas_images(monkeypatch, tmp_path):
     trainer.model.eval()
     trainer._generate(["a", "b"])
     assert seen == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    "name, setting, sentence",
+    [
+        ("pepo", {"importance_sampling_level": "sequence"}, "must be 'token'"),
+        ("vepo", {"loss_type": "grpo"}, "needs loss_type='dapo'"),
+        ("vgpo", {"mask_truncated_completions": True}, "must be False"),
+    ],
+)
+def test_settings_that_would_train_something_else_are_refused(name, setting, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        made(name, tmp_path, data_rows([1]), **setting).train()
+
+
+def test_the_dropout_of_adapters_is_off_while_tokens_are_scored(monkeypatch, tmp_path):
+    """Without an image both passes are equal, so PRPO's weights are 1."""
+    rows = data_rows([0])
+    trainer = made("prpo", tmp_path, rows)
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    trainer.model = peft.get_peft_model(trainer.model, config)
+    _, kept = sampled(trainer, rows, monkeypatch)
+    assert kept["weights"].unique().tolist() in ([1.0], [0.0, 1.0]) and trainer.model.training
 
 
 def test_odd_groups_cannot_be_halved(tmp_path):
