@@ -31,7 +31,7 @@ SHARED = {  # functions of common.py that a page explains before those of its fi
     "vppo": ["blacken", "kept_tokens", "select_top"],
 }
 WORDS = {  # sections of the notes without code, and what stands above
-    "results": "Points: percent of the sampled responses that are right, during training. ±: 95 % interval over seeds.",
+    "results": "Points: percent of the sampled responses that are right. ±: 95 % over 8 seeds (clear shapes: 5).",
     "exercises": "Write your answer in lecture/exercises/exercises.py. In brackets: the lines that it takes.",
 }
 STYLE = (HERE / "style.css").read_text()
