@@ -1,29 +1,34 @@
 """VPPO: visually-perceptive policy optimisation (arXiv 2510.09285).
 
-Few tokens depend on the image, and few responses do. VPPO measures how much less likely a sampled token becomes when
-patches of the image are black. It trains on the 40 % of each response that depend most, and gives more advantage to
-responses that depend more. With p the probability of the sampled token under the image, by the policy that sampled, and
-q under the blackened one:
+Few tokens depend on the image, and few responses do. VPPO measures how much the probability of a sampled token changes
+when patches of the image are black. It trains on the 40 % of each response that depend most, and gives more advantage
+to responses that depend more. With p the probability of the sampled token under the image, by the policy that sampled,
+and q under the blackened one:
 
     d_it = clamp(log q_it - log p_it, -20, 20)
     S_it = clamp(exp(d_it) - d_it - 1, 0, 10)                         visual dependency: one sample of KL(p || q)
-    f_i  = 0.9 + 0.1 n_i / mean_j n_j        n: min-max of mean_t S_it over the mini-batch; 1 where all are equal
+    f_i  = 0.9 + 0.1 n_i / mean_j n_j        n: min-max of mean_t S_it over the mini-batch; 1 where all are within 1e-6
     loss = - 1/N sum_i sum_{t in K_i} min(rho_it A_i f_i, clip(rho_it) A_i f_i) + 0.06 mean_it H_it
 
-K_i: the ceil(0.4 T) tokens of the largest S of response i. N: all tokens of the mini-batch. The mean of f is 1. The
-last term is an entropy PENALTY. Patches of 14 pixels are black with probability 0.5, drawn anew for each response.
+K_i: the ceil(0.4 T) tokens of the largest S of response i. N: all tokens of the mini-batch. The mean of f over all its
+sampled responses is 1. The last term is an entropy PENALTY. A patch is black with probability 0.5, drawn anew for each
+response. In bf16 an S below about 1e-4 is rounding, and may choose tokens where few depend on the image.
 
 What the paper and its code (huaixuheqing/VPPO-RL) say, and what is done here:
   1. The paper has the full KL of the two distributions. The code has the sampled token's, and so has this file.
-  2. The code takes min and max over a device, and mean n over a micro-batch; here over all processes' mini-batch.
-  3. A prompt without an image has no dependency: all its tokens are trained, with f = 1, and it is not in n.
+  2. The code takes min and max over a device, and mean n over a micro-batch of 16, so that f is at most 2.5; here over
+     the mini-batch of all processes, and f has no such limit.
+  3. The code's penalty is the mean of -log p of the sampled tokens; here it is that of their entropy H.
+  4. The code clips a negative advantage a second time, at a ratio of 3; here it is clipped once.
+  5. A prompt without an image has no dependency: all its tokens are trained, with f = 1, and it is not in n.
 
 A response has an image of its own, so the second pass has as many prompts as responses; and n needs all responses of a
 mini-batch before its first gradient. So a step costs two passes without gradient more, one of them over G prompts.
 
     python vppo.py                                                                  # the toy, minutes on a laptop CPU
     torchrun --nproc_per_node=8 vppo.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs
-    ... vppo.py --clip_high 0.28 --filter_groups --drop_truncated                   # the paper's setting, on DAPO
+    ... vppo.py --clip_high 0.28 --filter_groups --prompts_per_step 384 --updates_per_step 3 --top_p 0.99
+                                                                                    # the code's setting for a 7B
 """
 
 import math
@@ -67,10 +72,9 @@ def response_factors(dependency, of_all, floor=0.9):
     >>> response_factors(means, means), response_factors(means[:1], means[:1])
     (tensor([0.9000, 1.1000, 1.0000]), tensor([1.]))
     """
-    low, high = of_all.min(), of_all.max()
-    n = (dependency - low) / (high - low).clamp(min=1e-12)
-    mean = ((of_all - low) / (high - low).clamp(min=1e-12)).mean()
-    return torch.where(high > low, floor + (1 - floor) * n / mean.clamp(min=1e-12), 1.0)
+    low = of_all.min()
+    f = floor + (1 - floor) * (dependency - low) / (of_all.mean() - low)
+    return torch.where(of_all.max() - low > 1e-6, f, 1.0)
 
 
 def blackened(row, trainer, args, step):
@@ -81,12 +85,14 @@ def blackened(row, trainer, args, step):
     return with_image(row, lambda pixels: blacken(pixels, *settings))
 
 
+@torch.no_grad()
 def set_scores(rows, trainer, args, step):
-    """Sets `row.scores` (B, T), S of its tokens, in rows with old log-probs: a pass for each response."""
+    """Sets `row.scores` (B, T), S of its tokens, in rows with an image and old log-probs: a pass for each response."""
+    rows = [row for row in rows if row.prompt.image_grid_thw is not None]
     parts = [[row[i : i + 1] for i in range(len(row.mask))] for row in rows]
     for single in trainer.with_gradient(sum(parts, []), keep_zero_advantage=True):
         blackened_logps, _, _ = forward(trainer.model, blackened(single, trainer, args, step), args.temperature)
-        single.scores = visual_dependency(single.old_logps, blackened_logps) * single.mask  # (1, T)
+        single.scores = visual_dependency(single.old_logps, blackened_logps)  # (1, T), 0 on padding
     for row, singles in zip(rows, parts):
         row.scores = torch.cat([single.scores for single in singles])
 
@@ -96,12 +102,13 @@ def set_weights(minibatch, trainer, args):
     means = {id(row): row.scores.sum(1) / row.mask.sum(1) for row in minibatch if row.prompt.image_grid_thw is not None}
     of_all = torch.tensor(gather_object(sum([x.tolist() for x in means.values()], [])) or [0.0])
     for row in minibatch:
-        row.weights = row.mask.float()  # without an image
+        chosen, factors = row.mask, torch.ones(len(row.mask), device=row.mask.device)  # without an image
         if id(row) in means:
-            f = response_factors(means[id(row)], of_all.to(row.mask.device), args.floor)
-            row.weights = f[:, None] * select_top(row.scores, row.mask, args.keep_ratio)
+            factors = response_factors(means[id(row)], of_all.to(row.mask.device), args.floor)
+            chosen = select_top(row.scores, row.mask, args.keep_ratio)
             trainer.metrics.add_means(quantiles("dependency", row.scores, row.mask), row.loss_mask)
-        trainer.metrics.add("kept_tokens", (row.weights > 0).sum(), row.mask.sum())
+        row.weights = factors[:, None] * chosen
+        trainer.metrics.add("kept_tokens", (chosen & row.loss_mask).sum(), row.loss_mask.sum())
 
 
 def main():
@@ -120,13 +127,16 @@ def main():
         advantages = group_advantages(rewards)  # (P, G)
         rows = pack_rows(groups, advantages, args)  # packed rows, one or more per group: B responses
 
-        with trainer.phase("score"), torch.no_grad():  # a step with one update is on-policy: it needs no old log-probs
-            # VPPO: old log-probs of all responses, also of those without an advantage: they count in min and max
+        with trainer.phase("score"), torch.no_grad():
+            # VPPO: log-probs of all responses, also of those without an advantage: they count in min and max
             for row in trainer.with_gradient(rows, keep_zero_advantage=True):
                 row.old_logps, _, _ = forward(model, row, args.temperature)  # (B, T)
                 if args.kl_coef:
                     row.ref_logps, _, _ = forward(trainer.reference, row, args.temperature)  # (B, T)
             set_scores(rows, trainer, args, step)  # VPPO: of each token, (B, T)
+            if args.updates_per_step == 1:  # VPPO: as in grpo.py, the ratio is exactly 1
+                for row in rows:
+                    row.old_logps = None
 
         with trainer.phase("update"):
             for minibatch in trainer.minibatches(rows):

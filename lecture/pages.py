@@ -24,7 +24,7 @@ from plumbing.arguments import UserError, flag, parse_args
 from show import ShownArgs, image_tag, load, mixed_groups, spans, split_images
 
 METHODS = ["grpo", "vepo", "vgpo", "prpo", "pepo", "saei", "vppo"]
-SHARED = {  # functions of common.py that a page explains before those of its file
+SHARED = {  # functions of common.py that a page explains, before `main`
     "grpo": ["group_advantages", "loss_denominator", "aggregate", "policy_loss", "kl_penalty"],
     "vepo": ["kept_tokens", "select_top"],
     "prpo": ["blacken"],

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import torch
-
 import prpo
 import saei
 import vepo
@@ -24,8 +22,8 @@ def values_of(group, trainer, args):
     alpha, psi, _ = vgpo.group_factors(x["focus"], mask)
     A = group.advantages[:, None] * mask
     dependent = dataclasses.replace(group, old_logps=logps)  # VPPO's, as a mini-batch of one group
-    with torch.no_grad():
-        vppo.set_scores([dependent], trainer, vppo.Args(seed=args.seed, **settings), 0)
+    dependent.loss_mask = mask
+    vppo.set_scores([dependent], trainer, vppo.Args(seed=args.seed, **settings), 0)
     vppo.set_weights([dependent], trainer, vppo.Args())
     gap = {"JSD": x["jsd"], "H: entropy, in nats": entropy, "|H(Q) - H(P)|": (noised_entropy - entropy).abs()}
     third = saei.middle_third(x["entropy"], mask).float()

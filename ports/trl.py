@@ -92,7 +92,7 @@ class VEPOTrainer(TokenWeights):
             raise ValueError("VEPO needs loss_type='dapo', which divides by all tokens.")
         chosen = vepo.select_top(vepo.token_scores(jsd, entropy, noised_entropy, mask, has_image=has_image), mask)
         tokens = self.accelerator.reduce(torch.stack([mask.sum(), chosen.sum()]))
-        return chosen * (tokens[0] / tokens[1])  # TRL divides by all tokens
+        return chosen * (tokens[0] / tokens[1].clamp(min=1))  # TRL divides by all tokens
 
 
 class VGPOTrainer(TokenWeights):

@@ -14,6 +14,8 @@ FORWARD = ["logps, entropy, _ = forward(model, row, args.temperature)  # (B, T)"
 OLD = ["if args.updates_per_step > 1:", "row.old_logps, _, _ = forward(model, row, args.temperature)  # (B, T)"]
 ADVANTAGES = ["token_advantages = row.advantages[:, None].expand_as(logps)  # (B, T): the same for every token"]
 SAMPLING = "sampled = rollout(model, trainer.tokenizer, prompts, args, step)  # a group for each prompt"
+SCORE = 'with trainer.phase("score"), torch.no_grad():'
+SCORE += "  # a step with one update is on-policy: it needs no old log-probs"
 LOSS = "logps, old_logps, token_advantages, mask, *clip, args.aggregation, denominator"
 MAY_DIFFER = {  # lines of grpo.py that a method replaces
     "vepo": [OLD[1], *FORWARD, LOSS],
@@ -21,7 +23,7 @@ MAY_DIFFER = {  # lines of grpo.py that a method replaces
     "pepo": [OLD[1], *FORWARD, *ADVANTAGES],
     "saei": [SAMPLING],
     "vgpo": [*OLD, *FORWARD, *ADVANTAGES],
-    "vppo": ["for row in trainer.with_gradient(rows):", *OLD, *ADVANTAGES],
+    "vppo": [SCORE, "for row in trainer.with_gradient(rows):", *OLD, *ADVANTAGES],
 }
 OFF = {
     "vepo": ["--keep_ratio", 1, "--entropy_coef", 0],

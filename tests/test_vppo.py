@@ -43,7 +43,8 @@ def test_factors_by_hand():
     assert torch.allclose(response_factors(means, means), torch.tensor([0.9, 1.14, 0.96]))
     assert torch.allclose(response_factors(means[1:], means), torch.tensor([1.14, 0.96]))  # rows of one mini-batch
     assert torch.equal(response_factors(means, means, floor=1.0), torch.ones(3))
-    assert torch.equal(response_factors(torch.zeros(2), torch.zeros(2)), torch.ones(2))
+    for equal in (torch.zeros(2), torch.tensor([0.5, 0.5, 0.5 + 6e-8])):  # or rounding would be amplified
+        assert torch.equal(response_factors(equal, equal), torch.ones(len(equal)))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -54,11 +55,9 @@ def test_the_mean_of_the_factors_is_one(seed):
 
 
 def weighed(rows, **settings):
-    added = {}
-    trainer = SimpleNamespace(
-        metrics=SimpleNamespace(add=lambda *_: None, add_means=lambda info, _: added.update(info))
-    )
-    set_weights(rows, trainer, Args(**settings))
+    for row in rows:
+        row.loss_mask = row.mask
+    set_weights(rows, run_of(None), Args(**settings))
     return [row.weights for row in rows]
 
 
@@ -71,7 +70,6 @@ def test_weights_by_hand():
     halves = [group[:1], group[1:]]
     assert torch.equal(torch.cat(weighed(halves)), weights)  # cut into rows
     text_only = tiny_group(tiny_prompt(tiny_model("qwen2_5_vl"), []), [3, 1])
-    text_only.scores = torch.zeros(2, 3)
     weights, plain = weighed([group, text_only])
     assert torch.allclose(weights[1, 0], torch.tensor(1.1)) and torch.equal(plain, text_only.mask.float())
 
@@ -93,9 +91,10 @@ def test_scores_of_a_row_are_those_of_its_responses_one_by_one(images):
         set_scores([group], run, args, 1)
         cut = [group[:1], group[1:]]
         set_scores(cut, run, args, 1)
-    assert torch.allclose(torch.cat([row.scores for row in cut]), group.scores, atol=1e-5)
-    assert not group.scores[~group.mask].any() and bool((group.scores[group.mask] > 1e-6).any()) == bool(SHAPES[images])
+    assert (group.scores is None) == (not SHAPES[images])
     if SHAPES[images]:
+        assert torch.allclose(torch.cat([row.scores for row in cut]), group.scores, atol=1e-5)
+        assert not group.scores[~group.mask].any() and (group.scores[group.mask] > 1e-6).any()
         first, second = (blackened(group[i : i + 1], run, args, 1).prompt.pixel_values for i in (0, 1))
         assert not torch.equal(first, second)
         assert not torch.equal(first, blackened(group[:1], run, args, 2).prompt.pixel_values)  # another step
