@@ -6,8 +6,8 @@
 
 Every run: 150 steps of 16 prompts with 8 responses each. SaEI samples 6 + 6, and is compared with a GRPO that samples
 12. The learning rate is the default (LoRA's is ten times as high), and each method has the constants of its paper:
-nothing was tuned. DAPO leaves out groups that are all correct or all wrong and does not replace them, so that all
-variants sample as many responses.
+nothing was tuned, but of four rates these are the best (--search). DAPO leaves out groups that are all correct or all
+wrong and does not replace them, so that all variants sample as many responses.
 
 The main figure is online accuracy: of all responses sampled during the run, on prompts that are new (of the 2,002 of
 `toy` some come again in the last 25 steps), the same prompts in the same order for every variant of a seed. It costs
