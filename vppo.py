@@ -11,7 +11,7 @@ and q under the blackened one:
     loss = - 1/N sum_i sum_{t in K_i} min(rho_it A_i f_i, clip(rho_it) A_i f_i) + 0.06 mean_it H_it
 
 K_i: the ceil(0.4 T) tokens of the largest S of response i. N: all tokens of the mini-batch. The mean of f over all its
-sampled responses is 1. The last term is an entropy PENALTY. A patch is black with probability 0.5, drawn anew for each
+sampled responses is 1. The last term is an entropy PENALTY. A patch is black with probability 0.5, drawn again for each
 response. In bf16 an S below about 1e-4 is rounding, and may choose tokens where few depend on the image.
 
 What the paper and its code (huaixuheqing/VPPO-RL) say, and what is done here:

@@ -28,6 +28,7 @@ def folders(tmp_path, monkeypatch):
     """Nothing is written into toy/ or runs/."""
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.jsonl")
     monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(compare.Figure, "savefig", lambda *_, **__: None)
     (tmp_path / "runs").mkdir()
 
 
@@ -51,7 +52,6 @@ def test_the_tables_by_hand(monkeypatch, capsys):
     found.append(record("DAPO", 1, (0.6, 0.9)))
     old = {"toy": "toy", "variant": "GRPO", "seed": 0, "accuracy": [0.5, 0.0]}  # without perception and reasoning
     write([*found, old | {"evaluations": [[0, 0.4], [2, 0.5]]}])
-    monkeypatch.setattr(compare, "draw", lambda _: None)
     compare.report()
     plain, faint = capsys.readouterr().out.split("| toy-faint |")
     rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in faint.splitlines()}
