@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SHAPES, assert_row_wise, random_signals, tiny_group, tiny_model, tiny_prompt
+from helpers import SHAPES, assert_row_wise, random_signals, tiny_group, tiny_model, tiny_prompt, train
 
 import common
 import vppo
@@ -107,3 +107,21 @@ def test_half_of_the_patches_are_black():
         -2.5
     ).all(1).float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert vppo.Args().blacken == 0.5 and vppo.Args().entropy_coef == -0.06
+
+
+def test_factors_reach_the_loss(trained):
+    """With a floor of 1 they are 1: another gradient, of the same chosen tokens."""
+    usual, off = (trained("vppo", "--steps", 1, "--floor", floor)[1][0]["grad_norm"] for floor in (0.9, 1.0))
+    assert usual != off
+
+
+def test_each_mini_batch_has_factors_of_its_own(monkeypatch, tmp_path):
+    seen, plain = [], vppo.set_weights
+
+    def weighed_rows(minibatch, *more):
+        seen.append({row.prompt.prompt_id for row in minibatch})
+        plain(minibatch, *more)
+
+    monkeypatch.setattr(vppo, "set_weights", weighed_rows)
+    train("vppo", tmp_path / "run", "--steps", 1, "--updates_per_step", 2)
+    assert [len(prompts) for prompts in seen] == [2, 2] and not seen[0] & seen[1]
