@@ -86,7 +86,7 @@ def code(file, numbers, marked=()):
     plain = (ROOT / file).read_text().splitlines()
     shown = []
     for n in numbers:
-        indent = len(plain[n - 1]) - len(plain[n - 1].lstrip())
+        indent = min(24, len(plain[n - 1]) - len(plain[n - 1].lstrip()))
         kind = "line hll" if n in marked else "line"
         shown.append(f'<span class="{kind}" style="--i:{indent}ch"><i>{n}</i>{lines[n - 1]}</span>')
     page = file.replace(".py", ".html").replace("common", "grpo")  # whose notes have the equations of common.py
