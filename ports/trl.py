@@ -3,9 +3,8 @@
     config = trl.GRPOConfig(..., loss_type="dapo", beta=0.0)  # VEPO: also entropy_coef=1e-3
     VEPOTrainer(model, reward_funcs, config, train_dataset=data, processing_class=processor).train()
 
-TRL's loss takes advantages (B, T): here a response's, times the weight of each of its tokens. The methods' flags keep
-their defaults. VEPO expects "dapo", which divides by all tokens; PRPO a model of patches, not InternVL's tiles. SaEI,
-which changes how responses are sampled, has a file of its own: trl_saei.py.
+TRL's loss takes advantages (B, T): here a response's, times the weight of each of its tokens. Flags of the methods
+keep their defaults. PRPO expects a model of patches, not InternVL's tiles. SaEI changes the sampler: see trl_saei.py.
 """
 
 import torch
@@ -34,9 +33,13 @@ class TokenWeights(trl.GRPOTrainer):
         ids, images, fields = super()._tokenize_prompts(prompts)
         return ids, images and [x or [] for x in images], fields  # TRL's None fails next to images
 
-    def _get_per_token_logps_and_entropies(self, *args, **fields):
-        fields = {name: x for name, x in fields.items() if not torch.is_tensor(x) or len(x)}  # TRL fails on no images
-        return super()._get_per_token_logps_and_entropies(*args, **fields)
+    def _get_per_token_logps_and_entropies(self, model, ids, mask, T, batch_size=None, **fields):
+        if batch_size and batch_size < len(ids):  # part by part: TRL fails on one without an image
+            rows = split_pixel_values_by_grid({"ids": ids, "mask": mask} | fields)
+            parts = map(unsplit_pixel_values_by_grid, split_tensor_dict(rows, len(ids) // batch_size))
+            return torch.cat([self._get_per_token_logps_and_entropies(model, T=T, **x)[0] for x in parts]), None, None
+        fields = {name: x for name, x in fields.items() if not torch.is_tensor(x) or len(x)}  # also of no images
+        return super()._get_per_token_logps_and_entropies(model, ids, mask, T, **fields)
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
@@ -49,23 +52,20 @@ class TokenWeights(trl.GRPOTrainer):
             self.model.eval()  # or adapters' dropout would count as dependence on the image
             with torch.no_grad(), self.accelerator.autocast():
                 scores = [self.scores(unsplit_pixel_values_by_grid(part)) for part in rows]
-                weights = self.weights(*map(torch.cat, zip(*scores)), mask)
             self.model.train()
-            batch["advantages"] = batch["advantages"][:, None] * weights
+            batch["advantages"] = batch["advantages"][:, None] * self.weights(*map(torch.cat, zip(*scores)), mask)
         return batch
 
     def states(self, rows, change=None):
         """Hidden states (b, L, D), embeddings to last; `change(pixels, generator)`: of a prompt's images, one draw."""
         ids, seen = (torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-        names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-        fields = {name: rows[name] for name in names if len(rows.get(name, ()))}
+        fields = {x: rows[x] for x in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if len(rows.get(x, ()))}
         if change and "pixel_values" in fields:
-            key = self.args.seed, self.state.global_step, self._step
-            draws = (seeded(*key, prompt) for prompt in rows["prompt"].tolist())
+            draws = (seeded(self.args.seed, self.state.global_step, self._step, i) for i in rows["prompt"].tolist())
             images = zip(split_pixel_values_by_grid(rows)["pixel_values"], draws)
             fields["pixel_values"] = torch.cat([change(*each) if len(each[0]) else each[0] for each in images])
-        options = {"output_hidden_states": True, "logits_to_keep": 1}
-        return self.model(input_ids=ids, attention_mask=seen, **fields, **options).hidden_states
+        fields |= {"output_hidden_states": True, "logits_to_keep": 1}
+        return self.model(input_ids=ids, attention_mask=seen, **fields).hidden_states
 
     def compare(self, function, rows, *states):
         """`function(*logits)`, tensors (b, T): the distributions of the tokens, which come from the position before."""

@@ -198,6 +198,24 @@ def test_the_guides_lines_of_pepo(monkeypatch, tmp_path):
     torch.testing.assert_close(names["token_advantages"], batch["advantages"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_micro_batches_without_an_image_next_to_others(size, monkeypatch, tmp_path):
+    """Log-probs before the updates and of the reference model, by TRL's batch and row by row; then four updates."""
+    rows = data_rows([0, 2, 0, 1])
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    trainer = made("pepo", tmp_path, rows, beta=0.1, num_iterations=2, max_steps=4, **parts)
+    if size == 4:
+        trainer.train()
+        return
+    trainer.args.per_device_train_batch_size = size
+    batch, _ = sampled(trainer, rows, monkeypatch)
+    model, mask = load_model(TOY / "model").train(), batch["completion_mask"].bool()
+    want = [forward(model, group, 0.8)[0].detach() for group in groups_of(batch, model)]
+    want = torch.cat([torch.nn.functional.pad(x, (0, mask.shape[1] - x.shape[1])) for x in want])[mask]
+    for name in ("old", "ref"):
+        torch.testing.assert_close(batch[f"{name}_per_token_logps"][mask], want, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("name", PORTS)
 def test_three_steps_in_trl(name, iterations, monkeypatch, tmp_path):
