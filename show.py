@@ -104,6 +104,12 @@ class SignalArgs(ShownArgs):
 
 
 @dataclasses.dataclass
+class LectureArgs(ShownArgs):
+    model: str = flag("toy-faint", "as of show.py tokens")
+    output: str = flag("lecture", "folder that the pages are written to")
+
+
+@dataclasses.dataclass
 class CurveArgs:
     runs: list[str] = flag(dataclasses.MISSING, "folders, as in: curves runs/*; name-0, name-1 ...: seeds of a method")
     output: str = flag("curves", "file that is written, as .png and as .svg")
@@ -135,6 +141,14 @@ def load(args):
     return run_of(model, processor), Data(args.data, split, args, processor, model)
 
 
+def vppo_row(row, logps, trainer, args):
+    """A row with VPPO's scores and weights, with default constants, as if it were the whole mini-batch."""
+    row = dataclasses.replace(row, old_logps=logps, loss_mask=row.mask)
+    vppo.set_scores([row], trainer, vppo.Args(seed=args.seed, temperature=args.temperature), 0)
+    vppo.set_weights([row], trainer, vppo.Args())
+    return row
+
+
 @torch.no_grad()
 def image_signals(row, trainer, args):
     """What the methods, with their default constants, measure on the responses to a prompt with an image.
@@ -146,21 +160,28 @@ def image_signals(row, trainer, args):
     settings = {"seed": args.seed, "temperature": temperature}
     noised = vepo.noised_hidden(row, trainer, vepo.Args(**settings), 0)
     views = prpo.perturbed_hidden(row, trainer, prpo.Args(**settings), 0)
-    _, entropy, hidden = forward(model, row, temperature)
+    logps, entropy, hidden = forward(model, row, temperature)
     jsd, _, noised_entropy = compare_logits(vepo.divergences, model, row, hidden, noised, temperature=temperature)
     kl_strong, kl_weak = compare_logits(prpo.divergences, model, row, hidden, *views, temperature=temperature)
     reweighted = dataclasses.replace(row)
     pepo.scoring_forward(reweighted, trainer, pepo.Args(**settings))
     dependent, brittle = (min_max(kl.log1p(), mask) > 0.5 for kl in (kl_strong, kl_weak))
     vepo_score = vepo.token_scores(jsd, entropy, noised_entropy, mask)
+    focus = vgpo.row_focus(hidden, row, vgpo.Args())
+    _, psi, compensated = vgpo.group_factors(focus, mask)
     signals = {
+        "probability": logps.exp(),
         "entropy": entropy,
+        "entropy_gap": (noised_entropy - entropy).abs(),
         "jsd": jsd,
         "vepo_score": vepo_score,
         "kept_by_entropy": vepo.select_top(entropy, mask),
         "kept_by_vepo": vepo.select_top(vepo_score, mask),
         "kept_by_jsd": vepo.select_top(jsd, mask) & (jsd > 0),
-        "focus": vgpo.row_focus(hidden, row, vgpo.Args()),
+        "focus": focus,
+        "compensated": compensated,
+        "late_gate": vgpo.late_gate(focus, mask),
+        "psi": psi,
         "kl_strong": kl_strong,
         "kl_weak": kl_weak,
         "dependent_stable": dependent & ~brittle,
@@ -188,6 +209,7 @@ SCORES = {
     "PRPO": "near 1 where blackened patches change the token and weak noise does not (our reading of the paper)",
     "PEPO": "how similar the token's hidden states, in all layers, are to the image's, from -1 to 1",
     "SaEI": "1 on the middle third of a response's tokens by entropy: the attack aims to raise their entropy",
+    "VPPO": "how much blackened patches change the token's probability: exp(d) - d - 1, from 0 to 10",
 }
 ADVANTAGES = {
     "GRPO": "the response's, on every token: its reward minus its group's mean, in standard deviations",
@@ -196,6 +218,7 @@ ADVANTAGES = {
     "PRPO": "times 1 + 2 x score: on no token less than the response's",
     "PEPO": "times weights of mean 1: more on tokens that are similar to the image, or uncertain",
     "SaEI": "as GRPO's: the attack changes what half of the responses are sampled from, not the loss",
+    "VPPO": "only on the best 40 % of a response's tokens; times f, 0.9 or more, mean 1 over the responses",
 }
 SIGNALS = {
     "entropy": "entropy {} nats",
@@ -248,6 +271,7 @@ def score_tokens(group, trainer, args):
         signals, _, _ = image_signals(group, trainer, args)
     focused = dataclasses.replace(group, scores=signals["focus"])
     vgpo.set_weights([focused], trainer, vgpo.Args())
+    dependent = vppo_row(group, signals["probability"].log(), trainer, args)
     methods = {
         "GRPO": (None, mask),
         "VEPO": (signals["vepo_score"], signals["kept_by_vepo"]),
@@ -255,6 +279,7 @@ def score_tokens(group, trainer, args):
         "PRPO": (signals["rvd"], prpo.token_weights(signals["rvd"], mask)),
         "PEPO": (signals["similarity"], signals["weight"]),
         "SaEI": (saei.middle_third(signals["entropy"], mask).float(), mask),
+        "VPPO": (dependent.scores, dependent.weights),
     }
     noise, strong, weak, clean, _ = seen
     views = {"the image": clean, "VEPO: noise": noise, "PRPO: patches blackened": strong, "PRPO: weak noise": weak}
@@ -270,8 +295,10 @@ def note(method, score, weight, advantage):
     """The text of a token: a method's score of it, and its weight on the response's advantage."""
     value = f"{advantage * weight:+.3g}" if weight else "0"
     reason = f"the response's {advantage:+.3g} x {weight:.2f}"
-    if method == "VEPO":
-        reason = "kept" if weight else "not among the best 20 %: left out of the policy loss"
+    if method in ("VEPO", "VPPO") and not weight:
+        reason = f"not among the best {20 if method == 'VEPO' else 40} %: left out of the policy loss"
+    elif method == "VEPO":
+        reason = "kept"
     return f"{method}: {'' if score is None else f'score {score:.2g}, '}advantage {value} ({reason})"
 
 
@@ -603,15 +630,9 @@ def function_page(method):
 
 def main():
     command, *flags = sys.argv[1:] or [""]
-    classes = {"curves": CurveArgs, "tokens": TokenArgs, "signals": SignalArgs}
+    classes = {"curves": CurveArgs, "tokens": TokenArgs, "signals": SignalArgs, "lecture": LectureArgs}
     if command == "functions" and flags and flags[0] in FUNCTIONS:
         print(function_page(flags[0]), end="")
-        return
-    if command == "lecture":
-        try:
-            runpy.run_module("lecture.pages", run_name="__main__")
-        except ModuleNotFoundError as error:
-            raise UserError(f"{error.name} is missing: pip install -r lecture/requirements.txt") from None
         return
     if command not in classes:
         print(__doc__)
@@ -628,6 +649,12 @@ def main():
         Path(args.page).parent.mkdir(parents=True, exist_ok=True)  # before the work is done
         Path(args.page).write_text(token_page(args))
         print(args.page)
+    elif command == "lecture":
+        try:
+            pages = runpy.run_module("lecture.pages")
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is missing: pip install -r lecture/requirements.txt") from None
+        pages["write_pages"](args)
     else:
         file = Path(args.output) / "signals.json"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,7 @@ RIGHT = {  # other ways to the right answer
     "tau_limits": lambda s, mask: torch.stack(
         [(s / tau).masked_fill(~mask, -torch.inf).softmax(1) * mask.sum(1, keepdim=True) for tau in (1e-4, 1e9)]
     ),
+    "largest_factor": lambda B: (5.0 - 4.0 * (torch.arange(B) > 0), (9 + B) / 10),
     "papo": another_papo(),
 }
 
@@ -174,6 +175,13 @@ WRONG = {  # typical mistakes, by exercise
         lambda image, gradient, step: (  # a pixel that is clamped on its way counts as 0
             step * gradient.abs() * ((image + step * gradient.sign()).clamp(0, 1) == image + step * gradient.sign())
         ).sum(),
+    ],
+    "largest_factor": [
+        lambda B: (torch.eye(B)[0], 1.0),
+        lambda B: (torch.eye(B)[0], 1.1),
+        lambda B: (torch.arange(B) / (B - 1), 0.9 + 0.1 * B),  # evenly spread: twice the mean
+        lambda B: (-torch.eye(B)[0], 0.9 + 0.1 * B),
+        lambda B: (torch.ones(B), 0.9 + 0.1 * B),
     ],
     "papo": [
         papo_with(gamma=lambda given: -given.gamma),

@@ -22,6 +22,7 @@ import saei
 import show
 import vepo
 import vgpo
+import vppo
 from common import forward, rollout
 from plumbing.arguments import TOY, SharedArgs
 from plumbing.data import Data
@@ -172,7 +173,7 @@ def test_the_page_stands_alone_and_shows_all_methods_on_the_same_response(page):
 
 def test_one_scale_for_all_advantages_of_a_prompt_and_for_the_scores_of_a_method(page):
     for lines in prompts_of(page):
-        assert len(lines) == 2 * (6 + 5)  # of both responses; GRPO has no score
+        assert len(lines) == 2 * (7 + 6)  # of both responses; GRPO has no score
         spans = [span for (_, _, what), line in lines.items() if what == "advantage" for span in line]
         largest = max(abs(number("advantage", note)) for _, _, note in spans)
         for kind, share, note in spans:
@@ -250,6 +251,11 @@ def test_scores_are_those_of_the_method_files(of_two_images):
     _, entropy, hidden = forward(trainer.model, group)
     rows["VGPO"].scores = vgpo.row_focus(hidden, group, vgpo.Args())
     vgpo.set_weights([rows["VGPO"]], trainer, vgpo.Args())
+    with torch.no_grad():
+        rows["VPPO"].old_logps = forward(trainer.model, group)[0]
+    vppo.set_scores([rows["VPPO"]], trainer, vppo.Args(), 0)
+    vppo.set_weights([rows["VPPO"]], trainer, vppo.Args())
+    torch.testing.assert_close(methods["VPPO"], (rows["VPPO"].scores, rows["VPPO"].weights), atol=1e-6, rtol=1e-4)
     for name in ("VEPO", "VGPO", "PRPO", "PEPO"):
         scores, weights = methods[name]
         assert torch.equal(scores, rows[name].scores) and torch.equal(weights, rows[name].weights.float())
@@ -264,7 +270,7 @@ def test_responses_of_one_token_and_equal_ones(of_two_images):
     short = dataclasses.replace(group, responses=group.responses[:, :1], mask=group.mask[:, :1])
     text = show.section(short, trainer, SharedArgs())
     (lines,) = prompts_of(text)
-    assert text.count("<img") == 6 * 2 and len(lines) == 22
+    assert text.count("<img") == 6 * 2 and len(lines) == 26
     assert all(len(line) == 1 for line in lines.values())
     assert lines["right", "VEPO", "advantage"][0][2].endswith("(kept)")
     equal, mask = group.responses[:2, :1].expand(2, 3), torch.tensor([[True, False, False]] * 2)

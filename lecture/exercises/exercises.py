@@ -187,6 +187,15 @@ def entropy_gain(image, gradient, step):
     raise NotImplementedError
 
 
+def largest_factor(B):
+    """Dependencies (B,) >= 0 for which the largest factor f of VPPO is as large as it can be, and that f, a float. [3]
+
+    f_i = 0.9 + 0.1 n_i / mean_j n_j, where n is the min-max of the responses' mean dependency over the mini-batch of
+    B >= 2 responses. The mean of f is 1. Its smallest value is 0.9. Is its largest bounded by a constant?
+    """
+    raise NotImplementedError
+
+
 def papo(rewards, logps, old_logps, masked_logps, mask, gamma=0.01, cap=1.0, clip_low=0.2, clip_high=0.2):
     """The loss of PAPO (arXiv 2507.06448), a scalar, written with torch alone. [15 to 50]
 

@@ -18,6 +18,7 @@ import prpo
 import saei
 import vepo
 import vgpo
+import vppo
 from common import aggregate, group_advantages, kl_penalty, policy_loss
 
 
@@ -294,6 +295,18 @@ def test_entropy_gain():
             attacked = saei.adversarial_step(image, gradient, step)
             slope = torch.linalg.vecdot(gradient.flatten(), (attacked - image).flatten())
             check(student.entropy_gain(image, gradient, step), slope, f"Pixels {where}: gradient times real change.")
+
+
+def test_largest_factor():
+    for B in (2, 8, 128):
+        dependency, largest = pair(student.largest_factor(B))
+        dependency = torch.as_tensor(dependency).detach().float()
+        check(dependency.shape, (B,), f"B = {B}: one dependency for each response.")
+        assert (dependency >= 0).all(), "A dependency is not below 0."
+        reached = vppo.response_factors(dependency, dependency).max().item()
+        why = f"B = {B}: with your dependencies the largest f is {reached:.4f}"
+        assert reached > 0.9 + 0.1 * B - 1e-3, f"{why}. The best response has n = 1; what makes the mean of n small?"
+        check(largest, 0.9 + 0.1 * B, f"{why}, but you give another value.", 1e-4)
 
 
 def test_papo():

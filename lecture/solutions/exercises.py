@@ -127,6 +127,13 @@ def entropy_gain(image, gradient, step):
     return (gradient * moved).sum().item()
 
 
+def largest_factor(B):
+    """n of the response that depends most is 1; f is largest if the mean is smallest: all others have n = 0."""
+    dependency = torch.zeros(B)
+    dependency[0] = 1.0
+    return dependency, 0.9 + 0.1 * B
+
+
 def papo(rewards, logps, old_logps, masked_logps, mask, gamma=0.01, cap=1.0, clip_low=0.2, clip_high=0.2):
     """GRPO, and one line more. A group of equal rewards has no advantage, but its KL term still has a gradient."""
     A = advantages(rewards).flatten()[:, None]  # (B, 1)
