@@ -126,8 +126,9 @@ def write_pages(args):
         raise UserError(f"--output {folder} is a file: name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     trainer, data = show.load(args)
-    (group,) = show.mixed_groups(trainer, data, args, 1)
-    i = int(group.accuracy.argmax())  # a right response
+    # the longest right response of 8 groups
+    group = max(show.mixed_groups(trainer, data, args, 8), key=lambda x: x.lengths[int(x.accuracy.argmax())])
+    i = int(group.accuracy.argmax())
     tokens = [trainer.tokenizer.decode([token]) for token in group.responses[i, : group.lengths[i]].tolist()]
     methods, values, _ = show.score_tokens(group, trainer, args)
     for method, (score, weight) in methods.items():
