@@ -1,5 +1,5 @@
-"""To look at, and to copy: training curves, a page of which tokens each method rewards, what
-the methods assume, measured, and a method's functions.
+"""Things to look at and to copy: training curves, a page of which tokens each method rewards,
+what the methods assume, measured, pages for a lecture, and a method's functions.
 
     python show.py curves runs/*                # curves.png and curves.svg, and a table; folders name-0, name-1: seeds
     python show.py tokens --model toy           # tokens.html: the same responses as every method sees them
@@ -8,7 +8,7 @@ the methods assume, measured, and a method's functions.
     python show.py functions pepo > pepo_functions.py    # a method's plain functions, to copy: they need torch
     python show.py lecture                      # lecture/*.html: formulas, code and what it gives, side by side
 
-`python show.py signals --help` (curves, tokens) lists its flags.
+`python show.py signals --help` (curves, tokens, lecture) lists its flags.
 """
 
 import ast

@@ -41,7 +41,8 @@ def read(file):
 def included(match):
     """Lines of a file as Markdown; a table without its links to other files."""
     file, text, count = match.groups()
-    rest = read(file)[read(file).rindex("\n", 0, read(file).index(text)) + 1 :]
+    source = read(file)
+    rest = source[source.rindex("\n", 0, source.index(text)) + 1 :]
     if file.endswith(".md"):
         return re.sub(r"\[([^]]+)\]\((?!http)[^)]*\)", r"\1", re.match(r"(\|.*\n)*", rest)[0])
     lines = rf"(.*\n){{{count}}}" if count else r".*\n(?: .*\n|\n+(?= ))*"
@@ -56,7 +57,7 @@ def notes(name):
 def code_blocks(file):
     """{name: numbers of its lines} of a file's docstring, `header`, and of its functions and classes."""
     nodes = [node for node in ast.parse(read(file)).body if isinstance(node, ast.Expr | ast.FunctionDef | ast.ClassDef)]
-    first = [min(part.lineno for part in [node, *getattr(node, "decorator_list", [])]) for node in nodes]
+    first = [(getattr(node, "decorator_list", None) or [node])[0].lineno for node in nodes]
     return {getattr(node, "name", "header"): range(n, node.end_lineno + 1) for node, n in zip(nodes, first)}
 
 
@@ -80,7 +81,9 @@ def opcodes(name):
 def strip(label, values, tokens):
     """The tokens of a response, coloured by a value (T,): violet, or blue and orange for an advantage."""
     (low, high), signed = values.aminmax(), "advantage" in label
-    shares = values.abs() / values.abs().max() if signed else (values - low) / (high - low).clamp(min=1e-9)
+    shares = (
+        values.abs() / values.abs().max().clamp(min=1e-9) if signed else (values - low) / (high - low).clamp(min=1e-9)
+    )
     kinds = ["s" if not signed else "n" if value < 0 else "p" for value in values.tolist()]
     shown = show.spans(tokens, [f"{value:.3g}" for value in values.tolist()], shares, kinds)
     return f'<p class="soft">{html.escape(label)}: {low:.2g} to {high:.2g}</p><p class="tokens">{shown}</p>'
@@ -93,7 +96,7 @@ def framed(title, body):
     return f'<!doctype html><html lang="en">{head}{style}<nav>{links}</nav><h1>{title}</h1>{body}\n'
 
 
-def method_page(name, values, tokens, picture):
+def method_page(name, values, tokens, question):
     """A page of rows: notes, code, and what it gives on the response `tokens`: {name: (T,)}."""
     own, shared, page = code_blocks(f"{name}.py"), code_blocks("common.py"), ""
     new = [n for equal, _, lines in opcodes(name) if not equal for n in lines]
@@ -101,7 +104,7 @@ def method_page(name, values, tokens, picture):
     for title, text in zip(parts[::2], parts[1::2]):
         text, *shown = text.split("\n=> ")
         pairs = [line.strip().split(": ", 1) for line in shown]
-        right = picture if title == "header" else "".join(strip(label, values[x], tokens) for x, label in pairs)
+        right = question if title == "header" else "".join(strip(label, values[x], tokens) for x, label in pairs)
         file = f"{name}.py" if title in own else "common.py" if title in shared else ""
         block = code(file, (shared | own)[title], new if title == "main" else ()) if file else ""
         kind = title if title in ("header", "main") or not file else "three" if right else "two"
@@ -126,7 +129,7 @@ def write_pages(args):
         raise UserError(f"--output {folder} is a file: name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     trainer, data = show.load(args)
-    # the longest right response of 8 groups
+    # of 8 groups the one whose first right response is longest
     group = max(show.mixed_groups(trainer, data, args, 8), key=lambda x: x.lengths[int(x.accuracy.argmax())])
     i = int(group.accuracy.argmax())
     tokens = [trainer.tokenizer.decode([token]) for token in group.responses[i, : group.lengths[i]].tolist()]
@@ -136,9 +139,9 @@ def write_pages(args):
         values |= {f"{method} score": score, f"{method} weight": weight, f"{method} advantage": A}
     values = {name: x[i, : len(tokens)].float().cpu() for name, x in values.items() if x is not None}
     images = "".join(map(show.image_tag, show.split_images(group.prompt.pixel_values, group.prompt, trainer)))
-    picture = f"{images}<p>{html.escape(group.prompt.problem.replace('<image>', ''))}</p>"
+    question = f"{images}<p>{html.escape(group.prompt.problem.replace('<image>', ''))}</p>"
     pages = {"index": framed("Token-level reinforcement learning", MARKDOWN.render(notes("index")))}
-    pages |= {name: method_page(name, values, tokens, picture) for name in METHODS}
+    pages |= {name: method_page(name, values, tokens, question) for name in METHODS}
     pages |= {f"diff_{name}": diff_page(name) for name in METHODS[1:]}
     for name, page in pages.items():
         (folder / f"{name}.html").write_text(page)

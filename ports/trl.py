@@ -4,7 +4,7 @@
     VEPOTrainer(model, reward_funcs, config, train_dataset=data, processing_class=processor).train()
 
 TRL's loss takes advantages (B, T): here a response's, times the weight of each of its tokens. Flags of the methods
-keep their defaults. PRPO expects a model of patches, not InternVL's tiles. SaEI changes the sampler: see trl_saei.py.
+keep their defaults. PRPO expects a model of patches, not InternVL's tiles. SaEI is in trl_saei.py; VPPO is not here.
 """
 
 import torch

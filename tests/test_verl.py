@@ -69,8 +69,8 @@ def test_engines_find_the_weights_and_gradients_of_packed_rows(tmp_path, toy, ar
     for group, values in zip(groups, advantages):
         prompt = group.prompt
         rows += [verl_row(prompt, ids[:n], a) for ids, n, a in zip(group.responses, group.lengths, values)]
-        pictures = {name: getattr(prompt, name) for name in ("pixel_values", "image_grid_thw")}
-        images += [pictures if prompt.pixel_values is not None else {}] * 4
+        fields = {name: getattr(prompt, name) for name in ("pixel_values", "image_grid_thw")}
+        images += [fields if prompt.pixel_values is not None else {}] * 4
         for name, keys in uid.items():  # a uid is the key of the noise: here that of this project
             word = "views" if name == "prpo" else "noise"
             keys += [f"{args.seed} 0 {prompt.index} {prompt.prompt_id} {word}"] * 4

@@ -230,7 +230,7 @@ def test_psi():
     for T in (2, 3, 10, 100):
         focus, largest = pair(student.psi(T))
         focus = torch.as_tensor(focus).detach().float()
-        check(focus.shape, (T,), f"T = {T}: one focus value for each token.")
+        assert focus.shape == (T,), f"T = {T}: one focus value for each token, (T,)."
         reached = vgpo.token_factors(focus[None], torch.ones(1, T, dtype=torch.bool)).max().item()
         why = f"T = {T}: with your focus the largest psi is {reached:.4f}"
         assert reached > 2 - 1 / T - 1e-3, f"{why}. The best token has w' = 1; what makes the mean of w' small?"
@@ -301,7 +301,7 @@ def test_largest_factor():
     for B in (2, 8, 128):
         dependency, largest = pair(student.largest_factor(B))
         dependency = torch.as_tensor(dependency).detach().float()
-        check(dependency.shape, (B,), f"B = {B}: one dependency for each response.")
+        assert dependency.shape == (B,), f"B = {B}: one dependency for each response, (B,)."
         assert (dependency >= 0).all(), "A dependency is not below 0."
         reached = vppo.response_factors(dependency, dependency).max().item()
         why = f"B = {B}: with your dependencies the largest f is {reached:.4f}"
