@@ -12,7 +12,7 @@ and q under the blackened one:
 
 K_i: the ceil(0.4 T) tokens of the largest S of response i. N: all tokens of the mini-batch. The mean of f over all its
 sampled responses is 1. The last term is an entropy PENALTY. A patch is black with probability 0.5, drawn again for each
-response. In bf16 an S below about 1e-4 is rounding, and may choose tokens where few depend on the image.
+different response. In bf16 an S below about 1e-4 is rounding, and may choose tokens where few depend on the image.
 
 What the paper and its code (huaixuheqing/VPPO-RL) say, and what is done here:
   1. The paper has the full KL of the two distributions. The code has the sampled token's, and so has this file.

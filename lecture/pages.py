@@ -86,7 +86,7 @@ def strip(label, values, tokens):
     )
     kinds = ["s" if not signed else "n" if value < 0 else "p" for value in values.tolist()]
     shown = show.spans(tokens, [f"{value:.3g}" for value in values.tolist()], shares, kinds)
-    return f'<p class="soft">{html.escape(label)}: {low:.2g} to {high:.2g}</p><p class="tokens">{shown}</p>'
+    return f'<p class="soft">{html.escape(label)}: {low:z.2g} to {high:z.2g}</p><p class="tokens">{shown}</p>'
 
 
 def framed(title, body):

@@ -42,6 +42,7 @@ class TokenWeights(trl.GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(model, ids, mask, T, **fields)
 
     def _generate_and_score_completions(self, inputs):
+        inputs = [x | {"images": x["images"] or []} if "images" in x else x for x in inputs]  # nor on None in all rows
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
             mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()  # (B, T)
@@ -84,8 +85,7 @@ class VEPOTrainer(TokenWeights):
     def scores(self, rows):
         scale = self.images.image_std
         noised = self.states(rows, lambda x, g: vepo.noised_pixels(x.flatten(1), scale, g, vepo.Args()).view_as(x))
-        signals = self.compare(vepo.divergences, rows, self.states(rows)[-1], noised[-1])
-        return *signals, rows["image"].any(1, keepdim=True)
+        return *self.compare(vepo.divergences, rows, self.states(rows)[-1], noised[-1]), rows["image"].any(1)[:, None]
 
     def weights(self, jsd, entropy, noised_entropy, has_image, mask):
         if self.args.loss_type != "dapo":

@@ -1,5 +1,6 @@
 """The lecture's pages: complete, self-contained, and of the code as it is now."""
 
+import ast
 import html
 import re
 import runpy
@@ -90,10 +91,14 @@ def test_numbers_of_the_comparison_are_those_of_its_report(name):
 
 
 def incomplete(name, text):
-    """Functions without a note, sections without a function, and equations that the code cites and the notes lack."""
+    """Functions without a note, constants (no page shows them), sections without a function, equations that the notes
+    lack although the code cites them."""
     own, shared = code_blocks(f"{name}.py"), code_blocks("common.py")
     titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    wrong = (own.keys() - titles) | (set(titles) - {*own, *shared, "results", "exercises"})
+    lines = {n for block in own.values() for n in block}
+    tree = ast.parse((ROOT / f"{name}.py").read_text()).body
+    outside = {node.targets[0].id for node in tree if isinstance(node, ast.Assign) and node.lineno not in lines}
+    wrong = outside | (own.keys() - titles) | (set(titles) - {*own, *shared, "results", "exercises"})
     cited = (ROOT / f"{name}.py").read_text()
     if name == "grpo":
         lines = (ROOT / "common.py").read_text().splitlines()

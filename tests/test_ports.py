@@ -374,6 +374,17 @@ def test_the_dropout_of_adapters_is_off_while_tokens_are_scored(monkeypatch, tmp
     assert kept["weights"].unique().tolist() in ([1.0], [0.0, 1.0]) and trainer.model.training
 
 
+def test_rows_whose_images_are_none(tmp_path):
+    """As data sets have them, in all rows or in some: TRL knows an empty list alone."""
+    rows = data_rows([0, 0]) + data_rows([1, 0])
+    for row in rows:
+        row["images"] = row["images"] or None
+    for some in (rows[:2], rows[1:3]):
+        trainer = made("pepo", tmp_path, some, max_steps=1)
+        trainer.train()
+        assert trainer.evaluate(trainer.train_dataset)["eval_loss"] is not None and trainer.state.global_step == 1
+
+
 def test_odd_groups_cannot_be_halved(tmp_path):
     trainer = made("saei", tmp_path, data_rows([1, 1, 1]), num_generations=3, per_device_train_batch_size=9)
     trainer.model.train()
