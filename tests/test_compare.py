@@ -18,9 +18,17 @@ import prpo  # noqa: E402
 import show  # noqa: E402
 import vepo  # noqa: E402
 import vgpo  # noqa: E402
+import vppo  # noqa: E402
 from common import forward, load_model, load_processor, policy_loss, rollout  # noqa: E402
 from plumbing.arguments import SharedArgs, model_source  # noqa: E402
 from plumbing.data import Data  # noqa: E402
+
+UNWEIGHTED = [
+    "DAPO",
+    "GRPO, LoRA rank 8",
+    "VPPO without entropy penalty",
+    "GRPO with entropy penalty",
+]  # no weights of tokens, or VPPO's
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +191,7 @@ def test_credit_is_the_gradient_of_each_methods_own_loss(monkeypatch):
     (group,) = rollout(model, processor.tokenizer, [data.prompt(0)], args, 0)
     advantages, kinds = torch.linspace(-1, 1, 8), credit.kind_masks(group, processor.tokenizer.decode)
     logps, _, hidden = forward(model, group)
-    weights, parameters = credit.variant_weights(group, run, hidden.detach()), list(model.parameters())
+    weights, parameters = credit.variant_weights(group, run, logps.detach(), hidden.detach()), list(model.parameters())
 
     def gradient(loss):
         slopes = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
@@ -203,6 +211,13 @@ def test_credit_is_the_gradient_of_each_methods_own_loss(monkeypatch):
         vgpo.set_weights([row], run, vgpo.Args())
         return own
 
+    def vppo_forward(row):
+        own, _, _ = forward(model, row)
+        row.old_logps, row.loss_mask = own.detach(), row.mask
+        vppo.set_scores([row], run, vppo.Args(), 0)
+        vppo.set_weights([row], run, vppo.Args())
+        return own
+
     scripts = {
         "VEPO": lambda row: vepo.scoring_forward(row, run, vepo.Args(), 0)[0],
         "top entropy": lambda row: vepo.scoring_forward(row, run, vepo.Args(select="entropy"), 0)[0],
@@ -211,6 +226,7 @@ def test_credit_is_the_gradient_of_each_methods_own_loss(monkeypatch):
         "PRPO shuffled": lambda row: prpo.scoring_forward(row, run, prpo.Args(shuffle=True), 0)[0],
         "PEPO": lambda row: pepo.scoring_forward(row, run, pepo.Args())[0],
         "VGPO": vgpo_forward,
+        "VPPO": vppo_forward,
     }
     seen = []
     for variant, scored in scripts.items():
@@ -230,7 +246,7 @@ def test_credit_as_a_command(tmp_path, monkeypatch, capsys):
     credit.main()
     found = json.loads((tmp_path / "credit.json").read_text())["toy-faint"]
     assert found["prompts"] == 6 >= found["groups"] > 0
-    others = [name for name in compare.VARIANTS if name not in ("DAPO", "GRPO, LoRA rank 8")]  # they weight no tokens
+    others = [name for name in compare.VARIANTS if name not in UNWEIGHTED]
     assert list(found["variants"]) == others
     for values in found["variants"].values():
         assert sum(values[f"share_{kind}"][0] for kind in credit.KINDS) == pytest.approx(1, abs=1e-4)
@@ -246,11 +262,11 @@ def test_the_report_of_the_committed_results(monkeypatch, capsys):
     monkeypatch.setattr(compare.Figure, "savefig", lambda figure, path, **_: drawn.append((figure, path)))
     compare.report()
     out = capsys.readouterr().out
-    assert "| VEPO | 8 | 55.9 ± 0.1 | -0.6 ± 0.3 | 0.0052 | 60.3 ± 1.5 | +0.4 ± 1.4 | 47.1 ± 1.6 | 96.9 ± 1.0 |" in out
+    assert "| VEPO | 8 | 55.9 ± 0.1 | -0.6 ± 0.3 | 0.0069 | 60.3 ± 1.5 | +0.4 ± 1.4 | 47.1 ± 1.6 | 96.9 ± 1.0 |" in out
     assert "| GRPO | 5 | 71.0 ± 1.1 | - | - | 75.5 ± 1.5 | - | - | - |" in out
-    assert "VEPO against random 20 %: +3.3 ± 0.5 online, p = 1.5e-05" in out
-    ((figure, path),) = drawn
-    assert path == compare.TOY / "comparison.png"
+    assert "VEPO against random 20 %: +3.3 ± 0.5 online, p = 2e-05" in out
+    (figure, path), (gains, second) = drawn
+    assert (path, second) == (compare.TOY / "comparison.png", compare.TOY / "gains.png")
     _, top, _, middle, _, bottom = figure.axes
     signals = json.loads((compare.TOY / "faint" / "signals.json").read_text())["signals"]
     assert [bar.get_height() for bar in top.patches] == [100 * signals[name]["mean"] for name in compare.ASSUMPTIONS]
@@ -260,3 +276,7 @@ def test_the_report_of_the_committed_results(monkeypatch, capsys):
     points = dict(zip((tick.get_text() for tick in bottom.get_yticklabels()), bottom.lines[0].get_xdata()))
     assert len(points) == len(compare.VARIANTS) - 2  # all but the two baselines
     assert round(points["VEPO"], 1) == -0.6
+    names = [tick.get_text() for tick in gains.axes[0].get_yticklabels()]
+    assert sorted(names) == sorted(points) and [text.get_text() for text in gains.axes[0].texts] == [
+        f"{value:+z.1f}" for value in sorted(points.values())
+    ]

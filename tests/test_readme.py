@@ -21,7 +21,7 @@ def test_its_flags_exist():
     classes = [importlib.import_module(name).Args for name in METHODS]
     classes += [eval.Args, show.TokenArgs, show.SignalArgs, show.CurveArgs]
     known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    known |= {"help", "no_methods", "repeats", "image_tokens", "gpu"}  # of python and tests/bench.py
+    known |= {"help", "methods", "no_methods", "repeats", "image_tokens", "gpu"}  # of python and tests/bench.py
     known |= {"report", "search", "check", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     known |= {"external_plugins"}  # of ms-swift
     assert set(re.findall(r"--([a-z_0-9]+)", "".join(PAGES.values()))) <= known

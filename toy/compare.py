@@ -2,7 +2,7 @@
 
     python toy/compare.py --toy toy-faint         # hours on 2 cores; may be stopped and started again
     python toy/compare.py --search                # GRPO and LoRA at four learning rates each, on toy-faint
-    python toy/compare.py --report                # only the tables and toy/comparison.png, from the recorded runs
+    python toy/compare.py --report                # only the tables and the two figures, from the recorded runs
 
 Every run: 150 steps of 16 prompts with 8 responses each. SaEI samples 6 + 6, and is compared with a GRPO that samples
 12. The learning rate is the default (LoRA's is ten times as high), and each method has the constants of its paper:
@@ -42,6 +42,9 @@ VARIANTS = {  # name: (script of toy/variant.py and its flags, the variant that 
     "VGPO": ("vgpo.py", "GRPO"),
     "PRPO": ("prpo.py", "GRPO"),
     "PEPO": ("pepo.py", "GRPO"),
+    "VPPO": ("vppo.py", "GRPO"),
+    "VPPO without entropy penalty": ("vppo.py --entropy_coef 0", "GRPO"),
+    "GRPO with entropy penalty": ("grpo.py --entropy_coef -0.06", "GRPO"),
     "top entropy": ("vepo.py --select entropy", "GRPO"),
     "random 20 %": ("vepo.py --select random", "GRPO"),
     "PRPO shuffled": ("prpo.py --shuffle", "GRPO"),
@@ -50,8 +53,9 @@ VARIANTS = {  # name: (script of toy/variant.py and its flags, the variant that 
     "GRPO, 12": ("grpo.py --group_size 12", "GRPO, 12"),
     "SaEI, 6 + 6": ("saei.py", "GRPO, 12"),
 }
-CONTROLS = [("VEPO", "random 20 %"), ("VEPO", "top entropy"), ("PRPO", "PRPO shuffled")]
-CONTROLS += [(ORACLE, "top entropy"), (ORACLE, "VEPO")]
+CONTROLS = [("VEPO", "random 20 %"), ("VEPO", "top entropy"), ("PRPO", "PRPO shuffled"), ("VEPO", "VPPO")]
+CONTROLS += [("VPPO", "GRPO with entropy penalty"), (ORACLE, "top entropy"), (ORACLE, "VEPO")]
+TOKEN_LEVEL = ["VEPO", "VGPO", "PRPO", "PEPO", "VPPO", "SaEI, 6 + 6"]
 SEARCH = {"GRPO": [3e-5, 1e-4, 3e-4, 1e-3], "GRPO, LoRA rank 8": [1e-4, 3e-4, 1e-3, 3e-3]}  # learning rates
 SEARCH_SEEDS = range(100, 104)  # which no other table has
 RESULTS, RUNS = TOY / "comparison.jsonl", TOY.parent / "runs" / "comparison"
@@ -155,7 +159,7 @@ def shown(values, sign=""):
     if values.empty:
         return "-"
     mean, half = interval(values)
-    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+    return f"{mean:{sign}z.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
 
 
 def gain(runs, measure, variant, base):
@@ -173,7 +177,7 @@ def report_search(records):
 
 
 def report():
-    """Prints a Markdown table for each toy task, and draws toy/comparison.png.
+    """Prints a Markdown table for each toy task, and draws toy/comparison.png and toy/gains.png.
 
     `paired`: difference to GRPO on the same seeds, in points; ±: 95 % interval of this comparison alone; p: of online
     accuracy, with Holm's correction for all comparisons on a toy task, those of CONTROLS among them; perception and
@@ -207,6 +211,7 @@ def report():
         found = {variant: interval(online[variant, base]) for variant, base in pairs if len(online[variant, base])}
         gains[toy] = pandas.DataFrame(found, index=["mean", "half"]).T
     draw(gains)
+    draw_gains(gains["toy-faint"])
 
 
 ASSUMPTIONS = {  # name in signals.json: its label
@@ -253,6 +258,28 @@ def draw(gains):
             panel.tick_params(labelsize=8)
             panel.grid(alpha=0.3)
     figure.savefig(TOY / "comparison.png", dpi=130)
+
+
+def draw_gains(points):
+    """toy/gains.png: the gains of all variants on toy-faint, sorted; the token-level methods in blue."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    points = points.sort_values("mean")
+    for i, (variant, (mean, half)) in enumerate(points.iterrows()):
+        colour = "#3d8bd9" if variant in TOKEN_LEVEL else "#8a8a8a"
+        axes.errorbar(mean, i, xerr=half, fmt="o", color=colour, capsize=4, markersize=7)
+        place, side = (mean + half + 0.1, "left") if mean > -0.05 else (mean - half - 0.1, "right")
+        axes.text(place, i, f"{mean:+z.1f}", va="center", ha=side, fontsize=9)
+    axes.set_yticks(range(len(points)), points.index)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_title("Accuracy compared with GRPO, in percentage points", loc="left", fontweight="bold")
+    below = "toy with faint shapes, 95 % intervals over seeds; SaEI: against GRPO with 12; blue: methods"
+    axes.set_xlabel(f"← worse than GRPO     better than GRPO →\n{below}")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.margins(x=0.1)
+    figure.savefig(TOY / "gains.png", dpi=130)
 
 
 def main():

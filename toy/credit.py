@@ -5,8 +5,8 @@
 
 From the model before reinforcement learning: 8 responses to each training prompt with an image (12, and 6 + 6, for
 SaEI), 16 prompts a batch, as in a step of the comparison. Groups with equal rewards count with a gradient of 0. The
-gradient is that of the policy term alone, without VEPO's entropy bonus. With g the gradient of a batch, the sum of the
-parts g_k from tokens of kind k:
+gradient is that of the policy term alone, without VEPO's entropy bonus and VPPO's penalty; VPPO's factors f are those
+of one group. With g the gradient of a batch, the sum of the parts g_k from tokens of kind k:
 
     share     sum <g_k, g> / sum |g|^2 over all batches; the shares of all kinds sum to 1
     cosine    of g and the gradient of GRPO with 12 responses on all other batches, an estimate of the policy gradient.
@@ -37,10 +37,11 @@ import prpo  # noqa: E402
 import saei  # noqa: E402
 import vepo  # noqa: E402
 import vgpo  # noqa: E402
+import vppo  # noqa: E402
 from common import Reward, forward, group_advantages, load_model, load_processor, rollout  # noqa: E402
 from plumbing.arguments import EMBEDDED, SharedArgs, model_source  # noqa: E402
 from plumbing.data import Data  # noqa: E402
-from show import run_of  # noqa: E402
+from show import run_of, vppo_row  # noqa: E402
 from toy.kinds import KINDS  # noqa: E402
 
 BATCH = 16  # prompts of a step
@@ -55,7 +56,7 @@ SCORED = {  # variant: the method that sets the weights of its tokens, and what 
 }
 
 
-def variant_weights(row, run, hidden):
+def variant_weights(row, run, logps, hidden):
     """{variant: (G, T)}: the factors by which each variant multiplies the advantage of a response."""
     weights = {"GRPO": row.mask, ORACLE: kind_masks(row, run.tokenizer.decode)["read"]}
     for name, (method, *settings) in SCORED.items():
@@ -64,7 +65,7 @@ def variant_weights(row, run, hidden):
         weights[name] = scored.weights
     focused = dataclasses.replace(row, scores=vgpo.row_focus(hidden, row, vgpo.Args()))
     vgpo.set_weights([focused], run, vgpo.Args())
-    return weights | {"VGPO": focused.weights}
+    return weights | {"VGPO": focused.weights, "VPPO": vppo_row(row, logps, run, vppo.Args()).weights}
 
 
 class Gradients:
@@ -142,7 +143,7 @@ def credit(toy, batches):
             if name == "GRPO":
                 unequal += bool(advantages.any())
                 with torch.no_grad():
-                    weights = variant_weights(group, run, hidden.detach())
+                    weights = variant_weights(group, run, logps.detach(), hidden.detach())
             for variant, weight in weights.items():
                 own = gradients.setdefault(variant, Gradients(list(model.parameters()), BATCH))
                 if advantages.any():
