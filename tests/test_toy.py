@@ -38,7 +38,7 @@ def response(puzzle, name, numbers=None, seed=0):
 
 def test_committed_files_are_small():
     files = [f for f in (ROOT / "toy").rglob("*") if f.is_file() and "__pycache__" not in f.parts]
-    assert sum(f.stat().st_size for f in files) < 12e6
+    assert sum(f.stat().st_size for f in files) < 12.5e6
 
 
 def test_conclusions_by_hand():
