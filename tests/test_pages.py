@@ -72,6 +72,8 @@ def test_values_of_one_response_stand_on_the_pages(pages):
     for name, values in labels.items():
         for label in [*values, "advantage that the token is trained with"]:
             assert re.search(rf'<p class="soft">{re.escape(label)}: -?[\d.e-]+ to ', pages[name]), (name, label)
+    advantage = pages["grpo"].split("advantage A: ")[1].split("</section>")[0]
+    assert 'class="p"' in advantage and 'class="s"' not in advantage  # of a right response
     choice = pages["vepo"].split("chosen: 0 to 1")[1].split("</p>")[1]
     kept, T = choice.count('data-w="1"'), choice.count("data-w=")
     assert kept == -(-T // 5)

@@ -15,6 +15,7 @@ import torch
 from helpers import tiny_group, tiny_model, tiny_prompt
 from PIL import Image
 
+import common
 import grpo
 import pepo
 import prpo
@@ -243,7 +244,7 @@ def of_two_images(toy):
 def test_scores_are_those_of_the_method_files(of_two_images):
     """Bit-identical to what the scripts' own functions set on a row."""
     group, trainer = of_two_images
-    methods, _, _ = show.score_tokens(group, trainer, SharedArgs())
+    methods, signals, _ = show.score_tokens(group, trainer, SharedArgs())
     rows = {name: dataclasses.replace(group, loss_mask=group.mask) for name in methods}
     vepo.scoring_forward(rows["VEPO"], trainer, vepo.Args(), 0)
     prpo.scoring_forward(rows["PRPO"], trainer, prpo.Args(), 0)
@@ -260,6 +261,15 @@ def test_scores_are_those_of_the_method_files(of_two_images):
         scores, weights = methods[name]
         assert torch.equal(scores, rows[name].scores) and torch.equal(weights, rows[name].weights.float())
         assert weights.unique().numel() > 1
+    focus = rows["VGPO"].scores
+    _, psi, compensated = vgpo.group_factors(focus, group.mask)
+    expected = {"focus": focus, "psi": psi, "compensated": compensated, "entropy": entropy}
+    expected |= {"late_gate": vgpo.late_gate(focus, group.mask).float(), "probability": rows["VPPO"].old_logps.exp()}
+    assert all(torch.equal(signals[name], values) for name, values in expected.items())
+    noised = vepo.noised_hidden(group, trainer, vepo.Args(), 0)
+    with torch.no_grad():
+        _, _, noised_entropy = common.compare_logits(vepo.divergences, trainer.model, group, hidden, noised)
+    torch.testing.assert_close(signals["entropy_gap"], (noised_entropy - entropy).abs(), atol=1e-6, rtol=0)
     assert torch.equal(methods["GRPO"][1], group.mask) and torch.equal(methods["SaEI"][1], group.mask)
     assert torch.equal(methods["SaEI"][0], saei.middle_third(entropy, group.mask).float())
 
