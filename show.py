@@ -371,7 +371,8 @@ def mixed_groups(trainer, data, args, count):
             break
     reward.check.close()
     if not groups:
-        raise UserError(f"no prompt of {prompt_id + 1} has an image, a right and a wrong response: raise --group_size.")
+        what = f"no prompt of {prompt_id + 1} has an image, a right and a wrong response"
+        raise UserError(f"{what}: raise --group_size, or use data with images and a model that solves some of it.")
     return groups
 
 
