@@ -28,6 +28,7 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -38,7 +39,7 @@ from plumbing.arguments import SharedArgs, parse_args
 from trainer import Trainer
 from common import Group, split_group, with_image
 from plumbing.arguments import UserError, flag
-from plumbing.families import patch_shape
+from plumbing.families import unpatchify
 from plumbing.kernels import send
 
 
@@ -84,32 +85,21 @@ def adversarial_step(image, gradient, step=2 / 255):
     return (image + step * gradient.sign()).clamp(0, 1)
 
 
-def mean_and_std(processor, device):
-    """Of the image processor's normalisation, each (3, 1, 1)."""
-    return [send(torch.tensor(x)[:, None, None], device) for x in (processor.image_mean, processor.image_std)]
+def both_copies(gradient):
+    """The gradient by pixel_values (patches, 3 x 2 x p x p), which hold an image twice, as that by the image.
 
-
-def patchify(image, image_processor):
-    """An image (3, H, W) in [0, 1] as pixel_values (patches, 3 x 2 x p x p), differentiably.
-
-    As the image processor does with an image of the right size: it normalises, cuts into patches, groups the m x m
-    patches of an image token (InternVL: m = 1), and repeats the image in time.
+    >>> both_copies(torch.tensor([[1.0, 2.0, 3.0, -4.0, 0.0, 5.0]]))  # a patch of one pixel: its copies move together
+    tensor([[ 3.,  3., -1., -1.,  5.,  5.]])
     """
-    p, m, time = patch_shape(image_processor)
-    mean, std = mean_and_std(image_processor, image.device)
-    _, H, W = image.shape
-    cut = ((image - mean) / std).view(3, H // p // m, m, p, W // p // m, m, p).permute(1, 4, 2, 5, 0, 3, 6)
-    return cut.unsqueeze(5).expand(*[-1] * 5, time, -1, -1).reshape(-1, 3 * time * p * p)
+    copies = gradient.view(len(gradient), 3, 2, -1)
+    return copies.sum(2, keepdim=True).expand_as(copies).flatten(1)
 
 
-def unpatchify(pixel_values, grid, image_processor):
-    """The image (3, H, W) in [0, 1] behind pixel_values and its image_grid_thw (3,), in whole 255ths."""
-    p, m, time = patch_shape(image_processor)
-    mean, std = mean_and_std(image_processor, pixel_values.device)
-    _, h, w = grid.tolist()
-    cut = pixel_values.view(h // m, w // m, m, m, 3, time, p, p)[:, :, :, :, :, 0]
-    image = cut.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p) * std + mean
-    return (image * 255).round() / 255
+def to_pixels(pixel_values, image_processor):
+    """pixel_values (patches, C) before the normalisation, in [0, 1], in whole 255ths; and its mean and std (C,)."""
+    constants = torch.tensor([image_processor.image_mean, image_processor.image_std])  # (2, 3)
+    mean, std = send(constants.repeat_interleave(pixel_values.shape[1] // 3, 1), pixel_values.device)
+    return ((pixel_values * std + mean) * 255).round() / 255, mean, std
 
 
 @contextlib.contextmanager
@@ -123,24 +113,45 @@ def frozen(model):
         p.requires_grad_(True)
 
 
-def entropy_of(group, images, trainer, args):
-    """Yields the entropy (B, T) of a group's responses under these images, row by row, and the row's mask."""
-    for row in split_group(group, args.tokens_per_row):
-        row = with_image(row, lambda _: torch.cat([patchify(x, trainer.processor.image_processor) for x in images]))
-        yield forward(trainer.model, row, args.temperature)[1], row.mask
+def entropy_gradient(pixel_values, entropies, G, model):
+    """H of G responses, its gradient (patches, C), and its tokens: masks (B, T), of all G responses together.
 
-
-def entropy_gradient(group, images, trainer, args):
-    """H, its gradient by each image (3, height, width), and its tokens (G, T); the weights must be unsharded."""
-    leaves = [image.clone().requires_grad_() for image in images]
-    H, gradients, kept = 0.0, [0.0] * len(leaves), []
-    with frozen(trainer.model):
-        for entropy, mask in entropy_of(group, leaves, trainer, args):
+    `entropies(pixel_values)` yields the entropy (B, T) and the mask of some of the responses, until all had their turn.
+    """
+    leaf = pixel_values.clone().requires_grad_()
+    H, gradient, kept = 0.0, 0.0, []
+    with frozen(model):
+        for entropy, mask in entropies(leaf):
             kept.append(middle_third(entropy, mask))
-            share = aggregate(entropy, kept[-1], "sequence", len(group.mask))  # of the mean over the group's responses
-            gradients = [a + b for a, b in zip(gradients, torch.autograd.grad(share, leaves))]
+            share = aggregate(entropy, kept[-1], "sequence", G)  # of the mean over the group's responses
+            gradient = gradient + torch.autograd.grad(share, leaf)[0]
             H += share.detach()
-    return H, gradients, torch.cat(kept)
+    return H, both_copies(gradient), kept
+
+
+def attack_pixels(pixel_values, entropies, G, model, image_processor, args):
+    """pixel_values (patches, C) after the attack, or as they are if a gradient is not finite; entropies, G: as above.
+
+    Then, for the log, H and its tokens before, the largest change of a pixel, and whether all gradients were finite.
+    """
+    clean, mean, std = to_pixels(pixel_values, image_processor)
+    pixels, before, finite = clean, None, True  # finite: a tensor, so the host waits for nothing
+    epsilon = abs(args.step) if args.epsilon is None else args.epsilon
+    for _ in range(args.iterations):
+        H, gradient, kept = entropy_gradient((pixels - mean) / std, entropies, G, model)
+        before = before or (H, kept)
+        finite = gradient.isfinite().all() & finite
+        moved = adversarial_step(pixels, gradient, args.step)
+        pixels = moved.minimum(clean + epsilon).maximum(clean - epsilon)
+    change = torch.where(finite, pixels - clean, 0.0).abs().max()
+    return torch.where(finite, (pixels - mean) / std, pixel_values), *before, change, finite
+
+
+def entropy_of(group, trainer, args, pixel_values):
+    """Yields the entropy (B, T) of a group's responses under these pixel_values, row by row, and the row's mask."""
+    for row in split_group(group, args.tokens_per_row):
+        row = with_image(row, lambda _: pixel_values)
+        yield forward(trainer.model, row, args.temperature)[1], row.mask
 
 
 def attack(group, trainer, args):
@@ -148,46 +159,35 @@ def attack(group, trainer, args):
     prompt, processor = group.prompt, trainer.processor.image_processor
     if prompt.pixel_values is None or args.step == 0:
         return prompt
-    pixels = send(prompt.pixel_values, trainer.model.device)
-    parts = pixels.split(prompt.image_grid_thw.prod(1).tolist())
-    clean = [unpatchify(part, grid, processor) for part, grid in zip(parts, prompt.image_grid_thw)]
-    images, on_clean, finite = clean, None, True
-    epsilon = abs(args.step) if args.epsilon is None else args.epsilon
-    for _ in range(args.iterations):
-        H, gradients, kept = entropy_gradient(group, images, trainer, args)
-        on_clean = on_clean or (H, kept)
-        for gradient in gradients:
-            finite = gradient.isfinite().all() & finite  # a tensor: the host does not wait for it
-        moved = [adversarial_step(image, gradient, args.step) for image, gradient in zip(images, gradients)]
-        images = [x.minimum(origin + epsilon).maximum(origin - epsilon) for x, origin in zip(moved, clean)]
-    images = [torch.where(finite, x, origin) for x, origin in zip(images, clean)]
-    record_attack(group, clean, images, *on_clean, finite, trainer, args)
+    clean, entropies = send(prompt.pixel_values, trainer.model.device), partial(entropy_of, group, trainer, args)
+    attacked, *info = attack_pixels(clean, entropies, len(group.mask), trainer.model, processor, args)
+    record_attack(group, attacked, trainer, args, *info)
     if prompt.prompt_id < args.save_images:
-        save_images(trainer.output / "images", prompt.prompt_id, clean, images)
-    attacked = torch.cat([patchify(image, processor) for image in images])
-    return dataclasses.replace(prompt, pixel_values=torch.where(finite, attacked, pixels))
+        save_images(trainer.output / "images", prompt, attacked, processor)
+    return dataclasses.replace(prompt, pixel_values=attacked)
 
 
-def record_attack(group, clean, images, H, kept, finite, trainer, args):
+def record_attack(group, attacked, trainer, args, H, kept, change, finite):
     """For the log: failed attacks, the largest change of a pixel, and H before and after, on the same tokens."""
     trainer.metrics.add("attack_failed", ~finite, 1)
-    change = torch.stack([(x - origin).abs().max() for x, origin in zip(images, clean)]).max()
     trainer.metrics.add("attack_pixel_change", change, finite)
     if group.prompt.prompt_id % args.measure_every == 0:
         with torch.no_grad():
-            entropy = torch.cat([entropy for entropy, _ in entropy_of(group, images, trainer, args)])
-        after = aggregate(entropy, kept, "sequence", len(entropy))
+            entropy = torch.cat([entropy for entropy, _ in entropy_of(group, trainer, args, attacked)])
+        after = aggregate(entropy, torch.cat(kept), "sequence", len(entropy))
         for name, value in (("before", H), ("after", after)):
             trainer.metrics.add(f"attack_entropy_{name}", torch.where(finite, value, 0.0), finite)
 
 
-def save_images(folder, prompt_id, clean, attacked):
+def save_images(folder, prompt, attacked, image_processor):
     """PNG files of a prompt's images: clean, attacked, and 0.5 + 10 times the difference, side by side."""
     folder.mkdir(exist_ok=True)
-    for i, (before, after) in enumerate(zip(clean, attacked)):
+    pixels = (to_pixels(values.cpu(), image_processor)[0] for values in (prompt.pixel_values, attacked))
+    images = (unpatchify(values, prompt.image_grid_thw, image_processor) for values in pixels)
+    for i, (before, after) in enumerate(zip(*images)):
         shown = torch.cat([before, after, (0.5 + 10 * (after - before)).clamp(0, 1)], 2)  # (3, H, 3 W)
-        image = Image.fromarray((255 * shown).round().byte().permute(1, 2, 0).cpu().numpy())
-        image.save(folder / f"prompt-{prompt_id}-{i}.png")
+        image = Image.fromarray((255 * shown).round().byte().permute(1, 2, 0).numpy())
+        image.save(folder / f"prompt-{prompt.prompt_id}-{i}.png")
 
 
 def join(clean, attacked):

@@ -52,12 +52,13 @@ from common import (
     rollout,
     seeded,
     split_group,
+    still_noise,
     with_image,
 )
 from plumbing.arguments import EMBEDDED, SharedArgs, UserError, check_numbers, flag, model_source, parse_args
 from plumbing.checkpoints import trained_with
 from plumbing.data import Data
-from plumbing.families import patches_of
+from plumbing.families import patches_of, unpatchify
 from plumbing.metrics import draw_curves, read_runs
 from toy.kinds import KINDS, kinds_of
 
@@ -175,9 +176,9 @@ def image_signals(row, trainer, args):
         "entropy_gap": (noised_entropy - entropy).abs(),
         "jsd": jsd,
         "vepo_score": vepo_score,
-        "kept_by_entropy": vepo.select_top(entropy, mask),
-        "kept_by_vepo": vepo.select_top(vepo_score, mask),
-        "kept_by_jsd": vepo.select_top(jsd, mask) & (jsd > 0),
+        "kept_by_entropy": vepo.select_top(entropy, mask, vepo.Args.keep_ratio),
+        "kept_by_vepo": vepo.select_top(vepo_score, mask, vepo.Args.keep_ratio),
+        "kept_by_jsd": vepo.select_top(jsd, mask, vepo.Args.keep_ratio) & (jsd > 0),
         "focus": focus,
         "compensated": compensated,
         "late_gate": vgpo.late_gate(focus, mask),
@@ -196,8 +197,7 @@ def image_signals(row, trainer, args):
 def split_images(pixel_values, prompt, trainer):
     """The images (3, H, W) in [0, 1] of a prompt's pixel_values."""
     grids, processor = prompt.image_grid_thw, trainer.processor.image_processor
-    parts = pixel_values.split(grids.prod(1).tolist())
-    return [saei.unpatchify(part, grid, processor).clamp(0, 1) for part, grid in zip(parts, grids)]
+    return unpatchify(saei.to_pixels(pixel_values, processor)[0].clamp(0, 1), grids, processor)
 
 
 # ---- Tokens: a page of what the methods make of the same responses --------------------------------------------------
@@ -433,9 +433,8 @@ def total_variations(logits, *others):
 def random_step(prompt, trainer, seed):
     """The prompt's pixel_values after a step as large as SaEI's, with random signs: what any small change does."""
     generator, step = seeded(seed, prompt.index, "signs"), saei.Args.step
-    images = split_images(prompt.pixel_values, prompt, trainer)
-    moved = [saei.adversarial_step(image, torch.randn(image.shape, generator=generator), step) for image in images]
-    return torch.cat([saei.patchify(image, trainer.processor.image_processor) for image in moved])
+    pixels, mean, std = saei.to_pixels(prompt.pixel_values, trainer.processor.image_processor)
+    return (saei.adversarial_step(pixels, still_noise(pixels, generator), step) - mean) / std
 
 
 def token_signals(group, trainer, args):
@@ -592,7 +591,7 @@ FUNCTIONS = {
         ["blacken", "add_pixel_noise", "compare_states", "divergences", "robust_visual_dependency", "token_weights"],
     ),
     "pepo": (pepo, ["visual_similarity", "token_weights", "mixing_strength"]),
-    "saei": (saei, ["middle_third", "adversarial_step", "patchify", "unpatchify"]),
+    "saei": (saei, ["middle_third", "adversarial_step", "both_copies", "to_pixels"]),
     "vppo": (vppo, ["blacken", "visual_dependency", "select_top", "response_factors"]),
 }
 

@@ -104,11 +104,15 @@ def compile_layers(model):
         layer.forward = kernels.compiled(layer.forward, model.device)
 
 
-def patch_shape(image_processor):
-    """(p, m, copies): a patch is p x p pixels; pixel_values hold groups of m x m patches, each so many times."""
-    if hasattr(image_processor, "crop_to_patches"):
-        return 14, 1, 2  # every InternVL's, whose patches are row by row
-    return image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size
+def unpatchify(patches, image_grid_thw, image_processor):
+    """The images (3, H, W) of patches (patches, 3 x 2 x p x p) that lie as in pixel_values, in groups of m x m."""
+    internvl = hasattr(image_processor, "crop_to_patches")  # its patches lie row by row, and are all of 14 pixels
+    p, m = (14, 1) if internvl else (image_processor.patch_size, image_processor.merge_size)
+    images = []
+    for image, (_, h, w) in zip(patches.split(image_grid_thw.prod(1).tolist()), image_grid_thw.tolist()):
+        cut = image.view(h // m, w // m, m, m, 3, 2, p, p)[:, :, :, :, :, 0]
+        images.append(cut.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p))
+    return images
 
 
 def tile_side(config):

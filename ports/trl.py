@@ -3,46 +3,28 @@
     config = trl.GRPOConfig(..., loss_type="dapo", beta=0.0)  # VEPO: also entropy_coef=1e-3
     VEPOTrainer(model, reward_funcs, config, train_dataset=data, processing_class=processor).train()
 
-TRL's loss takes advantages (B, T): here a response's, times the weight of each of its tokens. Flags of the methods
-keep their defaults. PRPO expects a model of patches, not InternVL's tiles. SaEI is in trl_saei.py; VPPO is not here.
+TRL's loss takes advantages (B, T): here a response's, times the weights of its tokens. The methods keep their
+defaults; PRPO and SaEI are for Qwen-VL, VPPO is not here.
 """
 
 import torch
-import trl
-from torch.distributions import Categorical
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 import pepo
 import prpo
+import saei
 import vepo
 import vgpo
 from common import compare_states, seeded
+from ports.trl_base import ImageTrainer
 
 
-class TokenWeights(trl.GRPOTrainer):
+class TokenWeights(ImageTrainer):
     """A method has `scores(rows)`, tensors (b, T), and `weights(*scores, mask)`, (B, T) of all rows of a process."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.processing_class.tokenizer.padding_side = "left"  # or TRL would misplace image tokens
-        self.images = self.processing_class.image_processor
-        if self.args.importance_sampling_level != "token":
-            raise ValueError("importance_sampling_level must be 'token': a ratio of sequences loses tokens' weights.")
-
-    def _tokenize_prompts(self, prompts):
-        ids, images, fields = super()._tokenize_prompts(prompts)
-        return ids, images and [x or [] for x in images], fields  # TRL's None fails next to images
-
-    def _get_per_token_logps_and_entropies(self, model, ids, mask, T, batch_size=None, **fields):
-        if batch_size and batch_size < len(ids):  # part by part: TRL fails on one without an image
-            rows = split_pixel_values_by_grid({"ids": ids, "mask": mask} | fields)
-            parts = map(unsplit_pixel_values_by_grid, split_tensor_dict(rows, len(ids) // batch_size))
-            return torch.cat([self._get_per_token_logps_and_entropies(model, T=T, **x)[0] for x in parts]), None, None
-        fields = {name: x for name, x in fields.items() if not torch.is_tensor(x) or len(x)}  # also of no images
-        return super()._get_per_token_logps_and_entropies(model, ids, mask, T, **fields)
+    needs = {"importance_sampling_level": "token"}  # a ratio of sequences would lose tokens' weights
 
     def _generate_and_score_completions(self, inputs):
-        inputs = [x | {"images": x["images"] or []} if "images" in x else x for x in inputs]  # nor on None in all rows
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
             mask = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()  # (B, T)
@@ -60,13 +42,13 @@ class TokenWeights(trl.GRPOTrainer):
     def states(self, rows, change=None):
         """Hidden states (b, L, D), embeddings to last; `change(pixels, generator)`: of a prompt's images, one draw."""
         ids, seen = (torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-        fields = {x: rows[x] for x in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if len(rows.get(x, ()))}
-        if change and "pixel_values" in fields:
+        inputs = {"input_ids": ids, "attention_mask": seen, "output_hidden_states": True, "logits_to_keep": 1}
+        inputs |= {x: rows[x] for x in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if x in rows}
+        if change and "pixel_values" in inputs:
             draws = (seeded(self.args.seed, self.state.global_step, self._step, i) for i in rows["prompt"].tolist())
             images = zip(split_pixel_values_by_grid(rows)["pixel_values"], draws)
-            fields["pixel_values"] = torch.cat([change(*each) if len(each[0]) else each[0] for each in images])
-        fields |= {"output_hidden_states": True, "logits_to_keep": 1}
-        return self.model(input_ids=ids, attention_mask=seen, **fields).hidden_states
+            inputs["pixel_values"] = torch.cat([change(*each) if len(each[0]) else each[0] for each in images])
+        return self.model(**inputs).hidden_states
 
     def compare(self, function, rows, *states):
         """`function(*logits)`, tensors (b, T): the distributions of the tokens, which come from the position before."""
@@ -82,26 +64,27 @@ class TokenWeights(trl.GRPOTrainer):
 
 
 class VEPOTrainer(TokenWeights):
+    needs = TokenWeights.needs | {"loss_type": "dapo"}  # which divides by all tokens
+
     def scores(self, rows):
         scale = self.images.image_std
         noised = self.states(rows, lambda x, g: vepo.noised_pixels(x.flatten(1), scale, g, vepo.Args()).view_as(x))
         return *self.compare(vepo.divergences, rows, self.states(rows)[-1], noised[-1]), rows["image"].any(1)[:, None]
 
     def weights(self, jsd, entropy, noised_entropy, has_image, mask):
-        if self.args.loss_type != "dapo":
-            raise ValueError("VEPO needs loss_type='dapo', which divides by all tokens.")
-        chosen = vepo.select_top(vepo.token_scores(jsd, entropy, noised_entropy, mask, has_image=has_image), mask)
+        scores = vepo.token_scores(jsd, entropy, noised_entropy, mask, has_image=has_image)
+        chosen = vepo.select_top(scores, mask, vepo.Args.keep_ratio)
         tokens = self.accelerator.reduce(torch.stack([mask.sum(), chosen.sum()]))
-        return chosen * (tokens[0] / tokens[1].clamp(min=1))  # TRL divides by all tokens
+        return chosen * (tokens[0] / tokens[1].clamp(min=1))
 
 
 class VGPOTrainer(TokenWeights):
+    needs = TokenWeights.needs | {"mask_truncated_completions": False}  # a group's responses are compared
+
     def scores(self, rows):
         return [self.with_image(vgpo.visual_focus, rows, self.states(rows)[-1])]
 
     def weights(self, focus, mask):
-        if self.mask_truncated_completions:
-            raise ValueError("VGPO compares all responses of a group: mask_truncated_completions must be False.")
         compensated = vgpo.compensate(focus, mask)
         sums = self.accelerator.gather(compensated.sum(1)).view(-1, self.num_generations)  # groups may be cut
         alpha = vgpo.rollout_factors(sums).view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
@@ -110,8 +93,8 @@ class VGPOTrainer(TokenWeights):
 
 class PRPOTrainer(TokenWeights):
     def scores(self, rows):
-        scale = self.images.image_mean, self.images.image_std
-        views = [None, lambda *x: prpo.blacken(*x, *scale), lambda *x: prpo.add_pixel_noise(*x, *scale)]
+        own = self.images.image_mean, self.images.image_std
+        views = [None, lambda *x: prpo.blacken(*x, *own, prpo.Args.blacken), lambda *x: prpo.add_pixel_noise(*x, *own)]
         return self.compare(prpo.divergences, rows, *(self.states(rows, view)[-1] for view in views))
 
     def weights(self, kl_strong, kl_weak, mask):
@@ -122,9 +105,23 @@ class PEPOTrainer(TokenWeights):
     def scores(self, rows):
         states = self.states(rows)
         layers = [self.with_image(lambda own, v: pepo.visual_similarity([own], [v]), rows, x) for x in states]
-        entropy = self.compare(lambda logits: [Categorical(logits=logits).entropy()], rows, states[-1])
+        entropy = self.compare(lambda x: [torch.distributions.Categorical(logits=x).entropy()], rows, states[-1])
         return torch.stack(layers).mean(0), *entropy
 
     def weights(self, similarity, entropy, mask):
         strength = pepo.mixing_strength(self.state.global_step / self.state.max_steps)
         return (1 - strength) + strength * pepo.token_weights(similarity, entropy, mask)
+
+
+class SaEITrainer(ImageTrainer):
+    def changed(self, pixels, grid, ids, responses):
+        def entropies(pixels):
+            inputs = {"pixel_values": pixels, "image_grid_thw": grid, "num_images": [len(grid)]}
+            for response in responses:
+                row = torch.tensor([ids + response], device=pixels.device)
+                inputs["mm_token_type_ids"] = (row == self.model.config.image_token_id).long()
+                row = self.model, row, torch.ones_like(row), len(response)
+                _, entropy, _ = self._get_per_token_logps_and_entropies(*row, compute_entropy=True, **inputs)
+                yield entropy, torch.ones_like(entropy).bool()
+
+        return saei.attack_pixels(pixels, entropies, len(responses), self.model, self.images, saei.Args())[0]

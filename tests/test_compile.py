@@ -7,7 +7,7 @@ import torch
 import tracing
 from helpers import SHAPES, assert_same_training, chooser, timeless, tiny_group, tiny_model, tiny_prompt, weights
 from helpers import train as trained_by
-from test_saei import images_of, random_images
+from test_saei import gradient_of, random_images
 from torch._dynamo.utils import counters
 from torch.profiler import profile
 
@@ -133,7 +133,7 @@ def test_the_attack_computes_no_gradient_of_a_weight(traced):
 
     def attacked():
         with profile(with_flops=True) as found:
-            _, (gradient,), _ = saei.entropy_gradient(group, images_of(group.prompt, run.processor), run, saei.Args())
+            _, gradient, _ = gradient_of(group, run, saei.Args())
         return sum(event.flops for event in found.key_averages() if event.key in ("aten::mm", "aten::addmm")), gradient
 
     with tracing.nothing_compiled():

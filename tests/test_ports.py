@@ -3,6 +3,7 @@
 Run as a script by torchrun, it writes the weights of each process to a folder.
 """
 
+import inspect
 import os
 import re
 import subprocess
@@ -18,7 +19,6 @@ datasets = pytest.importorskip("datasets")
 
 import pepo  # noqa: E402
 import ports.trl  # noqa: E402
-import ports.trl_saei  # noqa: E402
 import prpo  # noqa: E402
 import saei  # noqa: E402
 import vepo  # noqa: E402
@@ -28,8 +28,7 @@ from plumbing.arguments import INSTRUCTION, TOY  # noqa: E402
 from plumbing.data import Prompt, load_rows  # noqa: E402
 from show import run_of  # noqa: E402
 
-PORTS = {name: getattr(ports.trl, f"{name.upper()}Trainer") for name in ("vepo", "vgpo", "prpo", "pepo")}
-PORTS["saei"] = ports.trl_saei.SaEITrainer
+PORTS = {name.lower(): getattr(ports.trl, f"{name}Trainer") for name in ("VEPO", "VGPO", "PRPO", "PEPO", "SaEI")}
 OURS = {"vepo": vepo, "vgpo": vgpo, "prpo": prpo, "pepo": pepo}
 IMAGES = {"one image": [1, 1], "several, one and none": [2, 0, 1], "none": [0, 0]}  # of each prompt
 
@@ -122,6 +121,15 @@ def one_draw(monkeypatch):
         monkeypatch.setattr(prpo, plain.__name__, again)
 
 
+def test_lines_of_a_method():
+    """As GUIDE.md counts them: without those that are empty."""
+    table = (ROOT / "GUIDE.md").read_text().split("| TRL, lines |")[1]
+    rows = dict(re.findall(r"^\| (\w+) \| (\d+)", table, re.MULTILINE))
+    for name, port in PORTS.items():
+        lines = sum(bool(line.strip()) for line in inspect.getsource(port).splitlines())
+        assert 5 <= lines <= 12 and int(rows[port.__name__.removesuffix("Trainer")]) == lines, name
+
+
 @pytest.mark.parametrize("images", IMAGES)
 @pytest.mark.parametrize("name", OURS)
 def test_weights_and_gradient_in_trl(name, images, one_draw, monkeypatch, tmp_path):
@@ -175,7 +183,7 @@ def test_tokens_of_tools_have_no_weight(name, monkeypatch, tmp_path):
     mask = batch["completion_mask"].bool() & batch["tool_mask"].bool()
     assert name == "pepo" or not kept["weights"][:, :3].any()
     if name == "vepo":
-        assert ((kept["weights"] > 0).sum(1) == vepo.kept_tokens(mask)).all()
+        assert ((kept["weights"] > 0).sum(1) == vepo.kept_tokens(mask, 0.2)).all()
     elif name == "pepo":
         means = (kept["weights"] * mask).sum(1) / mask.sum(1)
         torch.testing.assert_close(means, torch.ones(4))
@@ -234,39 +242,44 @@ def test_three_steps_in_trl(name, iterations, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_attacked_pixels_in_trl(count, monkeypatch, tmp_path):
-    """Equal in each of their 8 bits, and seen by every second response alone; the data's images are not touched."""
+    """Equal in each of their 8 bits, and seen by every second response alone; the data's images are not touched.
+
+    vLLM, which samples G / 2 responses of each prompt, gets the same as images.
+    """
     rows = data_rows([count, 0, 1])
     trainer, calls = made("saei", tmp_path, rows, temperature=3.0), []  # colder, the gradient is rounding alone
-    plain = trl.GRPOTrainer._generate
+    plain = trl.GRPOTrainer._generate_single_turn
 
-    def generate(self, prompts):
-        calls.append((prompts, plain(self, prompts)))
-        return calls[-1][1]
+    def generate(self, *given):
+        calls.append((*given, plain(self, *given)))
+        return calls[-1][-1]
 
-    monkeypatch.setattr(trl.GRPOTrainer, "_generate", generate)
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", generate)
     trainer.model.train()
     originals = [image.tobytes() for row in rows for image in row["images"]]
     batch = trainer._generate_and_score_completions([row for row in rows for _ in range(4)])
-    assert originals == [image.tobytes() for row in rows for image in row["images"]]
-    (prompts, clean), (attacked, second) = calls
+    assert originals == [image.tobytes() for row in rows for image in row["images"]] and trainer.model.training
+    (_, seen, _, G, clean), (_, images, fields, also_G, second) = calls
     mask = batch["completion_mask"].bool()
     texts = [ids[seen].tolist() for ids, seen in zip(batch["completion_ids"], mask)]
-    assert texts[::2] == clean[1] and texts[1::2] == second[1]
+    assert texts[::2] == clean[0] and texts[1::2] == second[0] and G == also_G == 2
 
     model = load_model(TOY / "model").train()
-    run = run_of(model, load_processor(TOY / "model"))
-    args = saei.Args(temperature=3.0, measure_every=10**6)
+    run, own = run_of(model, load_processor(TOY / "model")), trainer.processing_class.image_processor
+    sizes = [[image.size for image in made or []] for made in images]
+    assert sizes == [[image.size for image in given or []] for given in seen]
+    values = iter(fields["pixel_values"].split([sum(w * h // 14**2 for w, h in made) for made in sizes]))
     for i, group in enumerate(groups_of(batch, model)):
-        images = [part["image"] for part in attacked[2 * i][-1]["content"] if part["type"] == "image"]
-        first = [part["image"] for part in prompts[2 * i][-1]["content"] if part["type"] == "image"]
-        if not first:
-            assert not images
+        pair = next(values), next(values)  # of two responses to the prompt
+        if not images[2 * i]:
+            assert not sizes[2 * i] and not sizes[2 * i + 1]
             continue
-        want = saei.attack(group[::2], run, args).pixel_values
-        pixels = trainer.processing_class.image_processor(images, return_tensors="pt")["pixel_values"]
-        assert (pixels - want).abs().max() < 1e-6  # 1/255 is 0.015 here
-        assert ((pixels - group.prompt.pixel_values).abs() > 0.02).float().mean() > 0.3
-        assert torch.equal(batch["pixel_values"][: len(pixels)], group.prompt.pixel_values) or i
+        want = saei.attack(group[::2], run, saei.Args(temperature=3.0, measure_every=10**6)).pixel_values
+        for pixels in (*pair, *(own(images[j], return_tensors="pt")["pixel_values"] for j in (2 * i, 2 * i + 1))):
+            assert (pixels - want).abs().max() < 1e-6  # 1/255 is 0.015 here
+            assert ((pixels - group.prompt.pixel_values).abs() > 0.02).float().mean() > 0.3
+        trained = ports.trl.split_pixel_values_by_grid(batch)["pixel_values"][4 * i : 4 * i + 4]
+        assert all(torch.equal(pixels, group.prompt.pixel_values) for pixels in trained)
 
 
 @pytest.mark.parametrize("name", ["vepo", "vgpo", "pepo"])
@@ -298,7 +311,7 @@ def test_internvl_in_trl(name, monkeypatch, tmp_path):
     elif name == "pepo":
         want = torch.cat([x[0] for x in found])
     if name == "vepo":
-        assert (kept["weights"] > 0).sum(1).tolist() == vepo.kept_tokens(mask).tolist()
+        assert (kept["weights"] > 0).sum(1).tolist() == vepo.kept_tokens(mask, 0.2).tolist()
     else:
         assert (kept["weights"][mask] - want).abs().max() < 1e-3
     trainer.train()
@@ -344,23 +357,24 @@ def test_groups_that_are_cut_across_processes_in_trl(tmp_path):
 
 def test_evaluation_samples_from_the_datas_images(monkeypatch, tmp_path):
     trainer, seen = made("saei", tmp_path, data_rows([1])), []
-    monkeypatch.setattr(trl.GRPOTrainer, "_generate", lambda self, prompts: seen.append(prompts))
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", lambda self, *given: seen.append(given))
     trainer.model.eval()
-    trainer._generate(["a", "b"])
-    assert seen == [["a", "b"]]
+    trainer._generate_single_turn(["a", "b", "c"], None, {}, 3)
+    assert seen == [(["a", "b", "c"], None, {}, 3)]
 
 
 @pytest.mark.parametrize(
     "name, setting, sentence",
     [
-        ("pepo", {"importance_sampling_level": "sequence"}, "must be 'token'"),
+        ("pepo", {"importance_sampling_level": "sequence"}, "needs importance_sampling_level='token'"),
+        ("vepo", {"importance_sampling_level": "sequence"}, "needs importance_sampling_level='token'"),
         ("vepo", {"loss_type": "grpo"}, "needs loss_type='dapo'"),
-        ("vgpo", {"mask_truncated_completions": True}, "must be False"),
+        ("vgpo", {"mask_truncated_completions": True}, "needs mask_truncated_completions=False"),
     ],
 )
 def test_settings_that_would_train_something_else_are_refused(name, setting, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        made(name, tmp_path, data_rows([1]), **setting).train()
+        made(name, tmp_path, data_rows([1]), **setting)
 
 
 def test_the_dropout_of_adapters_is_off_while_tokens_are_scored(monkeypatch, tmp_path):
@@ -373,14 +387,20 @@ def test_the_dropout_of_adapters_is_off_while_tokens_are_scored(monkeypatch, tmp
     _, kept = sampled(trainer, rows, monkeypatch)
     assert kept["weights"].unique().tolist() in ([1.0], [0.0, 1.0]) and trainer.model.training
 
+    trainer, modes = made("saei", tmp_path, data_rows([1])), []
+    trainer.model.train()
+    monkeypatch.setattr(trainer, "changed", lambda pixels, *_: modes.append(trainer.model.training) or pixels)
+    trainer._generate_and_score_completions([row for row in data_rows([1]) for _ in range(4)])
+    assert modes == [False] and trainer.model.training
+
 
 def test_rows_whose_images_are_none(tmp_path):
     """As data sets have them, in all rows or in some: TRL knows an empty list alone."""
     rows = data_rows([0, 0]) + data_rows([1, 0])
     for row in rows:
         row["images"] = row["images"] or None
-    for some in (rows[:2], rows[1:3]):
-        trainer = made("pepo", tmp_path, some, max_steps=1)
+    for name, some in [(name, some) for name in ("pepo", "saei") for some in (rows[:2], rows[1:3])]:
+        trainer = made(name, tmp_path, some, max_steps=1)
         trainer.train()
         assert trainer.evaluate(trainer.train_dataset)["eval_loss"] is not None and trainer.state.global_step == 1
 
@@ -388,8 +408,12 @@ def test_rows_whose_images_are_none(tmp_path):
 def test_odd_groups_cannot_be_halved(tmp_path):
     trainer = made("saei", tmp_path, data_rows([1, 1, 1]), num_generations=3, per_device_train_batch_size=9)
     trainer.model.train()
-    with pytest.raises(ValueError, match="must be even"):
-        trainer._generate([None] * 9)
+    for responses, G in ((9, 3), (9, 2)):
+        with pytest.raises(ValueError, match="must be even"):
+            trainer._generate_single_turn([None] * responses, None, {}, G)
+    trainer.tools = [print]
+    with pytest.raises(ValueError, match="without tools"):
+        trainer._generate_single_turn([None] * 8, None, {}, 2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,18 @@ from transformers import Qwen2VLImageProcessorPil
 import saei
 from common import forward, rollout, split_group
 from plumbing.data import Data
-from saei import Args, adversarial_step, attack, entropy_gradient, entropy_of, join, middle_third, patchify, unpatchify
+from plumbing.families import unpatchify
+from saei import (
+    Args,
+    adversarial_step,
+    attack,
+    both_copies,
+    entropy_gradient,
+    entropy_of,
+    join,
+    middle_third,
+    to_pixels,
+)
 
 PROCESSORS = {  # as the three families configure it
     "qwen2_vl and qwen2_5_vl": Qwen2VLImageProcessorPil(),
@@ -27,25 +39,27 @@ PROCESSORS = {  # as the three families configure it
 def test_patches_are_the_processors_own(family, size):
     processor = PROCESSORS[family]
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    made = processor(Image.fromarray(noise), return_tensors="pt")
-    values, grid = made["pixel_values"], made["image_grid_thw"][0]
-    image = unpatchify(values, grid, processor)
-    assert image.shape == (3, *(processor.patch_size * grid[1:]).tolist())
-    assert torch.allclose(patchify(image, processor), values, atol=1e-6)
-    assert torch.equal(unpatchify(patchify(image, processor), grid, processor), image)  # exact, in 255ths
+    made = processor([Image.fromarray(noise)] * 2, return_tensors="pt")
+    values, grid = made["pixel_values"], made["image_grid_thw"]
+    pixels, mean, std = to_pixels(values, processor)
+    assert torch.allclose((pixels - mean) / std, values, atol=1e-6)
+    assert torch.equal(to_pixels((pixels - mean) / std, processor)[0], pixels)  # exact, in 255ths
+    image, again = unpatchify(pixels, grid, processor)
+    assert image.shape == (3, *(processor.patch_size * grid[0, 1:]).tolist()) and torch.equal(image, again)
     _, H, W = image.shape
     if size == (W, H):  # nothing was resized: the very pixels
         assert torch.equal(image, torch.tensor(noise).permute(2, 0, 1) / 255)
+    drawn = processor(Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()), return_tensors="pt")
+    assert torch.allclose(drawn["pixel_values"], values[: len(values) // 2], atol=1e-6)
 
 
-def test_patches_pass_gradients_back_to_the_pixel():
-    processor = PROCESSORS["qwen2_vl and qwen2_5_vl"]
-    image = torch.rand(3, 56, 84).requires_grad_()
-    values = patchify(image, processor)
-    assert times_agree(values)
-    values.sum().backward()
-    want = 2 / torch.tensor(processor.image_std)[:, None, None].expand(3, 56, 84)  # each pixel stands there twice
-    assert torch.allclose(image.grad, want, atol=1e-5)
+def test_the_gradient_of_an_image_is_the_sum_over_its_copies():
+    image = torch.randn(5, 3, 1, 16).requires_grad_()
+    values = image.expand(-1, -1, 2, -1).flatten(1)  # as pixel_values hold it
+    found = torch.randn(values.shape)
+    values.backward(found)
+    assert times_agree(both_copies(found))
+    assert torch.allclose(both_copies(found).view(5, 3, 2, 16)[:, :, :1], image.grad)
 
 
 def test_middle_third_against_brute_force():
@@ -87,14 +101,23 @@ def random_images(model, grids):
     prompt = tiny_prompt(model, grids)
     if grids:
         generator = torch.Generator().manual_seed(1)
-        made = [torch.randint(256, (3, 14 * h, 14 * w), generator=generator) / 255 for h, w in grids]
-        prompt = dataclasses.replace(prompt, pixel_values=torch.cat([patchify(x, processor) for x in made]))
+        shape = (len(prompt.pixel_values), 3, 1, 14 * 14)
+        pixels = torch.randint(256, shape, generator=generator).expand(-1, -1, 2, -1).flatten(1) / 255
+        _, mean, std = to_pixels(pixels, processor)
+        prompt = dataclasses.replace(prompt, pixel_values=(pixels - mean) / std)
     return tiny_group(prompt, [7, 1, 4, 12]), fake_run(model, processor)
 
 
 def images_of(prompt, processor):
-    parts = prompt.pixel_values.detach().split(prompt.image_grid_thw.prod(1).tolist())
-    return [unpatchify(x, grid, processor.image_processor) for x, grid in zip(parts, prompt.image_grid_thw)]
+    pixels, _, _ = to_pixels(prompt.pixel_values.detach(), processor.image_processor)
+    return unpatchify(pixels, prompt.image_grid_thw, processor.image_processor)
+
+
+def gradient_of(group, run, args):
+    """H, its gradient by the group's pixel_values, and its tokens (G, T)."""
+    entropies = partial(entropy_of, group, run, args)
+    H, gradient, kept = entropy_gradient(group.prompt.pixel_values, entropies, len(group.mask), run.model)
+    return H, gradient, torch.cat(kept)
 
 
 def H_of(group, pixel_values, kept, run):
@@ -108,19 +131,17 @@ def H_of(group, pixel_values, kept, run):
 def test_gradient_by_finite_differences(grids):
     model = tiny_model("qwen2_5_vl").double()
     group, run = random_images(model, grids)
-    images = [image.double() for image in images_of(group.prompt, run.processor)]
-    H, gradients, kept = entropy_gradient(group, images, run, Args())
-    assert kept.sum(1).tolist() == [2, 1, 1, 4]
-
-    def at(images):
-        return H_of(group, torch.cat([patchify(x, run.processor.image_processor) for x in images]), kept, run)
-
-    assert at(images) == pytest.approx(H.item(), abs=1e-6)
-    for i, gradient in enumerate(gradients):
-        direction = gradient / gradient.norm()
-        shifted = [[x + step * direction if i == j else x for j, x in enumerate(images)] for step in (1e-3, -1e-3)]
-        slope = (at(shifted[0]) - at(shifted[1])) / 2e-3
-        assert slope == pytest.approx(gradient.norm().item(), rel=0.01)
+    group.prompt.pixel_values = values = group.prompt.pixel_values.double()
+    H, gradient, kept = gradient_of(group, run, Args())
+    assert kept.sum(1).tolist() == [2, 1, 1, 4] and times_agree(gradient)
+    assert H_of(group, values, kept, run) == pytest.approx(H.item(), abs=1e-6)
+    for own in torch.arange(len(values)).split(group.prompt.image_grid_thw.prod(1).tolist()):  # of each image
+        direction = torch.zeros_like(values).index_copy(0, own, gradient[own])
+        direction /= direction.norm()
+        slope = (
+            H_of(group, values + 1e-3 * direction, kept, run) - H_of(group, values - 1e-3 * direction, kept, run)
+        ) / 2e-3
+        assert slope == pytest.approx(gradient[own].norm().item() / 2, rel=0.01)  # both copies move: half of it each
 
 
 @pytest.mark.parametrize("family, grids", [("qwen2_vl", [(2, 4), (6, 4)]), ("qwen2_5_vl", [(4, 6)])])
@@ -128,9 +149,7 @@ def test_attack(family, grids):
     model = tiny_model(family)
     group, run = random_images(model, grids)
     clean = group.prompt.pixel_values.clone()
-    kept = middle_third(
-        next(entropy_of(group, images_of(group.prompt, run.processor), run, Args()))[0].detach(), group.mask
-    )
+    kept = middle_third(next(entropy_of(group, run, Args(), clean))[0].detach(), group.mask)
     tiny = 0.02 / 255  # random weights of this size are far from linear over 2 / 255
     up, down = (attack(group, run, Args(step=step)).pixel_values for step in (tiny, -tiny))
     H = [H_of(group, pixels, kept, run) for pixels in (down, clean, up)]
@@ -153,16 +172,16 @@ def test_attack_does_not_depend_on_how_the_group_is_cut():
     group, run = random_images(model, [(4, 6)])
     budget = len(group.prompt.input_ids) + 8
     assert len(split_group(group, budget)) == 3
-    images = images_of(group.prompt, run.processor)
-    whole, cut = (entropy_gradient(group, images, run, Args(tokens_per_row=n)) for n in (10**6, budget))
+    whole, cut = (gradient_of(group, run, Args(tokens_per_row=n)) for n in (10**6, budget))
     assert whole[0].item() == pytest.approx(cut[0].item(), abs=1e-6) and torch.equal(whole[2], cut[2])
-    assert torch.allclose(whole[1][0], cut[1][0], atol=1e-6)
+    assert torch.allclose(whole[1], cut[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("epsilon, largest", [(None, 2), (5 / 255, 5), (1.0, 6)])
 def test_several_steps_stay_in_the_ball(epsilon, largest):
     group, run = random_images(tiny_model("qwen2_5_vl"), [(4, 6)])
     after = attack(group, run, Args(iterations=3, epsilon=epsilon))
+    assert run.log["attack_entropy_before"] == pytest.approx([gradient_of(group, run, Args())[0].item()], abs=1e-6)
     change = images_of(after, run.processor)[0] - images_of(group.prompt, run.processor)[0]
     assert change.abs().max().item() * 255 == pytest.approx(largest, abs=0.01)
 
@@ -180,11 +199,11 @@ def test_a_gradient_that_is_not_finite_leaves_the_clean_image(monkeypatch):
     group, run = random_images(tiny_model("qwen2_5_vl"), [(4, 6)])
     calls = []
 
-    def bad_once(group, images, *_):  # in the first of two steps, at one pixel
-        gradient = torch.ones_like(images[0])
-        gradient[0, 0, 0] = torch.inf if not calls else 1
+    def bad_once(values, *_):  # in the first of two steps, at one pixel
+        gradient = torch.ones_like(values)
+        gradient[0, 0] = torch.inf if not calls else 1
         calls.append(1)
-        return torch.tensor(torch.nan), [gradient], group.mask
+        return torch.tensor(torch.nan), gradient, [group.mask]
 
     monkeypatch.setattr(saei, "entropy_gradient", bad_once)
     assert torch.equal(attack(group, run, Args(iterations=2)).pixel_values, group.prompt.pixel_values)

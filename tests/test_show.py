@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_group, tiny_model, tiny_prompt
+from helpers import times_agree, tiny_group, tiny_model, tiny_prompt
 from PIL import Image
 
 import common
@@ -27,6 +27,7 @@ import vppo
 from common import forward, rollout
 from plumbing.arguments import TOY, SharedArgs
 from plumbing.data import Data
+from plumbing.families import unpatchify
 
 
 def run_main(monkeypatch, *argv):
@@ -210,8 +211,8 @@ def test_the_images_are_those_that_were_scored(toy, monkeypatch):
     def spied(module):
         def forward_spied(model, row, *rest):
             prompt = row.prompt
-            shown = saei.unpatchify(prompt.pixel_values, prompt.image_grid_thw[0], processor).clamp(0, 1)
-            fed[module.__name__].append((255 * shown).round().byte())
+            (shown,) = unpatchify(saei.to_pixels(prompt.pixel_values, processor)[0], prompt.image_grid_thw, processor)
+            fed[module.__name__].append((255 * shown.clamp(0, 1)).round().byte())
             return forward(model, row, *rest)
 
         monkeypatch.setattr(module, "forward", forward_spied)
@@ -460,10 +461,10 @@ def test_a_random_step_is_as_large_as_the_attack(of_two_images):
     prompt, image_processor = group.prompt, run.processor.image_processor
     moved = show.random_step(prompt, run, 0)
     assert torch.equal(moved, show.random_step(prompt, run, 0)) and moved.shape == prompt.pixel_values.shape
-    sizes = prompt.image_grid_thw.prod(1).tolist()
-    for before, after, grid in zip(prompt.pixel_values.split(sizes), moved.split(sizes), prompt.image_grid_thw):
-        before, after = (saei.unpatchify(pixels, grid, image_processor) for pixels in (before, after))
-        change = (after - before)[(before > 0.01) & (before < 0.99)]
+    assert times_agree(moved)
+    before, after = (saei.to_pixels(values, image_processor)[0] for values in (prompt.pixel_values, moved))
+    for own in torch.arange(len(before)).split(prompt.image_grid_thw.prod(1).tolist()):  # of each image
+        change = (after[own] - before[own])[(before[own] > 0.01) & (before[own] < 0.99)]
         assert change.abs().sub(2 / 255).abs().max() < 1e-3 and change.sign().mean().abs() < 0.1
 
 
