@@ -686,7 +686,7 @@ def still_noise(pixel_values, generator):
     return normal_noise(shape, generator, pixel_values.device).expand(-1, -1, 2, -1).flatten(1)
 
 
-def blacken(pixel_values, generator, image_mean, image_std, probability=0.6, places=slice(None)):
+def blacken(pixel_values, generator, image_mean, image_std, probability, places=slice(None)):
     """Each patch (14 or 16 pixels) black with this probability (PAPO, arXiv 2507.06448), those of a place together."""
     black = (-torch.tensor(image_mean) / torch.tensor(image_std)).repeat_interleave(pixel_values.shape[1] // 3)
     chosen = torch.rand(len(pixel_values), 1, generator=generator, device=generator.device)[places] < probability
@@ -712,12 +712,12 @@ def min_max(values, mask, eps=1e-8):
     return torch.where(mask, (values - low) / (high - low).clamp(min=eps), 0.0)
 
 
-def kept_tokens(mask, ratio=0.2):
+def kept_tokens(mask, ratio):
     """(B,) how many tokens of each response are kept: ceil(ratio T)."""
     return (mask.sum(1).double() * ratio - 1e-9).ceil().long()  # in floats 0.07 x 100 is above 7
 
 
-def select_top(scores, mask, ratio=0.2):
+def select_top(scores, mask, ratio):
     """(B, T) True on the `kept_tokens` best of each response; of equal ones the earlier. Padding is never chosen.
 
     >>> select_top(torch.tensor([[0.1, 0.9, 0.3, 0.2, 0.9]]), torch.ones(1, 5, dtype=torch.bool), ratio=0.4)

@@ -48,10 +48,10 @@ class TokenWeights(FSDPEngineWithLMHead):
 
     def views(self, micro_batch):
         """Logits under the perturbed images of the method; the copies of a prompt share one draw."""
-        images = self.model_config.processor.image_processor
-        scale = {"image_mean": images.image_mean, "image_std": images.image_std}
-        noise = partial(vepo.noised_pixels, image_std=images.image_std, args=vepo.Args())
-        views = {"vepo": [noise], "prpo": [partial(f, **scale) for f in (prpo.blacken, prpo.add_pixel_noise)]}
+        scale = {x: getattr(self.model_config.processor.image_processor, x) for x in ("image_mean", "image_std")}
+        noise = partial(vepo.noised_pixels, image_std=scale["image_std"], args=vepo.Args())
+        black = partial(prpo.blacken, probability=prpo.Args.blacken)
+        views = {"vepo": [noise], "prpo": [partial(f, **scale) for f in (black, prpo.add_pixel_noise)]}
         pixels = [(getattr(x, "data", x) or {}).get("pixel_values") for x in micro_batch.get("multi_modal_inputs", [])]
         drawn = [(x, seeded(uid)) for x, uid in zip(pixels, micro_batch["uid"]) if x is not None]
         for view in views.get(os.environ["VERL_ENGINE_VENDOR"], []):  # without images, too: processes pass together
@@ -81,8 +81,8 @@ class TokenWeights(FSDPEngineWithLMHead):
         return torch.cat([omega.sum(1, keepdim=True), vgpo.token_factors(omega, mask)], 1)  # (1, 1 + T): Phi, psi
 
     def vepo(self, own, image, logits, mask):
-        jsd, entropy, noised = vepo.divergences(*logits)
-        chosen = vepo.select_top(vepo.token_scores(jsd, entropy, noised, mask) if image[-1].numel() else entropy, mask)
+        scores = vepo.token_scores(*vepo.divergences(*logits), mask, has_image=mask.new_tensor(image[-1].numel() > 0))
+        chosen = vepo.select_top(scores, mask, vepo.Args.keep_ratio)
         return chosen * mask.sum() / chosen.sum().clamp(min=1)
 
     def prpo(self, own, image, logits, mask):

@@ -39,10 +39,8 @@ for path in sys.argv[1:]:
 
 @pytest.mark.parametrize("function", [vepo.add_noise, vepo.diffuse, prpo.blacken, prpo.add_pixel_noise])
 def test_perturbations_of_pixels_on_another_device_than_the_generators(function):
-    scale = (
-        {"image_mean": [0.5] * 3, "image_std": [0.2] * 3} if function in (prpo.blacken, prpo.add_pixel_noise) else {}
-    )
-    moved = function(torch.rand(4, 1176, device="meta"), seeded(0), **scale)
+    more = {prpo.blacken: ([0.5] * 3, [0.2] * 3, 0.6), prpo.add_pixel_noise: ([0.5] * 3, [0.2] * 3)}.get(function, ())
+    moved = function(torch.rand(4, 1176, device="meta"), seeded(0), *more)
     assert moved.device.type == "meta" and moved.shape == (4, 1176)
 
 

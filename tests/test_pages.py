@@ -7,9 +7,10 @@ import runpy
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 
-from lecture.pages import METHODS, code_blocks, included
+from lecture.pages import METHODS, code_blocks, included, strip
 
 FIGURES = (ROOT / "RESULTS.md").read_text() + (ROOT / "README.md").read_text()
 NOTES = {name: (ROOT / f"lecture/notes/{name}.md").read_text() for name in ["index", *METHODS]}
@@ -174,3 +175,9 @@ def test_the_notebook_runs(monkeypatch, tmp_path):
     printed = "".join(out.get("text", "") for cell in book.cells for out in cell.get("outputs", []))
     shown = [kind for cell in book.cells for out in cell.get("outputs", []) for kind in out.get("data", {})]
     assert re.search(r"accuracy [\d.]+% -> [\d.]+%", printed) and "image/png" in shown and "text/html" in shown
+
+
+def test_a_value_that_is_equal_on_all_tokens_has_a_colour():
+    for label in ("weight", "advantage"):
+        for value in (0.0, 2.0):
+            assert "nan" not in strip(label, torch.full((2,), value), ["a", "b"])

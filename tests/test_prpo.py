@@ -23,7 +23,7 @@ def test_noise_on_normalised_pixels():
 
 def test_blackened_patches():
     clean = normalised_pixels()
-    before, dark = clean.clone(), blacken(clean, seeded(1), **SCALE)
+    before, dark = clean.clone(), blacken(clean, seeded(1), **SCALE, probability=0.6)
     black = ((dark * STD_ROW + MEAN_ROW).abs() < 1e-6).all(1)
     assert black.float().mean().item() == pytest.approx(0.6, abs=0.03) and torch.equal(clean, before)
     assert torch.equal(dark[~black], clean[~black])  # a patch is black or untouched

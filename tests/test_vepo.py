@@ -1,6 +1,7 @@
 """VEPO's divergences, scores and selection: hand-computed numbers, the invariants of its page, its divisor."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_scores_do_not_depend_on_scale_padding_or_other_rows():
     assert torch.allclose(token_scores(5 * jsd + 3, entropy, noised, mask), want, atol=1e-5)
     assert torch.allclose(token_scores(jsd, 4 * entropy + 1, 4 * noised + 1, mask), want, atol=1e-5)
     assert_row_wise(token_scores, jsd, entropy, noised, mask=mask)
-    assert_row_wise(select_top, jsd, mask=mask)
+    assert_row_wise(partial(select_top, ratio=0.2), jsd, mask=mask)
     assert (want >= 0).all() and (want <= 1).all()
 
 
@@ -95,7 +96,7 @@ def test_identical_images_score_zero():
     mask = lengths(5, 3)
     logits = torch.randn(2, 5, 50)
     scores = token_scores(*divergences(logits, logits), mask)
-    assert (scores == 0).all() and select_top(scores, mask).sum(1).tolist() == [1, 1]
+    assert (scores == 0).all() and select_top(scores, mask, 0.2).sum(1).tolist() == [1, 1]
 
 
 def test_a_response_without_an_image_is_scored_by_entropy():
@@ -118,7 +119,7 @@ def test_the_number_of_kept_tokens(ratio):
 def test_selection_against_sorting():
     torch.manual_seed(0)
     scores, mask = (torch.rand(6, 30) * 10).round(), lengths(30, 29, 12, 5, 2, 1)
-    for row, chosen in zip(range(6), select_top(scores, mask)):
+    for row, chosen in zip(range(6), select_top(scores, mask, 0.2)):
         T = int(mask[row].sum())
         best = sorted(range(T), key=lambda t: (-scores[row, t].item(), t))[: math.ceil(T / 5)]
         assert sorted(best) == chosen.nonzero()[:, 0].tolist()
