@@ -52,7 +52,7 @@ class Args(SharedArgs):
     iterations: int = flag(1, "steps of the attack", gt=0)
     epsilon: float | None = flag(None, "largest change of a pixel over all steps (default: one step)", min=0)
     measure_every: int = flag(16, "log the entropy after the attack of one in so many prompts", gt=0)
-    save_images: int = flag(0, "write so many images, clean, attacked and 10 x their difference", min=0)
+    save_images: int = flag(0, "write the images of so many prompts, clean, attacked and 10 x their difference", min=0)
 
     def __post_init__(self):
         if self.group_size not in (None, self.n1 + self.n2):

@@ -4,7 +4,7 @@
     VEPOTrainer(model, reward_funcs, config, train_dataset=data, processing_class=processor).train()
 
 TRL's loss takes advantages (B, T): here a response's, times the weights of its tokens. The methods keep their
-defaults; PRPO and SaEI are for Qwen-VL, VPPO is not here.
+defaults. PRPO and SaEI are for Qwen-VL; VPPO is not here.
 """
 
 import torch
@@ -102,6 +102,8 @@ class PRPOTrainer(TokenWeights):
 
 
 class PEPOTrainer(TokenWeights):
+    not_for = "qwen3_vl"  # whose hidden_states lack, in transformers, the deep features of the image
+
     def scores(self, rows):
         states = self.states(rows)
         layers = [self.with_image(lambda own, v: pepo.visual_similarity([own], [v]), rows, x) for x in states]

@@ -5,6 +5,7 @@ from itertools import groupby
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from PIL import Image
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
@@ -20,17 +21,23 @@ def without_empty(model, args, inputs):
 class ImageTrainer(trl.GRPOTrainer):
     """A method may have `changed(pixels, grid, ids, responses)`: other pixels for every second response of a group.
 
-    They are sampled after the others, which it is given; all are trained on the images of the data. For Qwen-VL.
+    They are sampled after the others, which it is given; all are trained on the images of the data.
     """
 
-    changed, needs = None, {}  # settings without which something else would be trained
+    changed, needs, not_for = None, {}, None  # settings, and a type of model: or something else would be trained
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for name, value in self.needs.items():
-            if getattr(self.args, name) != value:
-                raise ValueError(f"{type(self).__name__} needs {name}={value!r}.")
+        wrong = [f"{name}={value!r}" for name, value in self.needs.items() if getattr(self.args, name) != value]
+        if wrong or self.model.config.model_type == self.not_for:
+            raise ValueError(f"{type(self).__name__} needs {', '.join(wrong) or f'a model that is no {self.not_for}'}.")
+        odd = self.num_generations % 2 or self.args.generation_batch_size // self.accelerator.num_processes % 2
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction  # would weigh the changed half otherwise
+        if self.changed and (odd or corrected or self.tools or self.rollout_func):
+            what = "even num_generations and responses of a process, no tools or rollout_func, with vLLM no"
+            raise ValueError(f"{type(self).__name__} needs {what} vllm_importance_sampling_correction.")
         self.images = self.processing_class.image_processor
+        self.log_multimodal = False  # or processes would wait for one that has no image in a batch
         self.processing_class.tokenizer.padding_side = "left"  # or TRL would misplace image tokens
         for model in filter(None, (self.model, self.ref_model)):
             model.register_forward_pre_hook(without_empty, with_kwargs=True)
@@ -40,14 +47,12 @@ class ImageTrainer(trl.GRPOTrainer):
         return *found, images and [x or [] for x in images], tool_images  # TRL's None fails next to images
 
     def _generate_and_score_completions(self, inputs):
-        inputs = [x | {"images": x["images"] or []} if "images" in x else x for x in inputs]  # as None in all rows does
-        return super()._generate_and_score_completions(inputs)
+        listed = [x.get("images") or [image for image in [x.get("image")] if image] for x in inputs]  # None fails, too
+        return super()._generate_and_score_completions([x | {"images": y} for x, y in zip(inputs, listed)])
 
     def _generate_single_turn(self, ids, images, fields, G, *more):
         if not (self.changed and self.model.training):
             return super()._generate_single_turn(ids, images, fields, G, *more)
-        if G % 2 or len(ids) % 2 or self.tools:
-            raise ValueError("SaEI: num_generations and the responses of a process must be even, without tools.")
         images, first = [*(images or [None] * len(ids))], len(ids) * self.accelerator.process_index
         fields = {name: x if isinstance(x, list) else torch.as_tensor(x) for name, x in fields.items()}
         rows = split_pixel_values_by_grid(fields | {"num_images": [len(x or []) for x in images]})
@@ -56,16 +61,17 @@ class ImageTrainer(trl.GRPOTrainer):
             return ids[i::2], images[i::2], unsplit_pixel_values_by_grid({x: rows[x][i::2] for x in fields}), G // 2
 
         clean = super()._generate_single_turn(*half(0))
+        responses = gather_object(clean[0])  # of all processes: groups may be cut
         self.model.eval()  # without the dropout of adapters
-        for _, group in groupby(range(0, len(ids), 2), lambda i: (first + i) // G):  # groups may be cut
-            group = [*group]
-            if images[group[0]]:
-                given = [rows[x][group[0]].to(self.accelerator.device) for x in ("pixel_values", "image_grid_thw")]
-                pixels = self.changed(*given, ids[group[0]], [clean[0][i // 2] for i in group])
+        for group, places in groupby(range(1, len(ids), 2), lambda i: (first + i) // G):
+            places = [*places]
+            if images[places[0]]:
+                given = [rows[x][places[0]].to(self.accelerator.device) for x in ("pixel_values", "image_grid_thw")]
+                pixels = self.changed(*given, ids[places[0]], responses[group * G // 2 : (group + 1) * G // 2])
                 parts = unpatchify(saei.to_pixels(pixels, self.images)[0], given[1], self.images)
                 pictures = [Image.fromarray((255 * x).round().byte().permute(1, 2, 0).cpu().numpy()) for x in parts]
-                for i in group:
-                    rows["pixel_values"][i + 1], images[i + 1] = pixels, pictures  # vLLM takes these
+                for i in places:
+                    rows["pixel_values"][i], images[i] = pixels, pictures  # vLLM takes these
         self.model.train()
         attacked = super()._generate_single_turn(*half(1))
         return [a and [x for pair in zip(a, b) for x in pair] for a, b in zip(clean, attacked)]

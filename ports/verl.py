@@ -13,7 +13,6 @@ import os
 from functools import partial
 
 import torch
-from torch.distributions import Categorical
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -72,8 +71,9 @@ class TokenWeights(FSDPEngineWithLMHead):
         return done
 
     def pepo(self, own, image, logits, mask):
+        assert self.model_config.hf_config.model_type != "qwen3_vl", "its hidden_states lack the image's deep features"
         strength = min(1, self.lr_scheduler.last_epoch / max(1, self.optimizer_config.total_training_steps))  # lambda
-        entropy = Categorical(logits=logits[0]).entropy()
+        entropy = torch.distributions.Categorical(logits=logits[0]).entropy()
         return 1 - strength + strength * pepo.token_weights(pepo.visual_similarity(own, image), entropy, mask)
 
     def vgpo(self, own, image, logits, mask):
