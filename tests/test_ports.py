@@ -415,10 +415,13 @@ def test_rows_whose_images_are_none(tmp_path):
     for row in rows:
         row["images"] = row["images"] or None
     single = [{"prompt": row["prompt"], "image": (row["images"] or [None])[0]} for row in rows]
-    for name, some in [(name, some) for name in ("pepo", "saei") for some in (rows[:2], rows[1:3], single[1:3])]:
+    parts = [(rows[:2], 0), (rows[1:3], 4), (single[:2], 0), (single[1:3], 4)]  # images of the G = 4 rows of a prompt
+    for name, some, images in [(name, *part) for name in ("pepo", "saei") for part in parts]:
         trainer = made(name, tmp_path, some, max_steps=1)
         trainer.train()
         assert trainer.evaluate(trainer.train_dataset)["eval_loss"] is not None and trainer.state.global_step == 1
+        batch = trainer._generate_and_score_completions([row for row in some for _ in range(4)])
+        assert len(batch.get("image_grid_thw", [])) == images
 
 
 def test_what_cannot_be_halved_is_refused(monkeypatch, tmp_path):
