@@ -24,7 +24,6 @@ backward pass over n1 responses, in which no parameter gets a gradient.
     torchrun --nproc_per_node=8 saei.py --model Qwen/Qwen2.5-VL-7B-Instruct         # 8 GPUs, 60 steps of 512 prompts
 """
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -86,9 +85,9 @@ def adversarial_step(image, gradient, step=2 / 255):
 
 
 def both_copies(gradient):
-    """The gradient by pixel_values (patches, 3 x 2 x p x p), which hold an image twice, as that by the image.
+    """The gradient with respect to pixel_values (patches, 3 x 2 x p x p), summed over the two copies of an image.
 
-    >>> both_copies(torch.tensor([[1.0, 2.0, 3.0, -4.0, 0.0, 5.0]]))  # a patch of one pixel: its copies move together
+    >>> both_copies(torch.tensor([[1.0, 2.0, 3.0, -4.0, 0.0, 5.0]]))  # a patch of one pixel: the sum stands in both
     tensor([[ 3.,  3., -1., -1.,  5.,  5.]])
     """
     copies = gradient.view(len(gradient), 3, 2, -1)
@@ -96,36 +95,30 @@ def both_copies(gradient):
 
 
 def to_pixels(pixel_values, image_processor):
-    """pixel_values (patches, C) before the normalisation, in [0, 1], in whole 255ths; and its mean and std (C,)."""
+    """pixel_values (patches, C) before the normalisation: in [0, 1], in 8-bit levels; and its mean and std (C,)."""
     constants = torch.tensor([image_processor.image_mean, image_processor.image_std])  # (2, 3)
     mean, std = send(constants.repeat_interleave(pixel_values.shape[1] // 3, 1), pixel_values.device)
     return ((pixel_values * std + mean) * 255).round() / 255, mean, std
 
 
-@contextlib.contextmanager
-def frozen(model):
-    """No parameter gets a gradient inside: a compiled layer would compute those of its weights, asked for or not."""
+def entropy_gradient(pixel_values, entropies, G, model):
+    """H of G responses, its gradient (patches, C), and its tokens: a list of masks, as `entropies` yields them.
+
+    `entropies(pixel_values)` yields the entropy (B, T), at the sampler's temperature, and the mask of some responses
+    under these normalised pixels, until all G had their turn; gradients must flow back to its argument.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
+    for p in trained:  # or a compiled layer would compute their gradients, asked for or not
         p.requires_grad_(False)
-    yield
+    leaf = pixel_values.detach().requires_grad_()
+    H, gradient, kept = 0.0, 0.0, []
+    for entropy, mask in entropies(leaf):
+        kept.append(middle_third(entropy, mask))
+        share = aggregate(entropy, kept[-1], "sequence", G)  # of the mean over the group's responses
+        gradient = gradient + torch.autograd.grad(share, leaf)[0]
+        H += share.detach()
     for p in trained:
         p.requires_grad_(True)
-
-
-def entropy_gradient(pixel_values, entropies, G, model):
-    """H of G responses, its gradient (patches, C), and its tokens: masks (B, T), of all G responses together.
-
-    `entropies(pixel_values)` yields the entropy (B, T) and the mask of some of the responses, until all had their turn.
-    """
-    leaf = pixel_values.clone().requires_grad_()
-    H, gradient, kept = 0.0, 0.0, []
-    with frozen(model):
-        for entropy, mask in entropies(leaf):
-            kept.append(middle_third(entropy, mask))
-            share = aggregate(entropy, kept[-1], "sequence", G)  # of the mean over the group's responses
-            gradient = gradient + torch.autograd.grad(share, leaf)[0]
-            H += share.detach()
     return H, both_copies(gradient), kept
 
 
@@ -141,8 +134,8 @@ def attack_pixels(pixel_values, entropies, G, model, image_processor, args):
         H, gradient, kept = entropy_gradient((pixels - mean) / std, entropies, G, model)
         before = before or (H, kept)
         finite = gradient.isfinite().all() & finite
-        moved = adversarial_step(pixels, gradient, args.step)
-        pixels = moved.minimum(clean + epsilon).maximum(clean - epsilon)
+        moved = adversarial_step(pixels, gradient, args.step)  # std > 0: by pixels the gradient has the same sign
+        pixels = moved.clamp(clean - epsilon, clean + epsilon)
     change = torch.where(finite, pixels - clean, 0.0).abs().max()
     return torch.where(finite, (pixels - mean) / std, pixel_values), *before, change, finite
 
@@ -150,12 +143,11 @@ def attack_pixels(pixel_values, entropies, G, model, image_processor, args):
 def entropy_of(group, trainer, args, pixel_values):
     """Yields the entropy (B, T) of a group's responses under these pixel_values, row by row, and the row's mask."""
     for row in split_group(group, args.tokens_per_row):
-        row = with_image(row, lambda _: pixel_values)
-        yield forward(trainer.model, row, args.temperature)[1], row.mask
+        yield forward(trainer.model, with_image(row, lambda _: pixel_values), args.temperature)[1], row.mask
 
 
 def attack(group, trainer, args):
-    """The prompt of a group with attacked images; unchanged without an image or if a gradient is not finite."""
+    """The prompt of a group with attacked images; unchanged without one, at step 0, or if a gradient is not finite."""
     prompt, processor = group.prompt, trainer.processor.image_processor
     if prompt.pixel_values is None or args.step == 0:
         return prompt
@@ -179,12 +171,11 @@ def record_attack(group, attacked, trainer, args, H, kept, change, finite):
             trainer.metrics.add(f"attack_entropy_{name}", torch.where(finite, value, 0.0), finite)
 
 
-def save_images(folder, prompt, attacked, image_processor):
+def save_images(folder, prompt, attacked, processor):
     """PNG files of a prompt's images: clean, attacked, and 0.5 + 10 times the difference, side by side."""
     folder.mkdir(exist_ok=True)
-    pixels = (to_pixels(values.cpu(), image_processor)[0] for values in (prompt.pixel_values, attacked))
-    images = (unpatchify(values, prompt.image_grid_thw, image_processor) for values in pixels)
-    for i, (before, after) in enumerate(zip(*images)):
+    pixels = (to_pixels(x, processor)[0] for x in (prompt.pixel_values, attacked.cpu()))
+    for i, (before, after) in enumerate(zip(*(unpatchify(x, prompt.image_grid_thw, processor) for x in pixels))):
         shown = torch.cat([before, after, (0.5 + 10 * (after - before)).clamp(0, 1)], 2)  # (3, H, 3 W)
         image = Image.fromarray((255 * shown).round().byte().permute(1, 2, 0).numpy())
         image.save(folder / f"prompt-{prompt.prompt_id}-{i}.png")

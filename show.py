@@ -591,7 +591,7 @@ FUNCTIONS = {
         ["blacken", "add_pixel_noise", "compare_states", "divergences", "robust_visual_dependency", "token_weights"],
     ),
     "pepo": (pepo, ["visual_similarity", "token_weights", "mixing_strength"]),
-    "saei": (saei, ["middle_third", "adversarial_step", "both_copies", "to_pixels"]),
+    "saei": (saei, ["middle_third", "adversarial_step", "attack_pixels"]),
     "vppo": (vppo, ["blacken", "visual_dependency", "select_top", "response_factors"]),
 }
 

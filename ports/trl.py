@@ -1,4 +1,4 @@
-"""The methods in TRL's GRPOTrainer (trl 1.16). The policy that sampled scores the tokens, once; TRL does the rest.
+"""The methods in TRL's GRPOTrainer (trl 1.16). The policy that sampled weighs the tokens, once; TRL does the rest.
 
     config = trl.GRPOConfig(..., loss_type="dapo", beta=0.0)  # VEPO: also entropy_coef=1e-3
     VEPOTrainer(model, reward_funcs, config, train_dataset=data, processing_class=processor).train()
@@ -40,7 +40,7 @@ class TokenWeights(ImageTrainer):
         return batch
 
     def states(self, rows, change=None):
-        """Hidden states (b, L, D), embeddings to last; `change(pixels, generator)`: of a prompt's images, one draw."""
+        """Hidden states (b, L, D), embeddings to last, under `change(pixels, generator)`: one draw for a prompt."""
         ids, seen = (torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask"))
         inputs = {"input_ids": ids, "attention_mask": seen, "output_hidden_states": True, "logits_to_keep": 1}
         inputs |= {x: rows[x] for x in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if x in rows}
@@ -102,7 +102,7 @@ class PRPOTrainer(TokenWeights):
 
 
 class PEPOTrainer(TokenWeights):
-    not_for = "qwen3_vl"  # whose hidden_states lack, in transformers, the deep features of the image
+    not_for = ("qwen3_vl",)  # whose hidden_states lack, in transformers, the deep features of the image
 
     def scores(self, rows):
         states = self.states(rows)
@@ -122,8 +122,8 @@ class SaEITrainer(ImageTrainer):
             for response in responses:
                 row = torch.tensor([ids + response], device=pixels.device)
                 inputs["mm_token_type_ids"] = (row == self.model.config.image_token_id).long()
-                row = self.model, row, torch.ones_like(row), len(response)
-                _, entropy, _ = self._get_per_token_logps_and_entropies(*row, compute_entropy=True, **inputs)
-                yield entropy, torch.ones_like(entropy).bool()
+                call = self.model, row, torch.ones_like(row), len(response)
+                _, entropy, _ = self._get_per_token_logps_and_entropies(*call, compute_entropy=True, **inputs)
+                yield entropy, torch.ones_like(entropy, dtype=torch.bool)
 
         return saei.attack_pixels(pixels, entropies, len(responses), self.model, self.images, saei.Args())[0]

@@ -14,28 +14,29 @@ from plumbing.families import unpatchify
 
 
 def without_empty(model, args, inputs):
-    """A forward pre-hook: rows that have no image, alone in a part of a batch, come with pixel_values of length 0."""
-    return args, {name: x for name, x in inputs.items() if not torch.is_tensor(x) or len(x)}
+    """A forward pre-hook that drops empty tensors: TRL gives rows without an image pixel_values of length 0."""
+    return args, {name: x for name, x in inputs.items() if not torch.is_tensor(x) or x.numel()}
 
 
 class ImageTrainer(trl.GRPOTrainer):
-    """A method may have `changed(pixels, grid, ids, responses)`: other pixels for every second response of a group.
+    """A method may have `changed(pixels, grid, ids, responses)`, which returns other pixels (patches, C) for a prompt.
 
-    They are sampled after the others, which it is given; all are trained on the images of the data.
+    Half of a group is sampled from those of the data; these responses, the prompt's token ids (lists), pixels and
+    image_grid_thw (images, 3) are given. The other half is sampled from what is returned. Training sees the data's.
     """
 
-    changed, needs, not_for = None, {}, None  # settings, and a type of model: or something else would be trained
+    changed = None
+    needs, not_for = {}, ()  # settings that a method needs, and types of models that it would train in another way
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        wrong = [f"{name}={value!r}" for name, value in self.needs.items() if getattr(self.args, name) != value]
-        if wrong or self.model.config.model_type == self.not_for:
-            raise ValueError(f"{type(self).__name__} needs {', '.join(wrong) or f'a model that is no {self.not_for}'}.")
+        unmet = [f"{name}={value!r}" for name, value in self.needs.items() if getattr(self.args, name) != value]
+        if unmet or self.model.config.model_type.startswith(self.not_for):
+            raise ValueError(f"{type(self).__name__} needs {', '.join(unmet) or f'a model that is no {self.not_for}'}.")
         odd = self.num_generations % 2 or self.args.generation_batch_size // self.accelerator.num_processes % 2
         corrected = self.use_vllm and self.vllm_importance_sampling_correction  # would weigh the changed half otherwise
         if self.changed and (odd or corrected or self.tools or self.rollout_func):
-            what = "even num_generations and responses of a process, no tools or rollout_func, with vLLM no"
-            raise ValueError(f"{type(self).__name__} needs {what} vllm_importance_sampling_correction.")
+            raise ValueError("SaEI: even groups, batches; no tools, rollout_func, vllm_importance_sampling_correction.")
         self.images = self.processing_class.image_processor
         self.log_multimodal = False  # or processes would wait for one that has no image in a batch
         self.processing_class.tokenizer.padding_side = "left"  # or TRL would misplace image tokens

@@ -15,7 +15,7 @@ LAYERS = [  # the lowest first; modules of one layer do not import each other
 ]
 PLUMBING = ["arguments kernels", "families answers adapters", "data memory", "sharding metrics", "checkpoints"]
 LINES = {"common.py": 820, "trainer.py": 372, "README.md": 110, "CONTRIBUTING.md": 60, "plumbing": 395, "methods": 290}
-LINES |= {"trl.py": 130, "trl_base.py": 75, "verl.py": 90, "pages.py": 150}
+LINES |= {"trl.py": 130, "trl_base.py": 80, "verl.py": 90, "pages.py": 150}
 ALL_LINES = 7_820  # of Python outside tests/
 METHODS = LAYERS[3]
 FILES = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if path.parent.name != "tests")
