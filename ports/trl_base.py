@@ -70,9 +70,9 @@ class ImageTrainer(trl.GRPOTrainer):
                 given = [rows[x][places[0]].to(self.accelerator.device) for x in ("pixel_values", "image_grid_thw")]
                 pixels = self.changed(*given, ids[places[0]], responses[group * G // 2 : (group + 1) * G // 2])
                 parts = unpatchify(saei.to_pixels(pixels, self.images)[0], given[1], self.images)
-                pictures = [Image.fromarray((255 * x).round().byte().permute(1, 2, 0).cpu().numpy()) for x in parts]
+                pil = [Image.fromarray((255 * x).round().byte().permute(1, 2, 0).cpu().numpy()) for x in parts]
                 for i in places:
-                    rows["pixel_values"][i], images[i] = pixels, pictures  # vLLM takes these
+                    rows["pixel_values"][i], images[i] = pixels, pil  # vLLM takes these
         self.model.train()
         attacked = super()._generate_single_turn(*half(1))
         return [a and [x for pair in zip(a, b) for x in pair] for a, b in zip(clean, attacked)]

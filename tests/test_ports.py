@@ -444,13 +444,13 @@ class Server:
     """vLLM, as TRL asks its server: n responses to every n-th prompt. A response says which prompt and which image."""
 
     def __init__(self):
-        self.pictures = []
+        self.images = []
 
     def generate(self, prompts, images, num_generations, profiler):
         found = []
         for ids, of_prompt in zip(prompts[::num_generations], images[::num_generations]):
-            self.pictures += [of_prompt]
-            made = [40 + len(ids) % 50, 40 + len(self.pictures)]
+            self.images += [of_prompt]
+            made = [40 + len(ids) % 50, 40 + len(self.images)]
             found += [[*made, 60 + i] for i in range(num_generations)]
         return None, found, [[[-float(token)] for token in response] for response in found], None
 
@@ -467,7 +467,7 @@ def test_a_server_of_vllm_samples_the_halves(tmp_path):
         half, prompt = i % 2, i // 4
         assert response == [40 + len(ids[i]) % 50, 41 + prompt + 3 * half, 60 + i % 4 // 2]
         assert logps[i] == [-float(token) for token in response]
-    for clean, attacked, row in zip(server.pictures[:3], server.pictures[3:], rows):
+    for clean, attacked, row in zip(server.images[:3], server.images[3:], rows):
         assert len(clean or []) == len(attacked or []) == len(row["images"])
         for before, after in zip(clean or [], attacked or []):
             assert before.tobytes() != after.tobytes()
