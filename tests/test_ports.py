@@ -409,6 +409,12 @@ def test_the_dropout_of_adapters_is_off_while_tokens_are_scored(monkeypatch, tmp
     assert modes == [False] and trainer.model.training
 
 
+def test_only_empty_tensors_are_dropped():
+    inputs = {"pixel_values": torch.zeros(0, 1176), "scale": torch.tensor(2.0), "input_ids": torch.ones(1, 3), "T": 1}
+    assert ports.trl_base.without_empty(None, ("x",), inputs)[0] == ("x",)
+    assert list(ports.trl_base.without_empty(None, (), inputs)[1]) == ["scale", "input_ids", "T"]
+
+
 def test_rows_whose_images_are_none(tmp_path):
     """As data sets have them, in all rows or in some: TRL knows an empty list alone."""
     rows = data_rows([0, 0]) + data_rows([1, 0])
